@@ -1,0 +1,121 @@
+//! Builds `libtailscale` (Go) into a static archive, generates its bindings
+//! and tells the linker about both. Nothing is rebuilt while none of its
+//! inputs changed. Every failure says what to install or set.
+
+use std::env;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, exit};
+
+const SOURCE: &str = "libtailscale";
+
+fn main() {
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    declare_inputs();
+    build_archive(&out.join("libtailscale.a"));
+    generate_bindings(&out.join("tailscale.rs"));
+    println!("cargo::rustc-link-search=native={}", out.display());
+    println!("cargo::rustc-link-lib=static=tailscale");
+}
+
+/// Names every file and variable that changes the result.
+fn declare_inputs() {
+    for name in ["GO", "CC", "GOFLAGS", "LIBCLANG_PATH"] {
+        println!("cargo::rerun-if-env-changed={name}");
+    }
+    println!("cargo::rerun-if-changed=build.rs");
+    // The directory itself notices added and removed files.
+    println!("cargo::rerun-if-changed={SOURCE}/build-tags");
+    let entries = fs::read_dir(SOURCE).unwrap_or_else(|e| fail(&format!("cannot read {SOURCE}/: {e}")));
+    let mut inputs: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    inputs.sort();
+    for path in inputs {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let is_source = [".go", ".c", ".h", ".mod", ".sum"].iter().any(|end| name.ends_with(end));
+        if is_source && !name.ends_with("_test.go") {
+            println!("cargo::rerun-if-changed={}", path.display());
+        }
+    }
+}
+
+/// Runs `go build -buildmode=c-archive`.
+fn build_archive(archive: &Path) {
+    let go = env::var_os("GO").unwrap_or_else(|| OsString::from("go"));
+    let (goos, goarch) = go_target();
+    let compiler = cc::Build::new().try_get_compiler().unwrap_or_else(|e| {
+        fail(&format!("no C compiler ({e}); install one (Debian: apt-get install gcc) or set CC"))
+    });
+    let status = Command::new(&go)
+        .args(["build", "-C", SOURCE, "-buildmode=c-archive", "-trimpath", "-ldflags=-s -w"])
+        .arg(format!("-tags={}", build_tags()))
+        .arg("-o")
+        .arg(archive)
+        .arg(".")
+        .env("CGO_ENABLED", "1")
+        .env("GOOS", goos)
+        .env("GOARCH", goarch)
+        .env("CC", compiler.path())
+        .status();
+    match status {
+        Ok(status) if status.success() => {}
+        Ok(status) => fail(&format!("`go build` in {SOURCE}/ failed ({status}); its messages are above")),
+        Err(e) => fail(&format!(
+            "cannot run {}: {e}; install Go 1.26 or newer (https://go.dev/dl) or set GO to its path",
+            go.to_string_lossy()
+        )),
+    }
+}
+
+/// The tags of `libtailscale/build-tags`, as one argument.
+fn build_tags() -> String {
+    let path = format!("{SOURCE}/build-tags");
+    let text = fs::read_to_string(&path).unwrap_or_else(|e| fail(&format!("cannot read {path}: {e}")));
+    let tags: Vec<&str> =
+        text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
+    tags.join(",")
+}
+
+/// Rust's target in Go's words.
+fn go_target() -> (&'static str, &'static str) {
+    let os = env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
+    let arch = env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default();
+    if env::var("CARGO_CFG_TARGET_ENV").as_deref() == Ok("musl") {
+        fail("musl is not supported: Go's archive needs argv in its constructor, which only glibc gives \
+              (golang/go#13492); build for a -gnu target, statically with RUSTFLAGS='-C target-feature=+crt-static'");
+    }
+    match (os.as_str(), arch.as_str()) {
+        ("linux", "x86_64") => ("linux", "amd64"),
+        ("linux", "aarch64") => ("linux", "arm64"),
+        _ => fail(&format!("{os}/{arch} is not supported; build for Linux on x86_64 or aarch64")),
+    }
+}
+
+/// Turns `tailscale.h` into Rust declarations.
+fn generate_bindings(output: &Path) {
+    // bindgen panics with a page of text when it cannot load libclang.
+    let generated = std::panic::catch_unwind(|| {
+        bindgen::Builder::default()
+            .header(format!("{SOURCE}/tailscale.h"))
+            .allowlist_file(".*tailscale[.]h")
+            .default_enum_style(bindgen::EnumVariation::Consts)
+            .prepend_enum_name(false)
+            .layout_tests(false)
+            .generate_comments(false)
+            .generate()
+    });
+    let bindings = match generated {
+        Ok(Ok(bindings)) => bindings,
+        Ok(Err(e)) => fail(&format!("bindgen cannot read {SOURCE}/tailscale.h: {e}")),
+        Err(_) => fail("libclang is missing; install it (Debian: apt-get install libclang-dev) or set LIBCLANG_PATH"),
+    };
+    if let Err(e) = bindings.write_to_file(output) {
+        fail(&format!("cannot write {}: {e}", output.display()));
+    }
+}
+
+/// Ends the build with one line that says what to do.
+fn fail(message: &str) -> ! {
+    println!("cargo::error={message}");
+    exit(1);
+}

@@ -1,0 +1,223 @@
+package main
+
+import (
+	"bytes"
+	"sync"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+// TCP keepalive towards the peer. Keepalive is what notices a peer that went
+// away without a word under an idle connection; tsnet sets it on accepted
+// connections only, and the stack's defaults are two hours.
+const (
+	keepaliveIdle     = 60 * time.Second
+	keepaliveInterval = 15 * time.Second
+	keepaliveCount    = 4
+)
+
+// conns holds every connection that C has a handle of.
+var conns table[conn]
+
+// wake tells C that the connection of a token became ready. It is set once,
+// by tailscale_set_wake (or by a test), before the first connection.
+var wake = func(token uintptr, ready uint32) {}
+
+// conn is one TCP connection on the node's network stack, offered as
+// non-blocking calls and wakes. It has no goroutine and no buffer of its own.
+//
+// Calls on one conn must not overlap, except that the stack calls notify at
+// any time, also from within a call; notify therefore takes no lock of ours.
+type conn struct {
+	ep    tcpip.Endpoint
+	queue waiter.Queue
+	entry waiter.Entry // registered on queue from open to close
+	token uintptr
+
+	mu sync.Mutex
+	// failed is the first error of the connection. The stack reports an
+	// error once and then looks like a clean end, so it must be kept.
+	failed code
+}
+
+// subscribe registers for wakes. It must come before Connect, so that no event
+// is missed.
+func (c *conn) subscribe() {
+	c.entry = waiter.NewFunctionEntry(
+		waiter.ReadableEvents|waiter.WritableEvents|waiter.EventHUp|waiter.EventErr|waiter.EventRdHUp,
+		c.notify)
+	c.queue.EventRegister(&c.entry)
+}
+
+// notify runs under locks of the stack: it only passes the event on.
+func (c *conn) notify(events waiter.EventMask) {
+	const ended = waiter.EventHUp | waiter.EventErr
+	var ready uint32
+	if events&(waiter.ReadableEvents|waiter.EventRdHUp|ended) != 0 {
+		ready |= readable
+	}
+	if events&(waiter.WritableEvents|ended) != 0 {
+		ready |= writable
+	}
+	wake(c.token, ready)
+}
+
+func setKeepalive(ep tcpip.Endpoint) tcpip.Error {
+	idle := tcpip.KeepaliveIdleOption(keepaliveIdle)
+	if err := ep.SetSockOpt(&idle); err != nil {
+		return err
+	}
+	interval := tcpip.KeepaliveIntervalOption(keepaliveInterval)
+	if err := ep.SetSockOpt(&interval); err != nil {
+		return err
+	}
+	if err := ep.SetSockOptInt(tcpip.KeepaliveCountOption, keepaliveCount); err != nil {
+		return err
+	}
+	ep.SocketOptions().SetKeepAlive(true)
+	return nil
+}
+
+// state is nil when connected, codeWouldBlock while connecting.
+func (c *conn) state() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.stateLocked()
+}
+
+func (c *conn) stateLocked() error {
+	if c.failed != 0 {
+		return c.failed
+	}
+	switch tcp.EndpointState(c.ep.State()) {
+	case tcp.StateInitial, tcp.StateBound, tcp.StateConnecting, tcp.StateSynSent, tcp.StateSynRecv:
+		return codeWouldBlock
+	case tcp.StateError:
+		return c.fail(c.ep.LastError())
+	}
+	return nil
+}
+
+// fail keeps the first error and returns it. A failed endpoint whose error
+// was already taken counts as reset.
+func (c *conn) fail(err tcpip.Error) code {
+	if c.failed == 0 {
+		c.failed = codeReset
+		if err != nil {
+			c.failed = codeOf(err)
+		}
+	}
+	return c.failed
+}
+
+// read copies received bytes into p; 0 without an error is the end of the
+// stream. An error comes after every byte that was received before it.
+func (c *conn) read(p []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(p) == 0 {
+		return 0, nil
+	}
+	w := tcpip.SliceWriter(p)
+	result, err := c.ep.Read(&w, tcpip.ReadOptions{})
+	if err == nil {
+		// Without this the receive window never grows (as gonet does).
+		c.ep.ModerateRecvBuf(result.Count)
+		return result.Count, nil
+	}
+	switch err.(type) {
+	case *tcpip.ErrWouldBlock:
+		if c.failed != 0 {
+			return 0, c.failed
+		}
+		return 0, codeWouldBlock
+	case *tcpip.ErrNotConnected:
+		if err := c.stateLocked(); err != nil {
+			return 0, err
+		}
+		return 0, codeBadState
+	case *tcpip.ErrClosedForReceive:
+		return 0, c.endOfStreamLocked()
+	default:
+		return 0, c.fail(err)
+	}
+}
+
+// endOfStreamLocked tells the peer's FIN (nil) from a failure that was
+// already reported once and now looks like one.
+func (c *conn) endOfStreamLocked() error {
+	if c.failed != 0 {
+		return c.failed
+	}
+	if tcp.EndpointState(c.ep.State()) == tcp.StateError {
+		return c.fail(c.ep.LastError())
+	}
+	return nil
+}
+
+// write queues as many bytes of p as the send buffer takes.
+func (c *conn) write(p []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.failed != 0 {
+		return 0, c.failed
+	}
+	if len(p) == 0 {
+		return 0, nil
+	}
+	var payload bytes.Reader
+	payload.Reset(p)
+	n, err := c.ep.Write(&payload, tcpip.WriteOptions{})
+	if err == nil {
+		return int(n), nil
+	}
+	switch err.(type) {
+	case *tcpip.ErrWouldBlock:
+		return 0, codeWouldBlock
+	case *tcpip.ErrClosedForSend:
+		// After our own shutdown, or after a failure that the stack has
+		// already reported.
+		if err := c.stateLocked(); err != nil {
+			return 0, err
+		}
+		return 0, codeClosed
+	default:
+		return 0, c.fail(err)
+	}
+}
+
+// shutdown sends a FIN after what was written.
+func (c *conn) shutdown() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.stateLocked(); err != nil {
+		return err
+	}
+	switch err := c.ep.Shutdown(tcpip.ShutdownWrite); err.(type) {
+	case nil, *tcpip.ErrNotConnected: // the latter: both sides are done already
+		return nil
+	default:
+		return c.fail(err)
+	}
+}
+
+// abort sends a RST. The connection counts as reset from here on.
+func (c *conn) abort() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.failed == 0 {
+		c.failed = codeReset
+	}
+	c.ep.Abort()
+}
+
+// close gives the endpoint back to the stack, which still delivers what was
+// written. EventUnregister waits for a notify in progress, so the token is
+// free when close returns.
+func (c *conn) close() {
+	c.queue.EventUnregister(&c.entry)
+	c.ep.Close()
+}

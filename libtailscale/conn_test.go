@@ -1,0 +1,391 @@
+package main
+
+import (
+	"bytes"
+	"crypto/rand"
+	"errors"
+	"io"
+	"net"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+)
+
+func random(size int) []byte {
+	b := make([]byte, size)
+	rand.Read(b)
+	return b
+}
+
+func TestHalfCloseByUsThenTheWholeReply(t *testing.T) {
+	const size = 8 << 20
+	sent, reply := random(size), random(size)
+	got := make(chan []byte, 1)
+	e := startEdge(t, func(c *net.TCPConn) {
+		defer c.Close()
+		all, _ := io.ReadAll(c)
+		got <- all
+		c.Write(reply)
+	})
+	b, err := dial(t, e.node, "mailbox", 25)
+	check(t, err)
+	defer b.close()
+	_, err = b.Write(sent)
+	check(t, err)
+	b.shutdown()
+	all, err := io.ReadAll(b)
+	check(t, err)
+	if !bytes.Equal(all, reply) || !bytes.Equal(<-got, sent) {
+		t.Fatal("bytes differ")
+	}
+	_, err = conns.get(b.handle).write([]byte("x"))
+	wantCode(t, err, codeClosed)
+}
+
+func TestHalfCloseByThePeerThenTheWholeUpload(t *testing.T) {
+	const size = 8 << 20
+	greeting, sent := random(size), random(size)
+	got := make(chan []byte, 1)
+	e := startEdge(t, func(c *net.TCPConn) {
+		defer c.Close()
+		c.Write(greeting)
+		c.CloseWrite()
+		all, _ := io.ReadAll(c)
+		got <- all
+	})
+	b, err := dial(t, e.node, "mailbox", 25)
+	check(t, err)
+	defer b.close()
+	all, err := io.ReadAll(b)
+	check(t, err)
+	_, err = b.Write(sent)
+	check(t, err)
+	b.shutdown()
+	if !bytes.Equal(all, greeting) || !bytes.Equal(<-got, sent) {
+		t.Fatal("bytes differ")
+	}
+}
+
+// A reset is an error, at every later call too, and never the end of a stream.
+func TestResetByThePeer(t *testing.T) {
+	reset := make(chan struct{})
+	e := startEdge(t, func(c *net.TCPConn) {
+		c.Write([]byte("before"))
+		<-reset
+		c.SetLinger(0)
+		c.Close()
+	})
+	b, err := dial(t, e.node, "mailbox", 25)
+	check(t, err)
+	defer b.close()
+	buf := make([]byte, 6)
+	_, err = io.ReadFull(b, buf)
+	check(t, err)
+	close(reset)
+	for range 3 {
+		_, err = b.Read(buf)
+		wantCode(t, err, codeReset)
+	}
+	_, err = b.Write(buf)
+	wantCode(t, err, codeReset)
+	wantCode(t, conns.get(b.handle).state(), codeReset)
+}
+
+// What arrived before a reset is delivered before the error.
+func TestBytesBeforeAResetAreDelivered(t *testing.T) {
+	written := make(chan struct{})
+	finish := make(chan struct{})
+	e := startEdge(t, func(c *net.TCPConn) {
+		c.Write([]byte("last words"))
+		close(written)
+		<-finish
+		c.SetLinger(0)
+		c.Close()
+	})
+	b, err := dial(t, e.node, "mailbox", 25)
+	check(t, err)
+	defer b.close()
+	<-written
+	ep := conns.get(b.handle).ep.(*tcp.Endpoint)
+	eventually(t, "the bytes have arrived", func() bool { return ep.Stats().(*tcp.Stats).SegmentsReceived.Value() > 1 })
+	close(finish)
+	eventually(t, "the reset has arrived", func() bool { return ep.EndpointState() == tcp.StateError })
+	all, err := io.ReadAll(b)
+	wantCode(t, err, codeReset)
+	if string(all) != "last words" {
+		t.Fatalf("got %q", all)
+	}
+}
+
+func TestOurAbortReachesThePeer(t *testing.T) {
+	failure := make(chan error, 1)
+	e := startEdge(t, func(c *net.TCPConn) {
+		defer c.Close()
+		c.Write([]byte("220"))
+		_, err := io.ReadAll(c)
+		failure <- err
+	})
+	b, err := dial(t, e.node, "mailbox", 25)
+	check(t, err)
+	_, err = io.ReadFull(b, make([]byte, 3))
+	check(t, err)
+	conns.get(b.handle).abort()
+	_, err = b.Read(make([]byte, 1))
+	wantCode(t, err, codeReset)
+	b.close()
+	if err := <-failure; err == nil {
+		t.Fatal("the peer saw an orderly end")
+	}
+}
+
+// What was written before close is delivered though nobody holds the handle.
+func TestCloseDeliversWhatWasWritten(t *testing.T) {
+	sent := random(1 << 20)
+	got := make(chan []byte, 1)
+	e := startEdge(t, func(c *net.TCPConn) {
+		defer c.Close()
+		c.Write([]byte("220"))
+		all, _ := io.ReadAll(c)
+		got <- all
+	})
+	b, err := dial(t, e.node, "mailbox", 25)
+	check(t, err)
+	_, err = io.ReadFull(b, make([]byte, 3))
+	check(t, err)
+	_, err = b.Write(sent)
+	check(t, err)
+	b.close()
+	e.node.close() // and the node waits for it too
+	if !bytes.Equal(<-got, sent) {
+		t.Fatal("bytes differ")
+	}
+}
+
+func TestCancelDuringDial(t *testing.T) {
+	e := startEdge(t, echo)
+	check(t, e.net.DenyPort("mailbox", 25))
+	for range 50 {
+		b, err := begin(t, e.node, "mailbox", 25)
+		check(t, err)
+		wantCode(t, conns.get(b.handle).state(), codeWouldBlock)
+		b.close()
+	}
+	if n := conns.count(); n != 0 {
+		t.Fatalf("%d handles left", n)
+	}
+	eventually(t, "the stack has forgotten the attempts", func() bool { return len(e.stack.RegisteredEndpoints()) == 0 })
+}
+
+// After close returns, a token is never used again, whatever still arrives.
+func TestNoWakeAfterClose(t *testing.T) {
+	e := startEdge(t, func(c *net.TCPConn) {
+		defer c.Close()
+		for {
+			if _, err := c.Write(make([]byte, 1<<10)); err != nil {
+				return
+			}
+		}
+	})
+	var late atomic.Int64
+	var freed sync.Map
+	plain := wake
+	wake = func(token uintptr, ready uint32) {
+		if _, gone := freed.Load(token); gone {
+			late.Add(1)
+		}
+		plain(token, ready)
+	}
+	defer func() { wake = plain }()
+	for range 200 {
+		b, err := dial(t, e.node, "mailbox", 25)
+		check(t, err)
+		_, err = b.Read(make([]byte, 100))
+		check(t, err)
+		conns.remove(b.handle).close()
+		freed.Store(b.token, true)
+	}
+	e.node.close()
+	if n := late.Load(); n != 0 {
+		t.Fatalf("%d wakes came after close", n)
+	}
+}
+
+// Many short connections leave nothing behind and never run out of ports,
+// although we close first and every one ends in TIME_WAIT.
+func TestChurn(t *testing.T) {
+	const total, parallel = 20_000, 64
+	e := startEdge(t, echo)
+	ln, err := e.net.Server("mailbox").Listen("tcp", ":2525")
+	check(t, err)
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				io.Copy(io.Discard, c)
+			}()
+		}
+	}()
+	goroutines, fds := runtime.NumGoroutine(), descriptors(t)
+	var started atomic.Int64
+	var group sync.WaitGroup
+	for range parallel {
+		group.Go(func() {
+			for started.Add(1) <= total {
+				b, err := dial(t, e.node, "mailbox", 2525)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				b.Write([]byte("EHLO\r\n"))
+				conns.get(b.handle).shutdown()
+				if _, err := io.ReadAll(b); err != nil {
+					t.Error(err)
+				}
+				b.close()
+			}
+		})
+	}
+	group.Wait()
+	if n := conns.count(); n != 0 {
+		t.Errorf("%d handles left", n)
+	}
+	eventually(t, "the stack has forgotten every connection", func() bool { return len(e.stack.RegisteredEndpoints()) == 0 })
+	noGoroutinesLeft(t, goroutines+5) // the mailbox's own timers come and go
+	if n := descriptors(t); n > fds+5 {
+		t.Errorf("%d descriptors, %d before", n, fds)
+	}
+}
+
+// An idle connection costs no goroutine and no descriptor.
+func TestIdleConnectionsCostNoGoroutine(t *testing.T) {
+	e := startEdge(t, echo)
+	ln, err := e.net.Server("mailbox").Listen("tcp", ":2525")
+	check(t, err)
+	var accepted []net.Conn
+	var mu sync.Mutex
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			mu.Lock()
+			accepted = append(accepted, c)
+			mu.Unlock()
+		}
+	}()
+	goroutines, fds := runtime.NumGoroutine(), descriptors(t)
+	var open []*blocking
+	for range 1000 {
+		b, err := dial(t, e.node, "mailbox", 2525)
+		check(t, err)
+		open = append(open, b)
+	}
+	noGoroutinesLeft(t, goroutines+10)
+	if n := descriptors(t); n > fds+5 {
+		t.Errorf("%d descriptors, %d before", n, fds)
+	}
+	mu.Lock()
+	for _, c := range accepted {
+		defer c.Close()
+	}
+	mu.Unlock()
+	// A node with more endpoints than its sender's queue holds can be closed,
+	// and each of them hears of it.
+	e.node.close()
+	for _, b := range open {
+		_, err := b.Read(make([]byte, 1))
+		wantCode(t, err, codeReset)
+		b.close()
+	}
+	if n := conns.count(); n != 0 {
+		t.Errorf("%d handles left", n)
+	}
+}
+
+func TestStaleHandlesAreHarmless(t *testing.T) {
+	var handles table[int]
+	one, two := 1, 2
+	first := handles.add(&one)
+	if first == 0 || handles.get(0) != nil {
+		t.Fatal("the zero handle is in use")
+	}
+	if handles.remove(first) != &one || handles.remove(first) != nil || handles.get(first) != nil {
+		t.Fatal("a removed handle is alive")
+	}
+	second := handles.add(&two) // takes the same slot
+	if second == first || handles.get(first) != nil || handles.get(second) != &two {
+		t.Fatal("a stale handle reaches the slot's next object")
+	}
+	if handles.count() != 1 || handles.get(1<<40|99) != nil {
+		t.Fatal("unknown handles are not refused")
+	}
+}
+
+func TestDialErrors(t *testing.T) {
+	e := startEdge(t, echo)
+	for _, name := range []string{"mailbox", "MAILBOX", "mailbox.", e.mailbox.DNSName, e.mailbox.DNSName + ".",
+		e.mailbox.IPs[0].String(), e.mailbox.IPs[1].String()} {
+		b, err := dial(t, e.node, name, 25)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		b.close()
+	}
+	for _, test := range []struct {
+		host string
+		port uint16
+		want code
+	}{
+		{"mailbox", 26, codeRefused},
+		{"mailbox", 0, codeBadArgument},
+		{"nobody", 25, codeNoSuchPeer},
+		{"", 25, codeNoSuchPeer},
+		{"mailbox.example.com", 25, codeNoSuchPeer},
+		{"localhost", 25, codeNoSuchPeer},
+		{"127.0.0.1", 25, codeNoSuchPeer},
+		{"1.1.1.1", 25, codeNoSuchPeer},
+		{"100.64.200.200", 25, codeNoSuchPeer},
+		{"fe80::1%eth0", 25, codeBadArgument},
+		{"edge", 25, codeIsSelf},
+		{e.ips()[0], 25, codeIsSelf},
+		{"::ffff:" + e.ips()[0], 25, codeIsSelf},
+	} {
+		_, err := dial(t, e.node, test.host, test.port)
+		if !errors.Is(err, test.want) {
+			t.Errorf("%s:%d: got %v, want %v", test.host, test.port, err, test.want)
+		}
+	}
+}
+
+// A peer that leaves the map is unknown at once, and known again after.
+func TestAPeerThatLeftTheMap(t *testing.T) {
+	e := startEdge(t, echo)
+	b, err := dial(t, e.node, "mailbox", 25)
+	check(t, err)
+	b.close()
+	check(t, e.net.HideNode("mailbox"))
+	for _, host := range []string{"mailbox", e.mailbox.IPs[0].String()} {
+		eventually(t, host+" is unknown", func() bool {
+			_, err := e.resolve(host)
+			return errors.Is(err, codeNoSuchPeer)
+		})
+		_, err = dial(t, e.node, host, 25)
+		wantCode(t, err, codeNoSuchPeer)
+	}
+	check(t, e.net.ShowNode("mailbox"))
+	eventually(t, "the mailbox is back", func() bool {
+		b, err := dial(t, e.node, "mailbox", 25)
+		if err == nil {
+			b.close()
+		}
+		return err == nil
+	})
+}

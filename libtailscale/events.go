@@ -1,0 +1,127 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"net/netip"
+	"time"
+
+	"tailscale.com/ipn"
+	"tailscale.com/ipn/ipnstate"
+	"tailscale.com/tailcfg"
+)
+
+// status is one line on the event descriptor (tailscale_set_eventfd).
+type status struct {
+	State     string       `json:"state"`
+	Name      string       `json:"name"`
+	IPs       []netip.Addr `json:"ips"`
+	Tags      []string     `json:"tags"`
+	InMapPoll bool         `json:"in_map_poll"`
+	KeyExpiry *time.Time   `json:"key_expiry,omitempty"`
+	LoginURL  string       `json:"login_url"`
+	Health    []string     `json:"health"`
+}
+
+// follow keeps self up to date and writes status lines until the node closes.
+// The bus cuts off a slow watcher, and health changes come on it too, so the
+// watch is renewed whenever it ends.
+func (n *node) follow() {
+	const mask = ipn.NotifyInitialState | ipn.NotifyInitialHealthState | ipn.NotifyPeerChanges
+	var last []byte
+	for n.ctx.Err() == nil {
+		n.backend.WatchNotifications(n.ctx, mask, nil, func(notify *ipn.Notify) bool {
+			last = n.publish(last)
+			return n.ctx.Err() == nil
+		})
+	}
+}
+
+// publish refreshes self and writes a status line if it differs from last.
+func (n *node) publish(last []byte) []byte {
+	current := n.backend.StatusWithoutPeers()
+	n.refreshSelf(current.BackendState)
+	line, err := json.Marshal(statusOf(current))
+	if err != nil || bytes.Equal(line, last) || n.events == nil {
+		return last
+	}
+	n.events.Write(append(line, '\n')) // fails once the reader is gone
+	return line
+}
+
+func statusOf(current *ipnstate.Status) status {
+	s := status{State: current.BackendState, LoginURL: current.AuthURL, Health: current.Health}
+	if self := current.Self; self != nil {
+		s.Name = trimDot(self.DNSName)
+		s.IPs = self.TailscaleIPs
+		s.InMapPoll = self.Online
+		s.KeyExpiry = self.KeyExpiry
+		if self.Tags != nil {
+			s.Tags = self.Tags.AsSlice()
+		}
+	}
+	return s
+}
+
+// refreshSelf makes the node's addresses known while it is running, and
+// unknown otherwise, so that no connection starts without a tailnet.
+func (n *node) refreshSelf(state string) {
+	nm := n.backend.NetMapNoPeers()
+	if state != ipn.Running.String() || nm == nil || n.ctx.Err() != nil {
+		n.self.Store(nil)
+		return
+	}
+	self := addressesOf(nm.SelfNode)
+	n.self.Store(&self)
+}
+
+// pingReport is what tailscale_ping writes.
+type pingReport struct {
+	IP        netip.Addr `json:"ip"`
+	Answered  bool       `json:"answered"`
+	LatencyMS float64    `json:"latency_ms"`
+	Direct    string     `json:"direct"` // the peer's UDP address, when direct
+	Relay     string     `json:"relay"`  // the DERP region or peer relay otherwise
+	Online    bool       `json:"online"` // as the control server sees it
+	LastSeen  string     `json:"last_seen"`
+}
+
+// ping asks a peer for a sign of life beneath TCP. A disco ping needs neither
+// an open port nor an ACL, so it tells a silent port from a silent peer; the
+// first answer may come over a relay although a direct path exists, so a
+// relayed answer is asked for once more.
+func (n *node) ping(host string, limit time.Duration) (pingReport, error) {
+	if n.self.Load() == nil {
+		return pingReport{}, codeNotRunning
+	}
+	p, err := n.resolve(host)
+	if err != nil {
+		return pingReport{}, err
+	}
+	report := pingReport{IP: p.ip, Online: p.node.Online().Get()}
+	if seen, ok := p.node.LastSeen().GetOk(); ok {
+		report.LastSeen = seen.UTC().Format(time.RFC3339)
+	}
+	ctx, cancel := context.WithTimeout(n.ctx, limit)
+	defer cancel()
+	for range 3 {
+		result, err := n.backend.Ping(ctx, p.ip, tailcfg.PingDisco, 0)
+		if err != nil || result.Err != "" {
+			break
+		}
+		report.Answered = true
+		report.LatencyMS = result.LatencySeconds * 1000
+		report.Direct, report.Relay = result.Endpoint, result.DERPRegionCode
+		if result.PeerRelay != "" {
+			report.Direct, report.Relay = "", result.PeerRelay
+		}
+		if report.Direct != "" {
+			break
+		}
+	}
+	if !report.Answered {
+		return report, codeTimedOut
+	}
+	return report, nil
+}

@@ -1,0 +1,406 @@
+package main
+
+/*
+#include <errno.h>
+#include "tailscale.h"
+
+typedef void (*tailscale_wake_fn)(uintptr_t token, uint32_t ready);
+static inline void tailscale_call_wake(tailscale_wake_fn wake, uintptr_t token, uint32_t ready) {
+	wake(token, ready);
+}
+*/
+import "C"
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log"
+	"os"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"time"
+	"unicode/utf8"
+	"unsafe"
+)
+
+// This file is the Go half of the C interface and holds nothing else: each
+// export finds the object of its handle, calls it and turns the outcome into
+// a number. tailscale.c gives the exports their names in tailscale.h.
+
+func main() {} // a c-archive needs one; it never runs
+
+// nodes holds the nodes by handle; handles count up and are never reused.
+var nodes struct {
+	mu   sync.Mutex
+	last C.int
+	live map[C.int]*node
+}
+
+func nodeOf(sd C.int) *node {
+	nodes.mu.Lock()
+	defer nodes.mu.Unlock()
+	return nodes.live[sd]
+}
+
+// guard turns a panic into TAILSCALE_PANIC: it must not reach C's frames.
+func guard[T ~int32 | ~int64](result *T) {
+	if p := recover(); p != nil {
+		log.Printf("libtailscale: panic: %v\n%s", p, debug.Stack())
+		*result = T(codePanic)
+	}
+}
+
+func result(err error) C.int {
+	if err == nil {
+		return 0
+	}
+	var c code
+	if errors.As(err, &c) {
+		return C.int(c)
+	}
+	return C.int(codeError)
+}
+
+// text copies a C string, refusing NULL and what is not UTF-8.
+func text(s *C.char) (string, bool) {
+	if s == nil {
+		return "", false
+	}
+	str := C.GoString(s)
+	return str, utf8.ValidString(str)
+}
+
+// fill writes s with a NUL, cut to the buffer; false if it had to be cut.
+func fill(s string, buf *C.char, buflen C.size_t) bool {
+	if buf == nil || buflen == 0 {
+		return false
+	}
+	dst := unsafe.Slice((*byte)(unsafe.Pointer(buf)), buflen)
+	n := copy(dst[:buflen-1], s)
+	dst[n] = 0
+	return n == len(s)
+}
+
+//export TsForgetEnvironment
+func TsForgetEnvironment() { forgetEnvironment() }
+
+//export TsSetWake
+func TsSetWake(f C.tailscale_wake_fn) {
+	wake = func(token uintptr, ready uint32) {
+		C.tailscale_call_wake(f, C.uintptr_t(token), C.uint32_t(ready))
+	}
+}
+
+// linkedVersion is the version of the tailscale.com module, in C's memory for
+// the life of the process.
+var linkedVersion = sync.OnceValue(func() *C.char {
+	version := "unknown"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, dep := range info.Deps {
+			if dep.Path == "tailscale.com" {
+				version = strings.TrimPrefix(dep.Version, "v")
+			}
+		}
+	}
+	return C.CString(version)
+})
+
+//export TsVersion
+func TsVersion() *C.char { return linkedVersion() }
+
+//export TsNew
+func TsNew() C.int {
+	nodes.mu.Lock()
+	defer nodes.mu.Unlock()
+	if nodes.live == nil {
+		nodes.live = make(map[C.int]*node)
+	}
+	nodes.last++
+	nodes.live[nodes.last] = newNode()
+	return nodes.last
+}
+
+// setText applies a string setting.
+func setText(sd C.int, value *C.char, set func(*node, string)) (ret C.int) {
+	defer guard(&ret)
+	n := nodeOf(sd)
+	if n == nil {
+		return C.int(codeBadHandle)
+	}
+	s, ok := text(value)
+	if !ok {
+		return result(n.report(codeBadArgument, errors.New("the value is NULL or not UTF-8")))
+	}
+	return result(n.configure(func() { set(n, s) }))
+}
+
+//export TsSetDir
+func TsSetDir(sd C.int, dir *C.char) C.int {
+	return setText(sd, dir, func(n *node, s string) { n.server.Dir = s })
+}
+
+//export TsSetHostname
+func TsSetHostname(sd C.int, hostname *C.char) C.int {
+	return setText(sd, hostname, func(n *node, s string) { n.server.Hostname = s })
+}
+
+//export TsSetAuthkey
+func TsSetAuthkey(sd C.int, authkey *C.char) C.int {
+	return setText(sd, authkey, func(n *node, s string) { n.authKey = s })
+}
+
+//export TsSetControlURL
+func TsSetControlURL(sd C.int, url *C.char) C.int {
+	return setText(sd, url, func(n *node, s string) { n.server.ControlURL = s })
+}
+
+//export TsSetTags
+func TsSetTags(sd C.int, tags *C.char) C.int {
+	return setText(sd, tags, func(n *node, s string) {
+		n.server.AdvertiseTags = strings.FieldsFunc(s, func(r rune) bool { return r == ',' })
+	})
+}
+
+//export TsSetEphemeral
+func TsSetEphemeral(sd C.int, ephemeral C.int) (ret C.int) {
+	defer guard(&ret)
+	n := nodeOf(sd)
+	if n == nil {
+		return C.int(codeBadHandle)
+	}
+	return result(n.configure(func() { n.server.Ephemeral = ephemeral != 0 }))
+}
+
+//export TsSetUpTimeout
+func TsSetUpTimeout(sd C.int, timeoutMS C.int64_t) (ret C.int) {
+	defer guard(&ret)
+	n := nodeOf(sd)
+	if n == nil {
+		return C.int(codeBadHandle)
+	}
+	if timeoutMS < 0 {
+		return result(n.report(codeBadArgument, errors.New("the time-out is negative")))
+	}
+	n.upTimeout.Store(int64(timeoutMS))
+	return 0
+}
+
+//export TsSetLogFD
+func TsSetLogFD(sd, fd C.int) (ret C.int) {
+	defer guard(&ret)
+	n := nodeOf(sd)
+	if n == nil {
+		return C.int(codeBadHandle)
+	}
+	if fd < 0 {
+		return 0
+	}
+	var failed error
+	if err := n.configure(func() { failed = n.logs.open(int(fd)) }); err != nil {
+		return result(err)
+	}
+	if failed != nil {
+		return result(n.report(codeBadArgument, fmt.Errorf("log descriptor: %w", failed)))
+	}
+	return 0
+}
+
+//export TsSetEventFD
+func TsSetEventFD(sd, fd C.int) (ret C.int) {
+	defer guard(&ret)
+	n := nodeOf(sd)
+	if n == nil {
+		return C.int(codeBadHandle)
+	}
+	if fd < 0 {
+		return 0
+	}
+	return result(n.configure(func() { n.events = os.NewFile(uintptr(fd), "events") }))
+}
+
+//export TsStart
+func TsStart(sd C.int) (ret C.int) {
+	defer guard(&ret)
+	n := nodeOf(sd)
+	if n == nil {
+		return C.int(codeBadHandle)
+	}
+	return result(n.start())
+}
+
+//export TsUp
+func TsUp(sd C.int) (ret C.int) {
+	defer guard(&ret)
+	n := nodeOf(sd)
+	if n == nil {
+		return C.int(codeBadHandle)
+	}
+	return result(n.up())
+}
+
+//export TsClose
+func TsClose(sd C.int) (ret C.int) {
+	defer guard(&ret)
+	nodes.mu.Lock()
+	n := nodes.live[sd]
+	delete(nodes.live, sd)
+	nodes.mu.Unlock()
+	if n == nil {
+		return C.int(codeBadHandle)
+	}
+	n.close()
+	return 0
+}
+
+//export TsGetIPs
+func TsGetIPs(sd C.int, buf *C.char, buflen C.size_t) (ret C.int) {
+	defer guard(&ret)
+	n := nodeOf(sd)
+	if n == nil {
+		return C.EBADF
+	}
+	if !fill(strings.Join(n.ips(), ","), buf, buflen) {
+		return C.ERANGE
+	}
+	return 0
+}
+
+//export TsErrmsg
+func TsErrmsg(sd C.int, buf *C.char, buflen C.size_t) (ret C.int) {
+	defer guard(&ret)
+	n := nodeOf(sd)
+	if n == nil {
+		return C.EBADF
+	}
+	message := ""
+	if last := n.lastError.Load(); last != nil {
+		message = *last
+	}
+	if !fill(message, buf, buflen) {
+		return C.ERANGE
+	}
+	return 0
+}
+
+//export TsPing
+func TsPing(sd C.int, host *C.char, timeoutMS C.int64_t, buf *C.char, buflen C.size_t) (ret C.int) {
+	defer guard(&ret)
+	n := nodeOf(sd)
+	if n == nil {
+		return C.int(codeBadHandle)
+	}
+	name, ok := text(host)
+	if !ok || timeoutMS <= 0 {
+		return C.int(codeBadArgument)
+	}
+	if !n.begin() {
+		return C.int(codeNotRunning)
+	}
+	defer n.pending.Done()
+	report, failed := n.ping(name, time.Duration(timeoutMS)*time.Millisecond)
+	if failed != nil && !errors.Is(failed, codeTimedOut) {
+		return result(failed)
+	}
+	line, err := json.Marshal(report)
+	if err != nil {
+		return C.int(codeError)
+	}
+	if !fill(string(line), buf, buflen) {
+		return C.int(codeBadArgument)
+	}
+	return result(failed)
+}
+
+//export TsConnOpen
+func TsConnOpen(sd C.int, host *C.char, port C.uint16_t, token C.uintptr_t, out *C.uint64_t) (ret C.int) {
+	defer guard(&ret)
+	n := nodeOf(sd)
+	if n == nil {
+		return C.int(codeBadHandle)
+	}
+	name, ok := text(host)
+	if !ok || out == nil {
+		return C.int(codeBadArgument)
+	}
+	c, err := n.open(name, uint16(port), uintptr(token))
+	if err != nil {
+		return result(err)
+	}
+	*out = C.uint64_t(conns.add(c))
+	return 0
+}
+
+//export TsConnState
+func TsConnState(h C.uint64_t) (ret C.int) {
+	defer guard(&ret)
+	c := conns.get(uint64(h))
+	if c == nil {
+		return C.int(codeBadHandle)
+	}
+	return result(c.state())
+}
+
+//export TsConnRead
+func TsConnRead(h C.uint64_t, buf unsafe.Pointer, buflen C.size_t) (ret C.int64_t) {
+	defer guard(&ret)
+	c := conns.get(uint64(h))
+	if c == nil {
+		return C.int64_t(codeBadHandle)
+	}
+	n, err := c.read(unsafe.Slice((*byte)(buf), buflen))
+	if err != nil {
+		return C.int64_t(result(err))
+	}
+	return C.int64_t(n)
+}
+
+//export TsConnWrite
+func TsConnWrite(h C.uint64_t, buf unsafe.Pointer, buflen C.size_t) (ret C.int64_t) {
+	defer guard(&ret)
+	c := conns.get(uint64(h))
+	if c == nil {
+		return C.int64_t(codeBadHandle)
+	}
+	n, err := c.write(unsafe.Slice((*byte)(buf), buflen))
+	if err != nil {
+		return C.int64_t(result(err))
+	}
+	return C.int64_t(n)
+}
+
+//export TsConnShutdown
+func TsConnShutdown(h C.uint64_t) (ret C.int) {
+	defer guard(&ret)
+	c := conns.get(uint64(h))
+	if c == nil {
+		return C.int(codeBadHandle)
+	}
+	return result(c.shutdown())
+}
+
+//export TsConnAbort
+func TsConnAbort(h C.uint64_t) (ret C.int) {
+	defer guard(&ret)
+	c := conns.get(uint64(h))
+	if c == nil {
+		return C.int(codeBadHandle)
+	}
+	c.abort()
+	return 0
+}
+
+//export TsConnClose
+func TsConnClose(h C.uint64_t) (ret C.int) {
+	defer guard(&ret)
+	c := conns.remove(uint64(h))
+	if c == nil {
+		return C.int(codeBadHandle)
+	}
+	c.close()
+	return 0
+}
+
+//export TsConnCount
+func TsConnCount() C.int64_t { return C.int64_t(conns.count()) }

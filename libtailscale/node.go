@@ -1,0 +1,313 @@
+// Package main is libtailscale: a tailnet node and its TCP connections behind
+// a C interface, for hosts that are not written in Go. tailscale.h is the
+// contract; README.md says what matches upstream libtailscale and what not.
+//
+// export.go and tailscale.c are the C side. node.go, join.go and events.go
+// are a node's life; dial.go and conn.go its connections. Nothing here ever
+// uses the host's resolver or network on behalf of a connection.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"reflect"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"tailscale.com/envknob"
+	"tailscale.com/ipn/ipnlocal"
+	"tailscale.com/net/netns"
+	"tailscale.com/tsnet"
+	"tailscale.com/wgengine/netstack"
+)
+
+const (
+	// timeWait is how long the stack remembers a connection that we closed
+	// first. TCP's 60 s would keep 120,000 endpoints at 2,000 sessions a
+	// second; inside WireGuard, which drops replays, and with random initial
+	// sequence numbers, old duplicates are no concern.
+	timeWait = 5 * time.Second
+	// flushLimit bounds how long close waits for the peers to acknowledge
+	// what was written.
+	flushLimit = 2 * time.Second
+)
+
+// credentialVariables are those that tsnet reads by itself
+// (tsnet/tsnet.go, getAuthKey and following).
+var credentialVariables = []string{
+	"TS_AUTHKEY", "TS_AUTH_KEY", "TS_CLIENT_SECRET", "TS_CLIENT_ID",
+	"TS_ID_TOKEN", "TS_AUDIENCE", "TS_CONTROL_URL",
+}
+
+func forgetEnvironment() {
+	for _, name := range credentialVariables {
+		os.Unsetenv(name)
+	}
+}
+
+// noLogUpload keeps Tailscale's log upload off for every node of the process.
+var noLogUpload = sync.OnceFunc(envknob.SetNoLogsNoSupport)
+
+// node is one tailnet node.
+type node struct {
+	ctx    context.Context // ends at close
+	cancel context.CancelFunc
+
+	// mu guards the settings, the start and the close.
+	mu      sync.Mutex
+	server  *tsnet.Server // its fields are the settings until started
+	authKey string        // not given to tsnet before it is needed
+	logs    *logPipe
+	events  *os.File
+	started bool
+	closed  bool
+
+	upTimeout atomic.Int64 // milliseconds, 0 = none
+	lastError atomic.Pointer[string]
+	keyUsed   atomic.Bool // the auth key was handed to the backend
+
+	// Set by start, before any connection, and then constant.
+	backend *ipnlocal.LocalBackend
+	stack   *stack.Stack
+
+	// self is set while the node is running.
+	self  atomic.Pointer[addresses]
+	known sync.Map // name -> netip.Addr last seen in the map
+	// pending counts calls in progress that close must wait for.
+	pending sync.WaitGroup
+}
+
+func newNode() *node {
+	n := &node{server: new(tsnet.Server), logs: new(logPipe)}
+	n.ctx, n.cancel = context.WithCancel(context.Background())
+	n.server.Logf = n.logs.printf
+	n.server.UserLogf = n.logs.printf
+	return n
+}
+
+// configure changes a setting of a node that is not started.
+func (n *node) configure(set func()) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.started || n.closed {
+		return n.report(codeBadState, errors.New("settings cannot change after start"))
+	}
+	set()
+	return nil
+}
+
+// report keeps err's text for tailscale_errmsg and returns c.
+func (n *node) report(c code, err error) code {
+	text := err.Error()
+	n.lastError.Store(&text)
+	return c
+}
+
+// begin counts a call that uses the running node, unless it is closed.
+func (n *node) begin() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return false
+	}
+	n.pending.Add(1)
+	return true
+}
+
+// start brings the node's parts up without waiting for the tailnet.
+func (n *node) start() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return n.report(codeCancelled, errors.New("the node is closed"))
+	}
+	if n.started {
+		return nil
+	}
+	if n.server.Dir == "" {
+		return n.report(codeBadState, errors.New("no state directory is set"))
+	}
+	noLogUpload()
+	// The bind to a physical interface that netns does is for a host whose
+	// routes a TUN has taken over; there is no TUN here.
+	netns.SetEnabled(false)
+	if err := n.server.Start(); err != nil {
+		return n.report(codeError, err)
+	}
+	n.started = true
+	if err := n.reachInside(); err != nil {
+		n.server.Close()
+		n.closed = true
+		return n.report(codeError, err)
+	}
+	go n.follow()
+	return nil
+}
+
+// reachInside takes the two parts of tsnet that it does not offer: the TCP/IP
+// stack, for connections without goroutines, and the backend, which knows the
+// network map. Both are unexported fields; a test pins their names and types.
+func (n *node) reachInside() error {
+	impl, ok := n.server.Sys().Netstack.Get().(*netstack.Impl)
+	if !ok {
+		return fmt.Errorf("tsnet's netstack is a %T", n.server.Sys().Netstack.Get())
+	}
+	var err error
+	if n.stack, err = field[*stack.Stack](impl, "ipstack"); err != nil {
+		return err
+	}
+	if n.backend, err = field[*ipnlocal.LocalBackend](n.server, "lb"); err != nil {
+		return err
+	}
+	wait := tcpip.TCPTimeWaitTimeoutOption(timeWait)
+	if err := n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &wait); err != nil {
+		return fmt.Errorf("setting TIME_WAIT: %v", err)
+	}
+	reuse := tcpip.TCPTimeWaitReuseGlobal
+	if err := n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &reuse); err != nil {
+		return fmt.Errorf("allowing reuse of TIME_WAIT: %v", err)
+	}
+	return nil
+}
+
+// field reads an unexported field of the struct that object points to.
+func field[T any](object any, name string) (T, error) {
+	var none T
+	v := reflect.ValueOf(object).Elem().FieldByName(name)
+	if !v.IsValid() {
+		return none, fmt.Errorf("%T has no field %s: this version of tailscale.com is not supported", object, name)
+	}
+	if v.Type() != reflect.TypeFor[T]() {
+		return none, fmt.Errorf("%T.%s is a %v, not a %v: this version of tailscale.com is not supported",
+			object, name, v.Type(), reflect.TypeFor[T]())
+	}
+	// The field is addressable, of type T and initialised: server.Start
+	// returned after writing it.
+	return *(*T)(unsafe.Pointer(v.UnsafeAddr())), nil
+}
+
+// close stops the node once. Calls in progress are cancelled and awaited
+// first, since tsnet must not be closed beneath them.
+func (n *node) close() {
+	n.mu.Lock()
+	if n.closed {
+		n.mu.Unlock()
+		return
+	}
+	n.closed = true
+	started := n.started
+	n.mu.Unlock()
+
+	n.cancel()
+	n.self.Store(nil)
+	n.pending.Wait()
+	if started {
+		n.flush()
+		n.abortAll()
+		n.server.Close()
+	}
+	if n.events != nil {
+		n.events.Close()
+	}
+	n.logs.close()
+}
+
+// flush waits until the connections whose handles are closed are over, within
+// flushLimit: closing the stack drops what is still queued, and a reset may
+// overtake bytes that the peer has received but not read.
+func (n *node) flush() {
+	deadline := time.Now().Add(flushLimit)
+	for n.ending() > 0 && time.Now().Before(deadline) {
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// abortAll resets what is left while the stack can still send. tsnet does so
+// only after its sender has stopped: the resets would be lost and, from the
+// 513th on, block for ever on the sender's queue
+// (wgengine/netstack/link_endpoint.go, queue.Write).
+func (n *node) abortAll() {
+	for _, registered := range n.stack.RegisteredEndpoints() {
+		registered.Abort()
+	}
+}
+
+// ending counts the endpoints that nobody has a handle of and that still have
+// bytes or a FIN to deliver or to receive.
+func (n *node) ending() int {
+	held := make(map[tcpip.Endpoint]bool)
+	conns.each(func(c *conn) { held[c.ep] = true })
+	count := 0
+	for _, registered := range n.stack.RegisteredEndpoints() {
+		ep, ok := registered.(*tcp.Endpoint)
+		if !ok || held[ep] {
+			continue
+		}
+		switch ep.EndpointState() {
+		case tcp.StateEstablished, tcp.StateCloseWait, tcp.StateFinWait1, tcp.StateFinWait2,
+			tcp.StateClosing, tcp.StateLastAck:
+			count++
+		}
+	}
+	return count
+}
+
+// ips returns the node's addresses, IPv4 first.
+func (n *node) ips() []string {
+	self := n.self.Load()
+	if self == nil {
+		return nil
+	}
+	var list []string
+	for _, ip := range []netip.Addr{self.v4, self.v6} {
+		if ip.IsValid() {
+			list = append(list, ip.String())
+		}
+	}
+	return list
+}
+
+// logPipe writes log lines to a descriptor and drops them while it is full:
+// Tailscale logs under its own locks, so a log line must never wait.
+type logPipe struct {
+	mu sync.Mutex
+	fd int // 0 = none
+}
+
+func (l *logPipe) open(fd int) error {
+	if err := syscall.SetNonblock(fd, true); err != nil {
+		return err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.fd = fd
+	return nil
+}
+
+func (l *logPipe) printf(format string, args ...any) {
+	line := strings.TrimRight(fmt.Sprintf(format, args...), "\n") + "\n"
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.fd != 0 {
+		syscall.Write(l.fd, []byte(line)) // a full or closed pipe drops it
+	}
+}
+
+func (l *logPipe) close() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.fd != 0 {
+		syscall.Close(l.fd)
+		l.fd = 0
+	}
+}

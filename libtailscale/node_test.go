@@ -1,0 +1,199 @@
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"libtailscale/testnet"
+
+	"tailscale.com/tsnet"
+)
+
+// What reachInside takes from tsnet must be there, by name and type.
+func TestUnexportedFields(t *testing.T) {
+	_, err := field[int](new(tsnet.Server), "lb")
+	if err == nil || !strings.Contains(err.Error(), "ipnlocal.LocalBackend") {
+		t.Fatalf("tsnet.Server.lb: %v", err)
+	}
+	_, err = field[int](new(tsnet.Server), "nothing")
+	if err == nil || !strings.Contains(err.Error(), "no field nothing") {
+		t.Fatalf("a missing field: %v", err)
+	}
+	// Their values are used by every other test.
+}
+
+func TestUpWithoutAKey(t *testing.T) {
+	n := unstarted(t, startNet(t, testnet.Options{}))
+	n.authKey = ""
+	wantCode(t, n.up(), codeNeedsLogin)
+}
+
+func TestUpWithAWrongKey(t *testing.T) {
+	tailnet := startNet(t, testnet.Options{AuthKeys: []string{"tskey-auth-right"}})
+	n := unstarted(t, tailnet)
+	n.authKey = "tskey-auth-wrong"
+	wantCode(t, n.up(), codeAuthRefused)
+	if text := errorText(n); !strings.Contains(text, "key") || strings.Contains(text, "tskey-auth-wrong") {
+		t.Fatalf("text: %q", text)
+	}
+}
+
+func TestUpWithoutAControlServer(t *testing.T) {
+	tailnet := startNet(t, testnet.Options{})
+	tailnet.StopControl()
+	n := unstarted(t, tailnet)
+	n.upTimeout.Store(500)
+	wantCode(t, n.up(), codeControlUnreachable)
+	if text := errorText(n); !strings.Contains(text, "refused") {
+		t.Fatalf("text: %q", text)
+	}
+}
+
+// An enrolled node starts without a key; when control is away it says so and
+// goes on trying.
+func TestEnrolledNodeNeedsNoKey(t *testing.T) {
+	tailnet := startNet(t, testnet.Options{AuthKeys: []string{"tskey-auth-test"}})
+	first := unstarted(t, tailnet)
+	check(t, first.up())
+	ips := first.ips()
+	first.close()
+
+	tailnet.SetAuthKeys([]string{"another"})
+	tailnet.StopControl()
+	second := unstarted(t, tailnet)
+	second.server.Dir = first.server.Dir
+	second.authKey = "spent"
+	second.upTimeout.Store(500)
+	wantCode(t, second.up(), codeUpTimedOut)
+	check(t, tailnet.StartControl())
+	second.upTimeout.Store(testTimeout.Milliseconds())
+	check(t, second.up())
+	if strings.Join(second.ips(), ",") != strings.Join(ips, ",") {
+		t.Fatalf("addresses %v, %v before", second.ips(), ips)
+	}
+	if second.keyUsed.Load() {
+		t.Fatal("the key was used although the state is valid")
+	}
+}
+
+func TestUpThatNeedsApproval(t *testing.T) {
+	tailnet := startNet(t, testnet.Options{})
+	tailnet.RequireApproval(true)
+	n := unstarted(t, tailnet)
+	n.upTimeout.Store(2000)
+	wantCode(t, n.up(), codeNeedsApproval)
+}
+
+func TestCloseCancelsUp(t *testing.T) {
+	tailnet := startNet(t, testnet.Options{})
+	tailnet.StopControl()
+	n := unstarted(t, tailnet)
+	n.upTimeout.Store(0)
+	outcome := make(chan error, 1)
+	check(t, n.start())
+	go func() { outcome <- n.up() }()
+	n.close()
+	select {
+	case err := <-outcome:
+		wantCode(t, err, codeCancelled)
+	case <-time.After(testTimeout):
+		t.Fatal("up goes on after close")
+	}
+	wantCode(t, n.up(), codeCancelled)
+	n.close() // again is harmless
+}
+
+func TestSettingsAreFixedAfterStart(t *testing.T) {
+	n := unstarted(t, startNet(t, testnet.Options{}))
+	check(t, n.start())
+	wantCode(t, n.configure(func() { t.Error("the setting was applied") }), codeBadState)
+}
+
+func TestStartWithoutADirectory(t *testing.T) {
+	n := newNode()
+	defer n.close()
+	wantCode(t, n.start(), codeBadState)
+}
+
+func TestADirectoryThatCannotBeWritten(t *testing.T) {
+	n := newNode()
+	defer n.close()
+	n.server.Dir = "/proc/nothing"
+	wantCode(t, n.start(), codeError)
+	if text := errorText(n); !strings.Contains(text, "/proc/nothing") {
+		t.Fatalf("text: %q", text)
+	}
+}
+
+func TestEventsTellTheState(t *testing.T) {
+	tailnet := startNet(t, testnet.Options{})
+	n := unstarted(t, tailnet)
+	n.server.AdvertiseTags = []string{"tag:reverse-proxy"}
+	reader, writer, err := os.Pipe()
+	check(t, err)
+	defer reader.Close()
+	n.events = writer
+	check(t, n.up())
+	reader.SetReadDeadline(time.Now().Add(testTimeout))
+	for decoder := json.NewDecoder(reader); ; {
+		var s status
+		check(t, decoder.Decode(&s))
+		if s.State == "Running" && s.InMapPoll {
+			if len(s.IPs) != 2 || s.Tags[0] != "tag:reverse-proxy" || s.Name != "edge.tail-test.ts.net" {
+				t.Fatalf("%+v", s)
+			}
+			return
+		}
+	}
+}
+
+func TestPing(t *testing.T) {
+	e := startEdge(t, echo)
+	report, err := e.ping("mailbox", testTimeout)
+	check(t, err)
+	if !report.Answered || report.IP != e.mailbox.IPs[0] || report.Direct == "" && report.Relay == "" || !report.Online {
+		t.Fatalf("%+v", report)
+	}
+	_, err = e.ping("nobody", testTimeout)
+	wantCode(t, err, codeNoSuchPeer)
+
+	check(t, e.net.StopNode("mailbox"))
+	eventually(t, "the mailbox is offline", func() bool {
+		report, err = e.ping("mailbox", 200*time.Millisecond)
+		return err == codeTimedOut && !report.Online
+	})
+}
+
+func TestAClosedNodeLeavesNothingBehind(t *testing.T) {
+	tailnet := startNet(t, testnet.Options{})
+	_, err := tailnet.AddNode(testnet.NodeConfig{Name: "mailbox", Forward: map[uint16]string{25: listen(t, echo)}})
+	check(t, err)
+	run := func() {
+		n := unstarted(t, tailnet)
+		check(t, n.up())
+		n.close()
+	}
+	run() // whatever the process keeps for good is made now
+	goroutines, fds := runtime.NumGoroutine(), descriptors(t)
+	for range 5 {
+		run()
+	}
+	noGoroutinesLeft(t, goroutines+2)
+	eventually(t, "the descriptors are back", func() bool { return descriptors(t) <= fds+2 })
+}
+
+func TestForgetEnvironment(t *testing.T) {
+	for _, name := range credentialVariables {
+		t.Setenv(name, "secret")
+	}
+	forgetEnvironment()
+	for _, name := range credentialVariables {
+		if value, found := os.LookupEnv(name); found {
+			t.Errorf("%s=%s is still there", name, value)
+		}
+	}
+}

@@ -1,0 +1,245 @@
+// The C contract of libtailscale: a tailnet node inside this process, and
+// TCP connections from it to peers of the tailnet.
+//
+// Two kinds of handle exist. A `tailscale` is a node; a `tailscale_conn` is
+// one TCP connection of a node. Neither is ever reused for another object, so
+// a stale handle is answered with TAILSCALE_BAD_HANDLE and cannot touch a
+// stranger's connection.
+//
+// The life-cycle calls carry the names and the contracts of upstream
+// libtailscale. The connection calls are our own: a connection is not a file
+// descriptor but a handle with readiness, so that an idle connection costs no
+// descriptor, no thread, no goroutine and no buffer.
+//
+// Conventions
+//   - Results: zero or a positive count on success, a negative
+//     tailscale_code otherwise. Outputs are written only on success, unless
+//     the function says otherwise.
+//   - Strings passed in are NUL-terminated UTF-8 and copied before the call
+//     returns. Buffers passed in are not kept after the call returns.
+//   - Threads: node calls may be made from any thread at any time, also
+//     concurrently. Calls on one connection must not overlap each other;
+//     different connections are independent.
+//   - A Go panic behind a call becomes TAILSCALE_PANIC; it does not unwind
+//     into the caller.
+//   - Nothing is ever sent on the host's network on behalf of a connection:
+//     names are looked up in the tailnet's network map alone and packets
+//     leave through WireGuard alone.
+#ifndef TAILSCALE_H
+#define TAILSCALE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// A node. Valid from tailscale_new until tailscale_close.
+typedef int tailscale;
+
+// A connection. Valid from tailscale_conn_open until tailscale_conn_close.
+// Zero is never a valid handle.
+typedef uint64_t tailscale_conn;
+
+// Why a call failed. The numbers are stable.
+enum tailscale_code {
+    TAILSCALE_OK = 0,
+    // Anything not named below; tailscale_errmsg has the text for node calls.
+    TAILSCALE_ERROR = -1,
+    // Nothing can be done now; the wake function will be called.
+    TAILSCALE_WOULD_BLOCK = -2,
+    // The handle names no live object.
+    TAILSCALE_BAD_HANDLE = -3,
+    // An argument is out of range, not UTF-8, or NULL.
+    TAILSCALE_BAD_ARGUMENT = -4,
+    // The call came at the wrong time (for example a setting after start).
+    TAILSCALE_BAD_STATE = -5,
+    // A bug on the Go side was caught; the log has its text.
+    TAILSCALE_PANIC = -6,
+
+    // Connections.
+    // The node has no place on the tailnet at the moment.
+    TAILSCALE_NOT_RUNNING = -20,
+    // The network map holds no peer of that name or address.
+    TAILSCALE_NO_SUCH_PEER = -21,
+    // The name or address is this node itself.
+    TAILSCALE_IS_SELF = -22,
+    // The peer answered that nothing listens on the port.
+    TAILSCALE_REFUSED = -23,
+    // No answer within TCP's own limits.
+    TAILSCALE_TIMED_OUT = -24,
+    // The peer reset the connection.
+    TAILSCALE_RESET = -25,
+    // Writing after tailscale_conn_shutdown, or on an aborted connection.
+    TAILSCALE_CLOSED = -26,
+    // Every local port towards that peer and port is taken.
+    TAILSCALE_NO_PORTS = -27,
+    // The stack knows no way to the address.
+    TAILSCALE_UNREACHABLE = -28,
+
+    // Joining (tailscale_up).
+    // The node is not enrolled and there is no auth key.
+    TAILSCALE_NEEDS_LOGIN = -40,
+    // The control server refused the node; the text is its own.
+    TAILSCALE_AUTH_REFUSED = -41,
+    // An admin must approve the node first.
+    TAILSCALE_NEEDS_APPROVAL = -42,
+    // The control server could not be reached.
+    TAILSCALE_CONTROL_UNREACHABLE = -43,
+    // The time set by tailscale_set_up_timeout passed for another reason.
+    TAILSCALE_UP_TIMED_OUT = -44,
+    // tailscale_close was called meanwhile.
+    TAILSCALE_CANCELLED = -45,
+};
+
+// What a wake reports. Both bits are set when the connection failed or ended.
+enum tailscale_ready {
+    TAILSCALE_READABLE = 1,
+    TAILSCALE_WRITABLE = 2,
+};
+
+// ---------------------------------------------------------------------------
+// The process
+// ---------------------------------------------------------------------------
+
+// Removes from the environment, of C and of the Go runtime, every variable
+// from which tsnet would take credentials or a control server behind the
+// caller's back: TS_AUTHKEY, TS_AUTH_KEY, TS_CLIENT_SECRET, TS_CLIENT_ID,
+// TS_ID_TOKEN, TS_AUDIENCE, TS_CONTROL_URL. Call it once, after reading them
+// and before other threads read the environment: it uses unsetenv(3).
+void tailscale_forget_environment(void);
+
+// Sets the one function that is called when a connection became ready.
+// `token` is what tailscale_conn_open was given, `ready` a set of
+// tailscale_ready bits. It may be called from any thread, concurrently, under
+// locks of the network stack and during a call on the same connection: it
+// must not block and must not call back into this library. Set it once,
+// before the first tailscale_conn_open.
+void tailscale_set_wake(void (*wake)(uintptr_t token, uint32_t ready));
+
+// The version of Tailscale that is linked in, such as "1.102.5". Static.
+const char* tailscale_version(void);
+
+// ---------------------------------------------------------------------------
+// A node's life
+// ---------------------------------------------------------------------------
+
+// Creates a node that is not started. Never fails.
+tailscale tailscale_new(void);
+
+// Settings, all before tailscale_start or tailscale_up; TAILSCALE_BAD_STATE
+// afterwards.
+//
+// The directory of the node's identity; required.
+int tailscale_set_dir(tailscale sd, const char* dir);
+// The name asked for on the tailnet; the control server may append "-1".
+int tailscale_set_hostname(tailscale sd, const char* hostname);
+// Used only when the control server asks for a login, so that an expired key
+// never stops an enrolled node.
+int tailscale_set_authkey(tailscale sd, const char* authkey);
+// Default: Tailscale's own control server.
+int tailscale_set_control_url(tailscale sd, const char* control_url);
+// Nonzero: the node is removed from the tailnet when it goes away.
+int tailscale_set_ephemeral(tailscale sd, int ephemeral);
+// Comma-separated, such as "tag:reverse-proxy". (Not in upstream.)
+int tailscale_set_tags(tailscale sd, const char* tags);
+// How long tailscale_up waits, in milliseconds; 0, the default, is for ever.
+// May be changed at any time. (Not in upstream.)
+int tailscale_set_up_timeout(tailscale sd, int64_t timeout_ms);
+// Where Tailscale's log lines go, one write each; -1, the default, drops
+// them. The library owns the descriptor from here on, makes it non-blocking
+// and closes it in tailscale_close; lines are dropped while it is full.
+int tailscale_set_logfd(tailscale sd, int fd);
+// Where the node's state goes: one line of JSON for every change, beginning
+// with the state at start. Ownership as for tailscale_set_logfd, but a line
+// waits for room rather than being dropped. (Not in upstream.)
+//   {"state":"Running","name":"edge.example.ts.net","ips":["100.64.0.1"],
+//    "tags":["tag:reverse-proxy"],"in_map_poll":true,
+//    "key_expiry":"2027-01-01T00:00:00Z","login_url":"","health":[]}
+int tailscale_set_eventfd(tailscale sd, int fd);
+
+// Starts the node without waiting for the tailnet. Optional:
+// tailscale_up does it. Zero or a negative code, see tailscale_errmsg.
+int tailscale_start(tailscale sd);
+
+// Joins the tailnet and returns when the node is running. May be called again
+// after a failure, and from several threads. Fails with one of the joining
+// codes; tailscale_errmsg has the text. A node that is enrolled and cannot
+// reach its control server gets TAILSCALE_UP_TIMED_OUT and goes on trying in
+// the background; TAILSCALE_CONTROL_UNREACHABLE means it was never enrolled.
+int tailscale_up(tailscale sd);
+
+// Stops the node, cancels a pending tailscale_up, and waits up to two seconds
+// for bytes already written to be acknowledged by the peers. Connections that
+// are still open fail with TAILSCALE_RESET; their handles stay valid until
+// closed. Zero or TAILSCALE_BAD_HANDLE.
+int tailscale_close(tailscale sd);
+
+// Writes the node's addresses, comma-separated, NUL-terminated. Zero, EBADF,
+// or ERANGE when they do not fit (upstream's contract).
+int tailscale_getips(tailscale sd, char* buf, size_t buflen);
+
+// Writes the text of the last failed node call, NUL-terminated. Zero, EBADF,
+// or ERANGE when it was cut to fit (upstream's contract). It is the last
+// failure of any thread: callers that share a node see each other's.
+int tailscale_errmsg(tailscale sd, char* buf, size_t buflen);
+
+// Pings a peer (by name or address) beneath TCP and says what is known of it.
+// Blocks for up to timeout_ms. Writes one JSON object, NUL-terminated, also
+// when the peer did not answer:
+//   {"ip":"100.64.0.2","answered":true,"latency_ms":1.2,
+//    "direct":"192.0.2.7:41641","relay":"","online":true,"last_seen":""}
+// Zero when it answered, TAILSCALE_TIMED_OUT when it did not,
+// TAILSCALE_NO_SUCH_PEER, TAILSCALE_IS_SELF, TAILSCALE_NOT_RUNNING, or
+// TAILSCALE_BAD_ARGUMENT when the buffer is too small. (Not in upstream.)
+int tailscale_ping(tailscale sd, const char* host, int64_t timeout_ms,
+                   char* buf, size_t buflen);
+
+// ---------------------------------------------------------------------------
+// Connections (none of this is in upstream)
+// ---------------------------------------------------------------------------
+
+// Begins to connect to a peer. `host` is a MagicDNS name, its first label, or
+// a tailnet address; `port` is 1 to 65535. On success the handle is written
+// and the connection is being made: wait for a wake and ask
+// tailscale_conn_state. The token is given to the wake function until
+// tailscale_conn_close returns.
+int tailscale_conn_open(tailscale sd, const char* host, uint16_t port,
+                        uintptr_t token, tailscale_conn* conn_out);
+
+// Zero when connected, TAILSCALE_WOULD_BLOCK while connecting, or the code of
+// the failure.
+int tailscale_conn_state(tailscale_conn conn);
+
+// Reads up to buflen bytes. A positive count; zero at the peer's end of
+// stream (or when buflen is zero); TAILSCALE_WOULD_BLOCK; or the code of the
+// failure, which is given only after every byte received before it, and again
+// at every later call.
+ptrdiff_t tailscale_conn_read(tailscale_conn conn, void* buf, size_t buflen);
+
+// Writes some of the bytes. A positive count, possibly less than buflen;
+// TAILSCALE_WOULD_BLOCK; TAILSCALE_CLOSED; or the code of the failure.
+ptrdiff_t tailscale_conn_write(tailscale_conn conn, const void* buf,
+                               size_t buflen);
+
+// Ends the writing side (FIN after the bytes written so far); reading goes
+// on. Zero or the code of the failure.
+int tailscale_conn_shutdown(tailscale_conn conn);
+
+// Resets the connection (RST); the handle still has to be closed.
+int tailscale_conn_abort(tailscale_conn conn);
+
+// Gives the handle back. When it returns, the token will not be used again
+// and may be freed. Bytes written before are still delivered, followed by a
+// FIN, unless received bytes were left unread: then the peer sees a reset.
+int tailscale_conn_close(tailscale_conn conn);
+
+// For leak checks: the number of connection handles not closed yet.
+int64_t tailscale_conn_count(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

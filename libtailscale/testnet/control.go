@@ -1,0 +1,204 @@
+package testnet
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+
+	"golang.org/x/net/http2"
+	"tailscale.com/control/controlhttp/controlhttpserver"
+	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
+	"tailscale.com/types/logger"
+)
+
+// maxRequestBytes bounds a request from a node.
+const maxRequestBytes = 1 << 20
+
+// controlConfig is what newControl needs.
+type controlConfig struct {
+	host      string
+	domain    string
+	derpMap   *tailcfg.DERPMap
+	authKeys  []string // nil: anything goes
+	masterKey string   // always accepted; used by the nodes of this process
+	logf      logger.Logf
+}
+
+// control is the control server: the protocol's outer layer is here, who may
+// join in register.go, what nodes are told in mapstream.go, and the table of
+// nodes in registry.go.
+type control struct {
+	controlConfig
+	noiseKey key.MachinePrivate
+	reg      *registry
+
+	addr string // host:port, fixed, since nodes keep the URL
+
+	mu      sync.Mutex
+	server  *http.Server // nil while stopped
+	tracker *trackingListener
+}
+
+// newControl starts a control server on a free port.
+func newControl(cfg controlConfig) (*control, error) {
+	ln, err := net.Listen("tcp", net.JoinHostPort(cfg.host, "0"))
+	if err != nil {
+		return nil, fmt.Errorf("listening for control: %w", err)
+	}
+	c := &control{
+		controlConfig: cfg,
+		noiseKey:      key.NewMachine(),
+		reg:           newRegistry(cfg.domain, cfg.authKeys),
+		addr:          ln.Addr().String(),
+	}
+	c.serve(ln)
+	return c, nil
+}
+
+func (c *control) baseURL() string { return "http://" + c.addr }
+
+// start listens again after stop.
+func (c *control) start() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.server != nil {
+		return nil
+	}
+	ln, err := net.Listen("tcp", c.addr)
+	if err != nil {
+		return fmt.Errorf("listening for control again: %w", err)
+	}
+	c.reg.resume()
+	c.serve(ln)
+	return nil
+}
+
+func (c *control) serve(ln net.Listener) {
+	c.tracker = &trackingListener{Listener: ln, conns: make(map[net.Conn]struct{})}
+	c.server = &http.Server{Handler: c.outerMux(), ErrorLog: logger.StdLogger(c.logf)}
+	go c.server.Serve(c.tracker)
+}
+
+// stop refuses new connections and cuts the present ones. What nodes were seen
+// online stays so, as long as control cannot know better.
+func (c *control) stop() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.server == nil {
+		return
+	}
+	c.reg.suspend()
+	c.server.Close()
+	c.tracker.closeConns()
+	c.server, c.tracker = nil, nil
+}
+
+// outerMux answers what comes in without encryption.
+func (c *control) outerMux() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /key", c.serveKey)
+	mux.HandleFunc("/ts2021", c.serveNoise)
+	mux.HandleFunc("GET /auth/{id}", c.serveLogin)
+	mux.HandleFunc("/ack/{session}/{gen}", c.serveAck)
+	return mux
+}
+
+// noiseMux answers what comes in over the encrypted channel of machine.
+func (c *control) noiseMux(machine key.MachinePublic) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /machine/register", func(w http.ResponseWriter, r *http.Request) {
+		c.serveRegister(w, r, machine)
+	})
+	mux.HandleFunc("POST /machine/map", func(w http.ResponseWriter, r *http.Request) {
+		c.serveMap(w, r, machine)
+	})
+	mux.HandleFunc("POST /machine/update-health", func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		w.WriteHeader(http.StatusNoContent)
+	})
+	return mux
+}
+
+func (c *control) serveKey(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", "application/json")
+	json.NewEncoder(w).Encode(&tailcfg.OverTLSPublicKeyResponse{PublicKey: c.noiseKey.Public()})
+}
+
+// serveNoise turns the connection into the control protocol's encrypted channel
+// and serves HTTP/2 on it until it ends.
+func (c *control) serveNoise(w http.ResponseWriter, r *http.Request) {
+	conn, err := controlhttpserver.AcceptHTTP(r.Context(), w, r, c.noiseKey, nil)
+	if err != nil {
+		c.logf("control: accepting %v: %v", r.RemoteAddr, err)
+		return
+	}
+	defer conn.Close()
+	var h2 http2.Server
+	h2.ServeConn(conn, &http2.ServeConnOpts{
+		Context:    r.Context(),
+		BaseConfig: &http.Server{Handler: c.noiseMux(conn.Peer())},
+	})
+}
+
+// readJSON decodes a node's request. On failure it has answered already.
+func readJSON(w http.ResponseWriter, r *http.Request, v any) bool {
+	err := json.NewDecoder(io.LimitReader(r.Body, maxRequestBytes)).Decode(v)
+	if err != nil {
+		http.Error(w, "reading request: "+err.Error(), http.StatusBadRequest)
+		return false
+	}
+	return true
+}
+
+// trackingListener remembers its connections, because http.Server.Close leaves
+// those open that a handler has taken over, and here that is every one of a node.
+type trackingListener struct {
+	net.Listener
+	mu     sync.Mutex
+	conns  map[net.Conn]struct{}
+	closed bool
+}
+
+func (l *trackingListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		c.Close()
+		return nil, net.ErrClosed
+	}
+	tc := &trackedConn{Conn: c, ln: l}
+	l.conns[tc] = struct{}{}
+	return tc, nil
+}
+
+// closeConns closes every connection accepted and not closed yet.
+func (l *trackingListener) closeConns() {
+	l.mu.Lock()
+	l.closed = true
+	conns := l.conns
+	l.conns = nil
+	l.mu.Unlock()
+	for c := range conns {
+		c.Close()
+	}
+}
+
+type trackedConn struct {
+	net.Conn
+	ln *trackingListener
+}
+
+func (c *trackedConn) Close() error {
+	c.ln.mu.Lock()
+	delete(c.ln.conns, c)
+	c.ln.mu.Unlock()
+	return c.Conn.Close()
+}

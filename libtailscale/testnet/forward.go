@@ -1,0 +1,147 @@
+package testnet
+
+import (
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"tailscale.com/types/logger"
+)
+
+// Limits for dialling a forward's target, which is on this host.
+const (
+	// decideTimeout is how long the answer to a SYN waits for the target to
+	// accept or refuse. Both take microseconds on loopback; a target whose
+	// backlog is full takes longer, and the answer is then yes. It is short
+	// because tsnet holds a lock meanwhile.
+	decideTimeout = 250 * time.Millisecond
+	// targetTimeout is how long the target may take to accept.
+	targetTimeout = 10 * time.Second
+	// handshakeTimeout is how long an open connection to the target waits for
+	// the tailnet side's handshake to finish, before it is taken for abandoned.
+	handshakeTimeout = 30 * time.Second
+)
+
+// forwards is a node's table of forwarded ports.
+//
+// It is hooked in as a fallback handler, not as listeners: it is asked about
+// each SYN before it is answered, so a server that is down looks from the
+// tailnet as on a real host (the SYN is refused), and so does a port without a
+// forward.
+type forwards struct {
+	logf        logger.Logf
+	open, total atomic.Int64 // connections
+
+	mu sync.Mutex
+	to map[uint16]string
+}
+
+func newForwards(to map[uint16]string, logf logger.Logf) *forwards {
+	f := &forwards{logf: logf, to: make(map[uint16]string)}
+	maps.Copy(f.to, to)
+	return f
+}
+
+func (f *forwards) set(port uint16, to string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.to[port] = to
+}
+
+func (f *forwards) unset(port uint16) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if _, ok := f.to[port]; !ok {
+		return fmt.Errorf("port %d is not forwarded", port)
+	}
+	delete(f.to, port)
+	return nil
+}
+
+func (f *forwards) target(port uint16) (string, bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	to, ok := f.to[port]
+	return to, ok
+}
+
+// handle decides about a SYN; it is a tsnet.FallbackTCPHandler. A nil handler
+// refuses the connection with a RST.
+func (f *forwards) handle(src, dst netip.AddrPort) (handler func(net.Conn), intercept bool) {
+	to, ok := f.target(dst.Port())
+	if !ok {
+		return nil, true
+	}
+	dial := startDial(to)
+	select {
+	case <-dial.done:
+		if dial.err != nil {
+			f.logf("forward %v -> %v: refused: %v", src, dst, dial.err)
+			return nil, true
+		}
+	case <-time.After(decideTimeout):
+	}
+	abandoned := time.AfterFunc(handshakeTimeout, dial.abandon)
+	return func(c net.Conn) {
+		abandoned.Stop()
+		f.serve(c, dial)
+	}, true
+}
+
+// serve relays one tailnet connection until both sides have ended it.
+func (f *forwards) serve(c net.Conn, dial *pendingDial) {
+	f.open.Add(1)
+	f.total.Add(1)
+	defer f.open.Add(-1)
+
+	tailnet, err := newTailnetLeg(c)
+	if err != nil {
+		// A gVisor that has changed: tests would hang without the reason.
+		panic(err)
+	}
+	<-dial.done
+	if dial.err != nil {
+		f.logf("forward: %v", dial.err)
+		tailnet.reset()
+		tailnet.close()
+		return
+	}
+	server, err := newServerLeg(dial.conn)
+	if err != nil {
+		panic(err)
+	}
+	relay(tailnet, server)
+}
+
+// pendingDial is a connection to a target in the making.
+type pendingDial struct {
+	done chan struct{} // closed when conn or err is set
+	conn *net.TCPConn
+	err  error
+}
+
+func startDial(to string) *pendingDial {
+	d := &pendingDial{done: make(chan struct{})}
+	go func() {
+		defer close(d.done)
+		c, err := net.DialTimeout("tcp", to, targetTimeout)
+		if err != nil {
+			d.err = err
+			return
+		}
+		d.conn = c.(*net.TCPConn)
+	}()
+	return d
+}
+
+// abandon ends a dial that nobody will use.
+func (d *pendingDial) abandon() {
+	<-d.done
+	if d.conn != nil {
+		d.conn.Close()
+	}
+}

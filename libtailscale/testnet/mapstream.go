@@ -1,0 +1,372 @@
+package testnet
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strconv"
+	"time"
+
+	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
+	"tailscale.com/util/zstdframe"
+)
+
+// keepAliveInterval is well below the two minutes of silence after which a node
+// gives the stream up (controlclient.watchdogTimeout).
+const keepAliveInterval = 50 * time.Second
+
+// session is one node's map stream. A stream is sent the difference to what it
+// was sent before, as real control does; a full list of peers would not do,
+// since an empty list means "no change".
+//
+// After each map the node is asked for a ping over a plain HTTP request. A node
+// starts on the ping only when it has handled the map before it, so the answer
+// is the acknowledgement that waitPushed waits for.
+type session struct {
+	id       string
+	rec      *record
+	replaced chan struct{} // closed when a newer stream of the node takes over
+
+	// Guarded by registry.mu: the last change looked at, the last one that made
+	// a difference to this node and so was sent, and the last acknowledged.
+	seen, sent, acked uint64
+}
+
+// serveMap answers a node's map request: either an update of what it says about
+// itself, or the long-lived stream of maps.
+func (c *control) serveMap(w http.ResponseWriter, r *http.Request, machine key.MachinePublic) {
+	var req tailcfg.MapRequest
+	if !readJSON(w, r, &req) {
+		return
+	}
+	c.reg.mu.Lock()
+	rec := c.reg.byKeyLocked(req.NodeKey)
+	known := rec != nil && rec.node.Machine == machine && !rec.loggedOut
+	if known && !req.ReadOnly && !req.Stream {
+		rec.updateFrom(&req)
+		c.reg.bumpLocked()
+	}
+	c.reg.mu.Unlock()
+	if !known {
+		http.Error(w, "node not found", http.StatusNotFound)
+		return
+	}
+	if !req.Stream {
+		// The node reads only the status of an update's answer.
+		w.WriteHeader(http.StatusOK)
+		return
+	}
+	c.streamMaps(r.Context(), &mapWriter{w: w, compress: req.Compress == "zstd"}, rec)
+}
+
+// updateFrom notes what the node says about itself. Streams are not for that
+// (tailcfg.MapRequest.Stream).
+func (rec *record) updateFrom(req *tailcfg.MapRequest) {
+	rec.node.Endpoints = req.Endpoints
+	rec.node.DiscoKey = req.DiscoKey
+	rec.node.Cap = req.Version
+	if req.Hostinfo == nil {
+		return
+	}
+	rec.node.Hostinfo = req.Hostinfo.View()
+	if ni := req.Hostinfo.NetInfo; ni != nil && ni.PreferredDERP != 0 {
+		rec.node.HomeDERP = ni.PreferredDERP
+	}
+}
+
+// streamMaps sends maps until the node goes, or opens another stream.
+func (c *control) streamMaps(ctx context.Context, w *mapWriter, rec *record) {
+	s, ok := c.reg.openSession(rec)
+	if !ok {
+		return
+	}
+	defer c.reg.closeSession(s)
+
+	keepAlive := time.NewTicker(keepAliveInterval)
+	defer keepAlive.Stop()
+	var last *nodeView
+	for {
+		view, gen, changed := c.reg.viewFor(rec)
+		msg := view.changesSince(last)
+		if last == nil {
+			c.addConstants(msg)
+		}
+		last = view
+		if c.reg.noteSeen(s, gen, msg != nil) {
+			ack := fmt.Sprintf("%s/ack/%s/%d", c.baseURL(), s.id, gen)
+			if w.send(msg) != nil || w.send(pingRequest(ack)) != nil {
+				return
+			}
+		}
+		for waiting := true; waiting; {
+			select {
+			case <-changed:
+				waiting = false
+			case <-keepAlive.C:
+				if w.send(&tailcfg.MapResponse{KeepAlive: true}) != nil {
+					return
+				}
+			case <-s.replaced:
+				return
+			case <-ctx.Done():
+				return
+			}
+		}
+	}
+}
+
+// addConstants adds to the first map of a stream what never changes.
+func (c *control) addConstants(msg *tailcfg.MapResponse) {
+	msg.DERPMap = c.derpMap
+	msg.Domain = c.domain
+	msg.CollectServices = "false"
+	msg.DNSConfig = &tailcfg.DNSConfig{Proxied: true, Domains: []string{c.domain}}
+	msg.UserProfiles = []tailcfg.UserProfile{{
+		ID: theUser.ID, LoginName: theLogin.LoginName, DisplayName: theUser.DisplayName,
+	}}
+	now := time.Now()
+	msg.ControlTime = &now
+	msg.ControlDialPlan = redialPlan(c.host)
+}
+
+// redialPlan makes nodes that have lost control try again every quarter of a
+// second. Without it a node whose connect is refused does nothing for 10 s:
+// having a plain http URL to a private address it has no port 443 to fall back
+// to, yet waits for that attempt too (controlhttp.Dialer.dialHostOpt).
+func redialPlan(host string) *tailcfg.ControlDialPlan {
+	const attempts, interval = 80, 0.25
+	plan := new(tailcfg.ControlDialPlan)
+	for i := range attempts {
+		plan.Candidates = append(plan.Candidates, tailcfg.ControlIPCandidate{
+			IP:                netip.MustParseAddr(host),
+			DialStartDelaySec: float64(i) * interval,
+			DialTimeoutSec:    2 * interval,
+		})
+	}
+	return plan
+}
+
+// pingRequest asks the node for a request to url. It goes as a keep-alive, which
+// changes nothing else.
+func pingRequest(url string) *tailcfg.MapResponse {
+	return &tailcfg.MapResponse{KeepAlive: true, PingRequest: &tailcfg.PingRequest{URL: url}}
+}
+
+// serveAck takes the node's answer to pingRequest.
+func (c *control) serveAck(w http.ResponseWriter, r *http.Request) {
+	gen, err := strconv.ParseUint(r.PathValue("gen"), 10, 64)
+	if err != nil {
+		http.Error(w, "bad map number", http.StatusBadRequest)
+		return
+	}
+	c.reg.noteAck(r.PathValue("session"), gen)
+}
+
+// openSession makes a session the one of its node, which is thereby online. It
+// is false if control is being stopped.
+func (r *registry) openSession(rec *record) (*session, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.suspended || rec.removed {
+		return nil, false
+	}
+	if rec.session != nil {
+		close(rec.session.replaced)
+	}
+	s := &session{id: rand.Text(), rec: rec, replaced: make(chan struct{})}
+	rec.session = s
+	rec.online = true
+	r.bumpLocked()
+	return s, true
+}
+
+// closeSession notes that the stream has ended and the node is offline, unless
+// the session does not count any more.
+func (r *registry) closeSession(s *session) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if s.rec.session == s {
+		s.rec.goOffline()
+		r.bumpLocked()
+		r.progress.wake()
+	}
+}
+
+// goOffline forgets the node's map stream.
+func (rec *record) goOffline() {
+	rec.session = nil
+	rec.online = false
+	rec.lastSeen = time.Now().UTC().Truncate(time.Second)
+}
+
+// noteSeen notes that s has looked at change gen, and returns send: whether
+// there is something to send.
+func (r *registry) noteSeen(s *session, gen uint64, send bool) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s.seen = gen
+	if send {
+		s.sent = gen
+	} else {
+		r.progress.wake()
+	}
+	return send
+}
+
+func (r *registry) noteAck(sessionID string, gen uint64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, rec := range r.records {
+		if s := rec.session; s != nil && s.id == sessionID {
+			s.acked = max(s.acked, gen)
+			r.progress.wake()
+		}
+	}
+}
+
+// waitPushed waits until every node with a map stream has handled change gen.
+func (r *registry) waitPushed(ctx context.Context, gen uint64) error {
+	for {
+		r.mu.Lock()
+		behind := r.findLocked(func(rec *record) bool {
+			s := rec.session
+			return s != nil && (s.seen < gen || s.acked < s.sent)
+		})
+		progress := r.progress.ch
+		r.mu.Unlock()
+		if behind == nil {
+			return nil
+		}
+		select {
+		case <-progress:
+		case <-ctx.Done():
+			return fmt.Errorf("waiting for node %q to handle its new map: %w", behind.name(), ctx.Err())
+		}
+	}
+}
+
+// nodeView is what one node is to know at one moment.
+type nodeView struct {
+	self   *tailcfg.Node
+	peers  []*tailcfg.Node
+	filter []tailcfg.FilterRule
+}
+
+// viewFor computes the view of rec, the change it includes, and a channel closed
+// at the next change.
+func (r *registry) viewFor(rec *record) (*nodeView, uint64, <-chan struct{}) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	v := &nodeView{self: rec.node.Clone(), filter: rec.filter()}
+	v.self.CapMap = tailcfg.NodeCapMap{
+		// Both would look for the internet.
+		tailcfg.NodeAttrDisableUPnP:                   nil,
+		tailcfg.NodeAttrDisableCaptivePortalDetection: nil,
+	}
+	for _, p := range r.peersLocked(rec) {
+		v.peers = append(v.peers, p.asPeer())
+	}
+	return v, r.gen, r.changed.ch
+}
+
+// asPeer is the node as others are told about it.
+func (rec *record) asPeer() *tailcfg.Node {
+	n := rec.node.Clone()
+	n.Expired = rec.isExpired()
+	online := rec.isOnline()
+	n.Online = &online
+	if !online && !rec.lastSeen.IsZero() {
+		seen := rec.lastSeen
+		n.LastSeen = &seen
+	}
+	return n
+}
+
+// filter is the node's packet filter: everything but the denied ports.
+func (rec *record) filter() []tailcfg.FilterRule {
+	denied := make([]int, 0, len(rec.denied))
+	for port := range rec.denied {
+		denied = append(denied, int(port))
+	}
+	slices.Sort(denied)
+	rule := tailcfg.FilterRule{SrcIPs: []string{"*"}}
+	first := 0
+	for _, port := range append(denied, 1<<16) {
+		if first < port {
+			rule.DstPorts = append(rule.DstPorts, tailcfg.NetPortRange{
+				IP:    "*",
+				Ports: tailcfg.PortRange{First: uint16(first), Last: uint16(port - 1)},
+			})
+		}
+		first = port + 1
+	}
+	return []tailcfg.FilterRule{rule}
+}
+
+// changesSince is the message that takes a node from old to v; nil if they are
+// the same. With no old it is the full map.
+func (v *nodeView) changesSince(old *nodeView) *tailcfg.MapResponse {
+	if old == nil {
+		return &tailcfg.MapResponse{Node: v.self, Peers: v.peers, PacketFilter: v.filter}
+	}
+	msg := new(tailcfg.MapResponse)
+	changed := false
+	if !sameJSON(v.self, old.self) {
+		msg.Node, changed = v.self, true
+	}
+	if !sameJSON(v.filter, old.filter) {
+		msg.PacketFilter, changed = v.filter, true
+	}
+	oldPeers := make(map[tailcfg.NodeID]*tailcfg.Node)
+	for _, p := range old.peers {
+		oldPeers[p.ID] = p
+	}
+	for _, p := range v.peers {
+		if was := oldPeers[p.ID]; was == nil || !sameJSON(p, was) {
+			msg.PeersChanged, changed = append(msg.PeersChanged, p), true
+		}
+		delete(oldPeers, p.ID)
+	}
+	for id := range oldPeers {
+		msg.PeersRemoved, changed = append(msg.PeersRemoved, id), true
+	}
+	if !changed {
+		return nil
+	}
+	return msg
+}
+
+// sameJSON compares as the wire would. These are plain data: encoding cannot fail.
+func sameJSON(a, b any) bool {
+	ja, _ := json.Marshal(a)
+	jb, _ := json.Marshal(b)
+	return string(ja) == string(jb)
+}
+
+// mapWriter frames map messages: a 4-byte length, then JSON, compressed if the
+// node asked for it.
+type mapWriter struct {
+	w        http.ResponseWriter
+	compress bool
+}
+
+func (m *mapWriter) send(msg *tailcfg.MapResponse) error {
+	body, err := json.Marshal(msg)
+	if err != nil {
+		return fmt.Errorf("encoding a map: %w", err)
+	}
+	if m.compress {
+		body = zstdframe.AppendEncode(nil, body, zstdframe.FastestCompression)
+	}
+	frame := binary.LittleEndian.AppendUint32(nil, uint32(len(body)))
+	if _, err := m.w.Write(append(frame, body...)); err != nil {
+		return err
+	}
+	return http.NewResponseController(m.w).Flush()
+}

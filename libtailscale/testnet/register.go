@@ -1,0 +1,193 @@
+package testnet
+
+import (
+	"crypto/rand"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
+)
+
+// untaggedKeyLife is how long an untagged node's key lasts: real control's
+// default. Keys of tagged nodes do not expire.
+const untaggedKeyLife = 180 * 24 * time.Hour
+
+// theUser owns every node.
+var (
+	theUser  = tailcfg.User{ID: 1, DisplayName: "Test User"}
+	theLogin = tailcfg.Login{ID: 1, Provider: "testnet", LoginName: "user@example.com", DisplayName: "Test User"}
+)
+
+// login is a login URL that somebody has yet to visit.
+type login struct {
+	hostname string
+	done     chan struct{} // closed by the visit
+}
+
+// serveRegister lets a node in, or tells it why not.
+func (c *control) serveRegister(w http.ResponseWriter, r *http.Request, machine key.MachinePublic) {
+	var req tailcfg.RegisterRequest
+	if !readJSON(w, r, &req) {
+		return
+	}
+	if req.Hostinfo == nil {
+		req.Hostinfo = new(tailcfg.Hostinfo)
+	}
+	if req.Followup != "" && !c.awaitLogin(r, req.Followup) {
+		return // the node has gone
+	}
+	res := c.register(&req, machine)
+	res.User, res.Login = theUser, theLogin
+	c.logf("control: register %q: error=%q authURL=%q expired=%v", req.Hostinfo.Hostname, res.Error, res.AuthURL, res.NodeKeyExpired)
+	w.Header().Set("Content-Type", "application/json")
+	json.NewEncoder(w).Encode(res)
+}
+
+// register decides, in real control's order: a logout; a node key it knows,
+// which needs no credentials; a visited login URL or an auth key; else a login
+// URL.
+func (c *control) register(req *tailcfg.RegisterRequest, machine key.MachinePublic) *tailcfg.RegisterResponse {
+	r := c.reg
+	r.mu.Lock()
+	defer r.mu.Unlock()
+
+	known := r.byKeyLocked(req.NodeKey)
+	if known != nil && known.node.Machine != machine {
+		return &tailcfg.RegisterResponse{Error: "node key belongs to another machine"}
+	}
+	if !req.Expiry.IsZero() && req.Expiry.Before(time.Now()) {
+		return r.logoutLocked(known, req.Expiry)
+	}
+	// A key that comes along is checked even when it is not needed, as real
+	// control does (tailscale/tailscale#16987): the edge must not send one.
+	if err := r.policy.checkKey(req.Auth, c.masterKey); err != "" {
+		return &tailcfg.RegisterResponse{Error: err}
+	}
+	if known != nil && !known.loggedOut {
+		if known.isExpired() {
+			return &tailcfg.RegisterResponse{NodeKeyExpired: true}
+		}
+		return &tailcfg.RegisterResponse{MachineAuthorized: known.node.MachineAuthorized}
+	}
+	if req.Auth == nil && req.Followup == "" && !r.policy.anyKey {
+		return &tailcfg.RegisterResponse{AuthURL: c.newLoginLocked(req.Hostinfo.Hostname)}
+	}
+	if bad := r.policy.refusedTags(req.Hostinfo.RequestTags); len(bad) > 0 {
+		// The text of real control: hassio-addons/app-tailscale#642.
+		return &tailcfg.RegisterResponse{Error: fmt.Sprintf("requested tags [%s] are invalid or not permitted", strings.Join(bad, " "))}
+	}
+	rec := r.admitLocked(req, machine)
+	return &tailcfg.RegisterResponse{MachineAuthorized: rec.node.MachineAuthorized}
+}
+
+// checkKey returns real control's text for a key it does not accept:
+// tailscale/tailscale#9715 and #13005 for one that is spent, revoked or
+// expired, where the id stands for the key, and #6215 for one that is no key.
+func (p *policy) checkKey(auth *tailcfg.RegisterResponseAuth, masterKey string) string {
+	if auth == nil || auth.AuthKey == "" || p.anyKey || auth.AuthKey == masterKey ||
+		slices.Contains(p.authKeys, auth.AuthKey) {
+		return ""
+	}
+	if rest, ok := strings.CutPrefix(auth.AuthKey, "tskey-auth-"); ok {
+		id, _, _ := strings.Cut(rest, "-")
+		return fmt.Sprintf("invalid key: API key %s not valid", id)
+	}
+	return "invalid key: unable to validate API key"
+}
+
+// admitLocked adds the node, or gives the machine's present node its new key.
+func (r *registry) admitLocked(req *tailcfg.RegisterRequest, machine key.MachinePublic) *record {
+	rec := r.byMachineLocked(machine)
+	if rec == nil {
+		rec = r.addLocked(machine, req.Hostinfo)
+		rec.node.MachineAuthorized = !r.policy.needApproval
+	}
+	rec.node.Key = req.NodeKey
+	rec.node.Hostinfo = req.Hostinfo.View()
+	rec.node.Cap = req.Version
+	rec.ephemeral = req.Ephemeral
+	rec.loggedOut = false
+	rec.setTags(req.Hostinfo.RequestTags)
+	r.bumpLocked()
+	return rec
+}
+
+// setTags changes the tags, and with them whether the key expires.
+func (r *record) setTags(tags []string) {
+	r.node.Tags = slices.Clone(tags)
+	if len(tags) > 0 {
+		r.node.KeyExpiry = time.Time{}
+	} else {
+		r.node.KeyExpiry = time.Now().Add(untaggedKeyLife)
+	}
+}
+
+// logoutLocked notes that the node has ended its own registration. It stays
+// listed, so that tests can see it; real control drops an ephemeral one.
+func (r *registry) logoutLocked(rec *record, expiry time.Time) *tailcfg.RegisterResponse {
+	if rec != nil {
+		rec.loggedOut = true
+		rec.node.KeyExpiry = expiry
+		r.bumpLocked()
+	}
+	return &tailcfg.RegisterResponse{}
+}
+
+// newLoginLocked makes a login URL.
+func (c *control) newLoginLocked(hostname string) string {
+	id := strings.ToLower(rand.Text())
+	c.reg.logins[id] = &login{hostname: hostname, done: make(chan struct{})}
+	return c.baseURL() + "/auth/" + id
+}
+
+// awaitLogin waits until the login URL has been visited. It is false if the
+// node gave up first, or the URL is none of ours.
+func (c *control) awaitLogin(r *http.Request, loginURL string) bool {
+	id := loginURL[strings.LastIndex(loginURL, "/")+1:]
+	c.reg.mu.Lock()
+	l := c.reg.logins[id]
+	c.reg.mu.Unlock()
+	if l == nil {
+		return false
+	}
+	select {
+	case <-l.done:
+		return true
+	case <-r.Context().Done():
+		return false
+	}
+}
+
+// serveLogin is the page of a login URL; to visit it is to log the node in.
+func (c *control) serveLogin(w http.ResponseWriter, r *http.Request) {
+	id := r.PathValue("id")
+	if !c.reg.completeLogins(func(got string, _ *login) bool { return got == id }) {
+		http.Error(w, "no such login", http.StatusNotFound)
+		return
+	}
+	io.WriteString(w, "login complete\n")
+}
+
+// completeLogins completes the logins that match and reports whether any did.
+func (r *registry) completeLogins(match func(id string, l *login) bool) (found bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for id, l := range r.logins {
+		if !match(id, l) {
+			continue
+		}
+		found = true
+		select {
+		case <-l.done: // visited twice
+		default:
+			close(l.done)
+		}
+	}
+	return found
+}

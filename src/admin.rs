@@ -1,0 +1,173 @@
+//! The admin listener: `/livez` and `/readyz` over HTTP/1.1, for supervisors
+//! and load balancers.
+//!
+//! `/livez` is 200 while the process runs. `/readyz` is 200 when mail can be
+//! accepted: the node is running, the control server sees it, it holds its
+//! tags, and the edge is not stopping; otherwise 503 with the reasons as JSON.
+//!
+//! It is meant for loopback and has no authentication; it shows no secret and
+//! changes nothing.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{ALLOW, CONTENT_TYPE};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
+
+use crate::tailnet::NodeStatus;
+
+/// Admin connections at once; more wait in the backlog.
+const CONNECTIONS: usize = 32;
+/// How long a request's head may take.
+const HEAD_LIMIT: Duration = Duration::from_secs(5);
+/// How long an admin connection may last.
+const CONNECTION_LIMIT: Duration = Duration::from_secs(60);
+
+/// What readiness is judged by.
+#[derive(Debug)]
+pub struct Readiness {
+    /// The node's state; `None` before there is a node.
+    pub node: watch::Receiver<Option<watch::Receiver<NodeStatus>>>,
+    /// The tags it must hold.
+    pub tags: Vec<String>,
+    /// Fires when the edge begins to stop.
+    pub drain: CancellationToken,
+}
+
+impl Readiness {
+    /// Why mail cannot be accepted now; empty when it can.
+    fn reasons(&self) -> Vec<String> {
+        let mut reasons = Vec::new();
+        if self.drain.is_cancelled() {
+            reasons.push("the edge is stopping".to_owned());
+        }
+        match &*self.node.borrow() {
+            None => reasons.push("the tailnet node is not started".to_owned()),
+            Some(node) => self.judge(&node.borrow(), &mut reasons),
+        }
+        reasons
+    }
+
+    fn judge(&self, node: &NodeStatus, reasons: &mut Vec<String>) {
+        if !node.is_running() {
+            let state = if node.state.is_empty() { "starting" } else { &node.state };
+            reasons.push(format!("the tailnet node is not running (state {state})"));
+            return;
+        }
+        if !node.in_map_poll {
+            reasons.push("the control server is out of reach".to_owned());
+        }
+        for tag in self.tags.iter().filter(|tag| !node.tags.contains(tag)) {
+            reasons.push(format!("the node does not hold {tag}"));
+        }
+    }
+}
+
+/// Answers requests for as long as the edge lives.
+pub async fn serve(listener: TcpListener, readiness: Arc<Readiness>) {
+    let permits = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return }; // never closed
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let readiness = Arc::clone(&readiness);
+                tokio::spawn(async move {
+                    connection(stream, &readiness).await;
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                debug!("cannot accept an admin connection: {error}");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        }
+    }
+}
+
+async fn connection(stream: TcpStream, readiness: &Readiness) {
+    let service = service_fn(|request| async move { Ok::<_, Infallible>(answer(&request, readiness)) });
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_LIMIT)
+        .serve_connection(TokioIo::new(stream), service);
+    match timeout(CONNECTION_LIMIT, served).await {
+        Ok(Err(error)) => debug!("admin connection: {error}"),
+        Ok(Ok(())) | Err(_) => {}
+    }
+}
+
+fn answer(request: &Request<Incoming>, readiness: &Readiness) -> Response<Full<Bytes>> {
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        let mut response = json(StatusCode::METHOD_NOT_ALLOWED, &serde_json::json!({"error": "only GET"}));
+        response.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
+        return response;
+    }
+    match request.uri().path() {
+        "/livez" => json(StatusCode::OK, &serde_json::json!({"live": true})),
+        "/readyz" => {
+            let reasons = readiness.reasons();
+            let code = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+            json(code, &serde_json::json!({"ready": reasons.is_empty(), "reasons": reasons}))
+        }
+        _ => json(StatusCode::NOT_FOUND, &serde_json::json!({"error": "there is /livez and /readyz"})),
+    }
+}
+
+fn json(code: StatusCode, body: &serde_json::Value) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(format!("{body}\n")));
+    *response.status_mut() = code;
+    response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static("application/json"));
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ready_node() -> NodeStatus {
+        NodeStatus {
+            state: "Running".into(),
+            in_map_poll: true,
+            tags: vec!["tag:reverse-proxy".into()],
+            ..NodeStatus::default()
+        }
+    }
+
+    fn reasons(node: Option<NodeStatus>, draining: bool) -> Vec<String> {
+        let drain = CancellationToken::new();
+        if draining {
+            drain.cancel();
+        }
+        let node = node.map(|status| watch::channel(status).1);
+        Readiness { node: watch::channel(node).1, tags: vec!["tag:reverse-proxy".into()], drain }.reasons()
+    }
+
+    #[test]
+    fn a_running_tagged_node_is_ready() {
+        assert_eq!(reasons(Some(ready_node()), false), Vec::<String>::new());
+    }
+
+    #[test]
+    fn every_reason_is_told() {
+        assert_eq!(reasons(None, false), ["the tailnet node is not started"]);
+        assert_eq!(reasons(Some(ready_node()), true), ["the edge is stopping"]);
+        let node = NodeStatus { state: "NeedsLogin".into(), ..ready_node() };
+        assert_eq!(reasons(Some(node), false), ["the tailnet node is not running (state NeedsLogin)"]);
+        let node = NodeStatus { in_map_poll: false, tags: vec![], ..ready_node() };
+        assert_eq!(
+            reasons(Some(node), false),
+            ["the control server is out of reach", "the node does not hold tag:reverse-proxy"]
+        );
+    }
+}

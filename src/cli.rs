@@ -1,0 +1,157 @@
+//! The command line: what may be given, and the help that teaches how to run the program.
+//!
+//! Invariant: a wrong command line ends with exit code 2, as a wrong configuration does (clap's own
+//! code is 2).
+//!
+//! Deliberately not here: doing anything about it, and reading the environment (see
+//! [`crate::config::config_path`]).
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+const ABOUT: &str = "Forwards public mail ports over a tailnet to a mailbox, with the PROXY protocol";
+
+const LONG_ABOUT: &str = "\
+Forwards public mail ports over a tailnet to a mailbox, with the PROXY protocol.
+
+tailwart-edge joins your tailnet as a node of its own (no tailscaled, no TUN
+device), listens on the public mail ports and passes every TCP connection, byte
+for byte, to the mailbox on the tailnet, preceded by a PROXY header with the
+client's address. TLS ends at the mailbox: nothing is decrypted here.
+
+Quick start, with the five default ports 25, 465, 587, 993 and 4190:
+
+  TS_AUTHKEY=tskey-auth-... tailwart-edge run --upstream stalwart";
+
+const AFTER_HELP: &str = "Use --help for the environment variables, files and exit codes.";
+
+const AFTER_LONG_HELP: &str = "\
+Environment:
+  TS_AUTHKEY       The key to join with, or file:PATH of a file that holds it
+  TS_AUTHKEY_FILE  The path of a file that holds the key
+  TAILWART_CONFIG  The configuration file, unless --config is given
+  Any variable can be used in the configuration's strings as ${NAME}.
+
+  The key is taken from TS_AUTHKEY, else TS_AUTHKEY_FILE, else the file named
+  by tailnet.auth_key_file. It is needed to join for the first time only.
+
+Files:
+  /etc/tailwart-edge/config.toml  The configuration, if neither --config nor
+                                  TAILWART_CONFIG names one
+  /var/lib/tailwart-edge          The node's identity (tailnet.state_dir); keep
+                                  it, so that the node stays the same
+
+Exit codes:
+  0  Stopped cleanly, or nothing found wrong
+  1  Anything not listed here
+  2  Wrong command line or configuration
+  3  Tailnet: not enrolled, wrong tag, or refused
+  4  An address cannot be bound
+
+Examples:
+  TS_AUTHKEY=file:/run/secrets/ts_authkey tailwart-edge run --upstream stalwart
+  tailwart-edge check --config ./config.toml
+  tailwart-edge run --config ./config.toml";
+
+/// What the command line says.
+#[derive(Debug, Parser)]
+#[command(
+    name = "tailwart-edge",
+    version,
+    about = ABOUT,
+    long_about = LONG_ABOUT,
+    after_help = AFTER_HELP,
+    after_long_help = AFTER_LONG_HELP,
+    disable_help_subcommand = true
+)]
+pub struct Cli {
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Join the tailnet and forward connections until told to stop
+    Run(ConfigArgs),
+    /// Report everything wrong with the configuration `run` would use, and change nothing
+    Check(ConfigArgs),
+    /// Print the version
+    Version,
+}
+
+/// Where the configuration comes from; the same for `run` and `check`, so that they cannot differ.
+#[derive(Debug, Args)]
+pub struct ConfigArgs {
+    /// Read this file [default: $TAILWART_CONFIG, else /etc/tailwart-edge/config.toml if it exists,
+    /// else none]
+    #[arg(short, long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The mailbox on the tailnet: short name, MagicDNS name or tailnet IP; goes before the
+    /// file's upstream.host
+    #[arg(long, value_name = "HOST")]
+    pub upstream: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+    use clap::error::ErrorKind;
+
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<Command, clap::Error> {
+        Cli::try_parse_from(std::iter::once("tailwart-edge").chain(arguments.iter().copied()))
+            .map(|cli| cli.command)
+    }
+
+    #[test]
+    fn the_definitions_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn run_and_check_take_a_file_and_a_host() {
+        for (name, short) in [("run", "-c"), ("run", "--config"), ("check", "-c"), ("check", "--config")] {
+            let (Command::Run(args) | Command::Check(args)) =
+                parse(&[name, short, "/tmp/edge.toml", "--upstream", "stalwart"]).expect("valid arguments")
+            else {
+                panic!("{name} was taken for version");
+            };
+            assert_eq!(args.config, Some(PathBuf::from("/tmp/edge.toml")));
+            assert_eq!(args.upstream.as_deref(), Some("stalwart"));
+        }
+        assert!(matches!(parse(&["run"]), Ok(Command::Run(ConfigArgs { config: None, upstream: None }))));
+        assert!(matches!(parse(&["version"]), Ok(Command::Version)));
+    }
+
+    #[test]
+    fn wrong_usage_ends_with_code_2() {
+        for arguments in
+            [&[][..], &["serve"], &["run", "--port", "25"], &["run", "-c"], &["version", "--upstream", "x"]]
+        {
+            let error = parse(arguments).expect_err("wrong usage");
+            assert_eq!(error.exit_code(), 2, "{arguments:?}");
+        }
+    }
+
+    #[test]
+    fn asking_for_help_or_version_is_no_error() {
+        assert_eq!(parse(&["--help"]).expect_err("help").exit_code(), 0);
+        assert_eq!(parse(&["--version"]).expect_err("version").kind(), ErrorKind::DisplayVersion);
+    }
+
+    #[test]
+    fn long_help_teaches() {
+        let help = Cli::command().render_long_help().to_string();
+        let variables = crate::secret::KEY_VARIABLES.into_iter().chain([crate::config::PATH_VARIABLE]);
+        let files = [crate::config::DEFAULT_PATH, "/var/lib/tailwart-edge"];
+        let codes = ["  0  ", "  1  ", "  2  ", "  3  ", "  4  "];
+        let start = ["TS_AUTHKEY=tskey-auth-... tailwart-edge run --upstream stalwart"];
+        for part in variables.chain(files).chain(codes).chain(start) {
+            assert!(help.contains(part), "{part:?} is missing from:\n{help}");
+        }
+    }
+}

@@ -1,0 +1,306 @@
+//! The configuration file: TOML text in, a checked [`Config`] out.
+//!
+//! Purpose: turn what the operator wrote, the `--upstream` flag and the environment into values
+//! that the rest of the crate uses without checking again.
+//!
+//! Invariants:
+//! - All mistakes of a file are reported in one run, each as `FILE:LINE: KEY: what was found; what
+//!   is allowed`. Tables and list items are counted from 1: `listener[1]` is the first
+//!   `[[listener]]` of the file.
+//! - A mistake shows a value as the file has it, never with its `${VARIABLES}` replaced: a variable
+//!   may hold a secret. The parsers in `values` cannot break this rule, since they may answer
+//!   with fixed texts only.
+//! - Variables are replaced inside strings after parsing, so a variable's value cannot add keys or
+//!   tables. `${NAME}` stands for the variable, `$$` for a single `$`; a `$` before anything else
+//!   stands for itself.
+//! - A `Config` in hand is complete: every default has been filled in, and no two addresses clash.
+//!
+//! Deliberately not here: looking at the network, at `state_dir` or at `auth_key_file` (a file can
+//! be checked on another machine than the one it is for), and reading the auth key (see
+//! [`crate::secret`]).
+
+mod clashes;
+mod file;
+mod listeners;
+mod mistakes;
+mod reader;
+mod sections;
+mod syntax;
+mod values;
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+pub use mistakes::ConfigError;
+use mistakes::Mistakes;
+
+/// How settings are looked up in the environment; tests pass a map instead of the process
+/// environment.
+///
+/// A variable whose content is not UTF-8 counts as not set.
+pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
+
+/// The file read when neither `--config` nor `TAILWART_CONFIG` names one.
+pub const DEFAULT_PATH: &str = "/etc/tailwart-edge/config.toml";
+
+/// The environment variable that names the configuration file.
+pub const PATH_VARIABLE: &str = "TAILWART_CONFIG";
+
+/// Everything the program is told, checked and with defaults filled in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// `[tailnet]`: the node this process becomes.
+    pub tailnet: Tailnet,
+    /// `[[listener]]`: the public ports. Default: smtp 25, submissions 465, submission 587, imaps
+    /// 993, sieve 4190.
+    pub listeners: Vec<Listener>,
+    /// `[timeouts]`: how long things may take, except what belongs to one listener or to joining
+    /// the tailnet.
+    pub timeouts: Timeouts,
+    /// `[limits]`: how many connections are taken.
+    pub limits: Limits,
+    /// `[admin] listen`: where metrics and health are served; `None` for `"off"`. Default:
+    /// `127.0.0.1:9464`.
+    pub admin: Option<SocketAddr>,
+    /// What is allowed but probably not meant, one sentence each, to be logged at start and printed
+    /// by `check`.
+    pub warnings: Vec<String>,
+}
+
+/// `[tailnet]`: how this process joins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tailnet {
+    /// The node's name on the tailnet, one DNS label. Default: `tailwart-edge`.
+    pub hostname: String,
+    /// The tags the node asks for, at least one. Default: `tag:reverse-proxy`.
+    pub tags: Vec<String>,
+    /// The directory that keeps the node's identity. Default: `/var/lib/tailwart-edge`.
+    pub state_dir: PathBuf,
+    /// The control server, for Headscale. Default: `None`, Tailscale's own.
+    pub control_url: Option<String>,
+    /// A file holding the auth key; the environment goes before it, see
+    /// [`crate::secret::auth_key`]. Default: `None`.
+    pub auth_key_file: Option<PathBuf>,
+    /// How long joining may take before the start fails. Default: 15 seconds.
+    pub join_timeout: Duration,
+}
+
+/// One `[[listener]]`: some public addresses and where their connections go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listener {
+    /// The name used in logs and metrics, unique. Default: the protocol's name.
+    pub name: String,
+    /// What is spoken on the port. Required.
+    pub protocol: Protocol,
+    /// The addresses to bind; `[::]` takes IPv6 only. Default: `0.0.0.0` and `[::]` at the
+    /// protocol's port.
+    pub listen: Vec<SocketAddr>,
+    /// Whether `listen` was written in the file: then every address must bind, while a default
+    /// `[::]` is given up with a warning on a box without IPv6.
+    pub configured: bool,
+    /// Where its connections go. Default: `upstream.host` at the protocol's port.
+    pub upstream: Upstream,
+    /// The header sent ahead of the client's bytes. Default: `upstream.proxy_protocol`.
+    pub proxy_protocol: ProxyProtocol,
+    /// How long a connection may stay without a byte in either direction. Default: by protocol.
+    pub idle_timeout: Duration,
+}
+
+/// A mailbox's address on the tailnet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Upstream {
+    /// A short name, a MagicDNS name (lower case, no trailing dot) or an IP address.
+    pub host: String,
+    /// The TCP port, never 0.
+    pub port: u16,
+}
+
+/// `[timeouts]`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timeouts {
+    /// `connect`: one attempt to reach the upstream. Default: 5 seconds.
+    pub connect: Duration,
+    /// `half_close`: how long a connection closed in one direction may go without progress.
+    /// Default: 60 seconds.
+    pub half_close: Duration,
+    /// `drain`: how long a stopping process waits for connections; zero cuts them at once. Default:
+    /// 30 seconds.
+    pub drain: Duration,
+}
+
+/// `[limits]`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections open at once over all listeners. Default: `None`, derived from the descriptor
+    /// limit.
+    pub max_connections: Option<usize>,
+    /// Connections open at once from one client (an IPv4 address or an IPv6 /64); 0 for no limit.
+    /// Default: 100, enough for an office of mail readers behind one address and for a large
+    /// sender, while one address alone cannot take all descriptors.
+    pub max_connections_per_client: usize,
+}
+
+/// What is spoken on a listener: decides its default port, its idle timeout and how a failure is
+/// told to the client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    /// Mail from other servers, 25.
+    Smtp,
+    /// Mail from own users, STARTTLS, 587.
+    Submission,
+    /// Mail from own users, TLS from the first byte, 465.
+    Submissions,
+    /// Reading mail, STARTTLS, 143.
+    Imap,
+    /// Reading mail, TLS from the first byte, 993.
+    Imaps,
+    /// Fetching mail, STARTTLS, 110.
+    Pop3,
+    /// Fetching mail, TLS from the first byte, 995.
+    Pop3s,
+    /// Filter scripts (ManageSieve), 4190.
+    Sieve,
+    /// HTTP or HTTPS, no default port.
+    Http,
+    /// Anything else, no default port.
+    Tcp,
+}
+
+/// The version of the PROXY header that tells the upstream who the client is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ProxyProtocol {
+    /// The text header.
+    V1,
+    /// The binary header.
+    V2,
+    /// No header: the upstream takes this process for the client.
+    Off,
+}
+
+impl Config {
+    /// Reads and checks the file at `path`. `upstream` is the value of `--upstream`: it goes before
+    /// the file's `upstream.host`, which is then not looked at.
+    pub fn load(path: &Path, upstream: Option<&str>, env: Env) -> Result<Config, ConfigError> {
+        let name = path.display().to_string();
+        let text = file::read(path).map_err(|problem| ConfigError::unreadable(&name, problem))?;
+        sections::config(Mistakes::new(Some(name), &text, env), upstream)
+    }
+
+    /// Checks the text of a file, as [`Config::load`] does; mistakes are told without a file name.
+    pub fn parse(text: &str, upstream: Option<&str>, env: Env) -> Result<Config, ConfigError> {
+        sections::config(Mistakes::new(None, text, env), upstream)
+    }
+
+    /// The configuration without a file: everything at its default, and `upstream`, the value of
+    /// `--upstream`.
+    pub fn without_file(upstream: Option<&str>) -> Result<Config, ConfigError> {
+        Config::parse("", upstream, &|_| None)
+    }
+}
+
+/// Which file to read: the one given by `--config`, else `TAILWART_CONFIG`, else [`DEFAULT_PATH`]
+/// if something is there. `None` means to run without a file.
+pub fn config_path(given: Option<PathBuf>, env: Env) -> Option<PathBuf> {
+    config_path_or(given, env, Path::new(DEFAULT_PATH))
+}
+
+fn config_path_or(given: Option<PathBuf>, env: Env, default: &Path) -> Option<PathBuf> {
+    given
+        .or_else(|| env(PATH_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from))
+        // Only "nothing there" means no file: one that cannot be reached must fail in `load`, not
+        // be passed over.
+        .or_else(|| match default.symlink_metadata() {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+            _ => Some(default.to_path_buf()),
+        })
+}
+
+impl Protocol {
+    /// Every protocol, in the order the documentation lists them.
+    pub const ALL: [Protocol; 10] = [
+        Protocol::Smtp,
+        Protocol::Submission,
+        Protocol::Submissions,
+        Protocol::Imap,
+        Protocol::Imaps,
+        Protocol::Pop3,
+        Protocol::Pop3s,
+        Protocol::Sieve,
+        Protocol::Http,
+        Protocol::Tcp,
+    ];
+
+    /// The protocols served when the file has no listener, by ascending port.
+    const DEFAULT: [Protocol; 5] =
+        [Protocol::Smtp, Protocol::Submissions, Protocol::Submission, Protocol::Imaps, Protocol::Sieve];
+
+    /// The name used in the file, in logs and in metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Protocol::Smtp => "smtp",
+            Protocol::Submission => "submission",
+            Protocol::Submissions => "submissions",
+            Protocol::Imap => "imap",
+            Protocol::Imaps => "imaps",
+            Protocol::Pop3 => "pop3",
+            Protocol::Pop3s => "pop3s",
+            Protocol::Sieve => "sieve",
+            Protocol::Http => "http",
+            Protocol::Tcp => "tcp",
+        }
+    }
+
+    /// The well-known port, for both sides; `None` for http and tcp, whose ports must be given.
+    pub const fn default_port(self) -> Option<u16> {
+        match self {
+            Protocol::Smtp => Some(25),
+            Protocol::Submission => Some(587),
+            Protocol::Submissions => Some(465),
+            Protocol::Imap => Some(143),
+            Protocol::Imaps => Some(993),
+            Protocol::Pop3 => Some(110),
+            Protocol::Pop3s => Some(995),
+            Protocol::Sieve => Some(4190),
+            Protocol::Http | Protocol::Tcp => None,
+        }
+    }
+
+    /// The idle timeout when the listener names none. Mail needs more than the servers' own limits,
+    /// so that the server is the one to say goodbye: 10 minutes in SMTP (RFC 5321) and POP3 (RFC
+    /// 1939), 30 in IMAP (RFC 9051) and ManageSieve (RFC 5804).
+    pub const fn default_idle_timeout(self) -> Duration {
+        match self {
+            Protocol::Smtp | Protocol::Submission | Protocol::Submissions => Duration::from_secs(15 * 60),
+            Protocol::Pop3 | Protocol::Pop3s => Duration::from_secs(15 * 60),
+            Protocol::Imap | Protocol::Imaps | Protocol::Sieve => Duration::from_secs(35 * 60),
+            Protocol::Http | Protocol::Tcp => Duration::from_secs(10 * 60),
+        }
+    }
+
+    /// Whether an upstream that does not learn the client's address would misattribute mail or
+    /// log-ins.
+    const fn is_mail(self) -> bool {
+        !matches!(self, Protocol::Http | Protocol::Tcp)
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl fmt::Display for ProxyProtocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            ProxyProtocol::V1 => "v1",
+            ProxyProtocol::V2 => "v2",
+            ProxyProtocol::Off => "off",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

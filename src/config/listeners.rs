@@ -1,0 +1,242 @@
+//! The `[[listener]]` tables: defaults by protocol, unique names, and the header that mail must not
+//! go without.
+//!
+//! Invariant: a table is read to its end whatever is wrong in it; a listener is returned only if
+//! nothing is missing.
+//!
+//! Deliberately not here: clashes between addresses, which concern the admin address too (see
+//! `clashes`).
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
+
+use super::clashes::Claim;
+use super::mistakes::{At, Mistakes, Place};
+use super::reader::{Found, Table};
+use super::{Listener, Protocol, ProxyProtocol, Upstream, values};
+
+/// What `[upstream]` and `--upstream` give to listeners that name nothing of their own.
+pub(super) struct Shared {
+    pub host: Option<String>,
+    /// Whether a host was given at all, good or bad.
+    pub host_given: bool,
+    pub host_place: Place,
+    pub proxy_protocol: ProxyProtocol,
+    pub proxy_place: Place,
+}
+
+/// The listeners of the file, or the five default ones, and the addresses they claim.
+pub(super) fn listeners(
+    tables: Option<Vec<Table>>,
+    shared: &Shared,
+    mistakes: &mut Mistakes,
+) -> (Vec<Listener>, Vec<Claim>) {
+    let drafts: Vec<Draft> = match tables {
+        Some(tables) => tables.into_iter().map(|table| Draft::read(table, mistakes)).collect(),
+        None => Protocol::DEFAULT.into_iter().map(Draft::by_default).collect(),
+    };
+    report_missing_host(&drafts, shared, mistakes);
+    report_same_names(&drafts, mistakes);
+    warn_without_header(&drafts, shared, mistakes);
+    let claims = drafts.iter().flat_map(|draft| draft.claims.iter().cloned()).collect();
+    (drafts.into_iter().filter_map(|draft| draft.finish(shared)).collect(), claims)
+}
+
+/// An upstream's host. Several hosts per upstream are planned; until then a list is refused in so
+/// many words.
+pub(super) fn host(table: &mut Table, key: &'static str, mistakes: &mut Mistakes) -> Option<String> {
+    if let Some(place) = table.place_of_array(key, mistakes) {
+        let expected = values::HOST.expected;
+        mistakes.value(&place, &format!("a list of hosts is not supported yet; expected {expected}"));
+        return None;
+    }
+    table.get(key, &values::HOST, mistakes).map(|host| host.value)
+}
+
+/// A listener as far as its table goes; `None` is what is absent, or wrong and reported.
+struct Draft {
+    /// Its key path, `listener[2]`.
+    owner: String,
+    name: Option<Name>,
+    protocol: Option<Protocol>,
+    claims: Vec<Claim>,
+    configured: bool,
+    host: Host,
+    port: Option<u16>,
+    proxy_protocol: Option<Found<ProxyProtocol>>,
+    idle_timeout: Option<Duration>,
+}
+
+struct Name {
+    text: String,
+    /// For messages, as the file has it.
+    shown: String,
+    place: Place,
+}
+
+enum Host {
+    Shared,
+    /// The listener's own; `None` if it is wrong.
+    Own(Option<String>),
+}
+
+impl Draft {
+    fn by_default(protocol: Protocol) -> Draft {
+        let owner = format!("the default listener {protocol}");
+        let place = Place { at: At::File, key: owner.clone() };
+        Draft {
+            name: Some(default_name(protocol, place.clone())),
+            protocol: Some(protocol),
+            claims: default_claims(protocol, &place, &owner),
+            configured: false,
+            host: Host::Shared,
+            port: protocol.default_port(),
+            proxy_protocol: None,
+            idle_timeout: None,
+            owner,
+        }
+    }
+
+    fn read(mut table: Table, mistakes: &mut Mistakes) -> Draft {
+        let owner = table.path().to_owned();
+        let name = table.get("name", &values::NAME, mistakes);
+        let protocol = protocol(&mut table, mistakes);
+        let name = match (name, table.has("name"), protocol) {
+            (Some(name), ..) => Some(Name { text: name.value, shown: name.shown, place: name.place }),
+            (None, false, Some(protocol)) => Some(default_name(protocol, table.place("name"))),
+            _ => None,
+        };
+        let configured = table.has("listen");
+        let claims = claims(&mut table, protocol, &owner, mistakes);
+        let port = upstream_port(&mut table, protocol, mistakes);
+        let host = match table.has("upstream") {
+            true => Host::Own(host(&mut table, "upstream", mistakes)),
+            false => Host::Shared,
+        };
+        let proxy_protocol = table.get("proxy_protocol", &values::PROXY_PROTOCOL, mistakes);
+        let idle_timeout = table.get("idle_timeout", &values::DURATION, mistakes).map(|found| found.value);
+        table.finish(mistakes);
+        Draft { owner, name, protocol, claims, configured, host, port, proxy_protocol, idle_timeout }
+    }
+
+    /// `None` if something is missing or wrong, which has been reported.
+    fn finish(self, shared: &Shared) -> Option<Listener> {
+        let protocol = self.protocol?;
+        let host = match self.host {
+            Host::Own(host) => host,
+            Host::Shared => shared.host.clone(),
+        };
+        Some(Listener {
+            name: self.name?.text,
+            protocol,
+            listen: self.claims.iter().map(|claim| claim.address).collect(),
+            configured: self.configured,
+            upstream: Upstream { host: host?, port: self.port? },
+            proxy_protocol: self.proxy_protocol.map_or(shared.proxy_protocol, |found| found.value),
+            idle_timeout: self.idle_timeout.unwrap_or(protocol.default_idle_timeout()),
+        })
+    }
+}
+
+fn default_name(protocol: Protocol, place: Place) -> Name {
+    Name { text: protocol.name().to_owned(), shown: format!("the default name {protocol}"), place }
+}
+
+fn default_claims(protocol: Protocol, place: &Place, owner: &str) -> Vec<Claim> {
+    let any: [IpAddr; 2] = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
+    let addresses = protocol.default_port().into_iter().flat_map(|port| any.map(|ip| (ip, port).into()));
+    addresses.map(|address| Claim::by_default(address, place.clone(), owner.to_owned())).collect()
+}
+
+fn protocol(table: &mut Table, mistakes: &mut Mistakes) -> Option<Protocol> {
+    if !table.has("protocol") {
+        let expected = values::PROTOCOL.expected;
+        mistakes.structure(&table.place("protocol"), &format!("missing; expected {expected}"));
+    }
+    table.get("protocol", &values::PROTOCOL, mistakes).map(|found| found.value)
+}
+
+/// The addresses to bind, empty if they are wrong.
+fn claims(table: &mut Table, protocol: Option<Protocol>, owner: &str, mistakes: &mut Mistakes) -> Vec<Claim> {
+    if table.has("listen") {
+        let found = table.list("listen", &values::ADDRESS, mistakes).unwrap_or_default();
+        let claim = |found: Found<_>| Claim {
+            address: found.value,
+            shown: found.shown,
+            place: found.place,
+            owner: owner.to_owned(),
+        };
+        return found.into_iter().map(claim).collect();
+    }
+    let Some(protocol) = protocol else {
+        return Vec::new();
+    };
+    let claims = default_claims(protocol, &table.place("listen"), owner);
+    if claims.is_empty() {
+        let problem =
+            format!("missing, and {protocol} has no default port; expected an array of addresses such as");
+        mistakes.structure(&table.place("listen"), &format!("{problem} [\"127.0.0.1:8080\"]"));
+    }
+    claims
+}
+
+fn upstream_port(table: &mut Table, protocol: Option<Protocol>, mistakes: &mut Mistakes) -> Option<u16> {
+    if table.has("upstream_port") {
+        let port = table.number("upstream_port", 1..=u32::from(u16::MAX), "a port", mistakes);
+        return port.and_then(|port| u16::try_from(port).ok());
+    }
+    let protocol = protocol?;
+    if protocol.default_port().is_none() {
+        let problem = format!("missing, and {protocol} has no default port; expected the mailbox's port");
+        mistakes.structure(&table.place("upstream_port"), &problem);
+    }
+    protocol.default_port()
+}
+
+fn report_missing_host(drafts: &[Draft], shared: &Shared, mistakes: &mut Mistakes) {
+    if !shared.host_given && drafts.iter().any(|draft| matches!(draft.host, Host::Shared)) {
+        let problem = "missing; set it to the mailbox's name on the tailnet, or give --upstream HOST";
+        mistakes.structure(&shared.host_place, problem);
+    }
+}
+
+fn report_same_names(drafts: &[Draft], mistakes: &mut Mistakes) {
+    let mut seen: HashMap<&str, (&str, &Place)> = HashMap::new();
+    for (draft, name) in drafts.iter().filter_map(|draft| Some((draft, draft.name.as_ref()?))) {
+        match seen.entry(&name.text) {
+            Entry::Vacant(vacant) => {
+                vacant.insert((&draft.owner, &name.place));
+            }
+            Entry::Occupied(earlier) => {
+                let (shown, (owner, place)) = (&name.shown, earlier.get());
+                let line = place.at.on_line();
+                let expected = "expected a name of its own for each listener";
+                let problem = format!("{shown} is taken by {owner}{line}; {expected}");
+                mistakes.structure(&name.place, &problem);
+            }
+        }
+    }
+}
+
+/// Warns where mail or log-ins would be misattributed: once for `[upstream]`, naming the listeners
+/// it reaches, and once for each listener that says so itself.
+fn warn_without_header(drafts: &[Draft], shared: &Shared, mistakes: &mut Mistakes) {
+    const WHY: &str = "the mailbox will take the edge for the client of every connection, \
+                       which breaks its spam filter, its bans and its logs";
+    let mut by_default = Vec::new();
+    for (draft, protocol) in drafts.iter().filter_map(|draft| Some((draft, draft.protocol?))) {
+        match &draft.proxy_protocol {
+            _ if !protocol.is_mail() => {}
+            Some(own) if own.value == ProxyProtocol::Off => {
+                mistakes.warn(&own.place, &format!("off for {protocol}: {WHY}"));
+            }
+            None if shared.proxy_protocol == ProxyProtocol::Off => by_default.push(protocol.name()),
+            _ => {}
+        }
+    }
+    if !by_default.is_empty() {
+        mistakes.warn(&shared.proxy_place, &format!("off for {}: {WHY}", by_default.join(", ")));
+    }
+}

@@ -1,0 +1,205 @@
+//! Collects what is wrong with a file, places it by line, and renders it as one error.
+//!
+//! Invariants: mistakes come out in the order of the file's lines; at most [`PRINTED`] are printed,
+//! so that a megabyte of junk does not become megabytes of messages; what is printed of a value is
+//! what [`quoted`] makes of the file's own text.
+//!
+//! Deliberately not here: any opinion on what a mistake is.
+
+use std::ops::Range;
+
+use super::Env;
+
+/// How many mistakes are printed before "and N more".
+pub(super) const PRINTED: usize = 50;
+
+/// How many characters of a value or key are shown in a message.
+const SHOWN_CHARS: usize = 80;
+
+/// Everything wrong with a configuration, one line per mistake.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", self.render())]
+pub struct ConfigError {
+    mistakes: Vec<String>,
+    omitted: usize,
+}
+
+impl ConfigError {
+    /// A file that could not be read as text at all.
+    pub(super) fn unreadable(file: &str, (at, problem): (At, String)) -> ConfigError {
+        ConfigError { mistakes: vec![located(Some(file), at, &problem)], omitted: 0 }
+    }
+
+    /// The mistakes, each one line without a line end, in the order of the file, at most 50.
+    pub fn mistakes(&self) -> &[String] {
+        &self.mistakes
+    }
+
+    fn render(&self) -> String {
+        let mut text = self.mistakes.join("\n");
+        if self.omitted > 0 {
+            text.push_str(&format!("\n... and {} more mistakes", self.omitted));
+        }
+        text
+    }
+}
+
+/// Where something was found; the order is the order of printing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum At {
+    /// On the command line.
+    Flag,
+    /// In the file as a whole: something missing that no table stands for.
+    File,
+    /// On this line, counted from 1.
+    Line(usize),
+}
+
+impl At {
+    /// For referring to another place in a message: " on line 7", or nothing.
+    pub fn on_line(self) -> String {
+        match self {
+            At::Line(line) => format!(" on line {line}"),
+            At::File | At::Flag => String::new(),
+        }
+    }
+}
+
+/// A line and a key path: where a value is, or should have been.
+#[derive(Debug, Clone)]
+pub(super) struct Place {
+    pub at: At,
+    pub key: String,
+}
+
+/// How far a mistake can be trusted when the file also has syntax errors, which make the parser
+/// drop and misplace keys. Only what is wrong with a value by itself is then worth printing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trust {
+    Value,
+    Structure,
+}
+
+struct Mistake {
+    at: At,
+    text: String,
+    trust: Trust,
+}
+
+/// The file being checked and what was found wrong so far.
+pub(super) struct Mistakes<'t> {
+    /// The file's text.
+    pub text: &'t str,
+    /// Where variables are looked up.
+    pub env: Env<'t>,
+    file: Option<String>,
+    line_starts: Vec<usize>,
+    syntax: Vec<Mistake>,
+    found: Vec<Mistake>,
+    warnings: Vec<(At, String)>,
+}
+
+impl<'t> Mistakes<'t> {
+    pub fn new(file: Option<String>, text: &'t str, env: Env<'t>) -> Mistakes<'t> {
+        let ends = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n');
+        let line_starts = std::iter::once(0).chain(ends.map(|(offset, _)| offset + 1)).collect();
+        Mistakes { text, env, file, line_starts, syntax: Vec::new(), found: Vec::new(), warnings: Vec::new() }
+    }
+
+    /// The line of a byte range, by its first byte; the end of the file counts to its last line.
+    pub fn line(&self, span: &Range<usize>) -> At {
+        let offset = span.start.min(self.text.len().saturating_sub(1));
+        At::Line(self.line_starts.partition_point(|start| *start <= offset))
+    }
+
+    /// Where a line is in the text, without its end. Anything but a line is nowhere.
+    pub fn range(&self, at: At) -> Range<usize> {
+        let At::Line(line) = at else { return 0..0 };
+        let start = |line: usize| self.line_starts.get(line).copied();
+        let (start, end) = (start(line - 1).unwrap_or(0), start(line));
+        start..end.map_or(self.text.len(), |end| end - 1)
+    }
+
+    /// The line is not TOML. Of several such mistakes on one line the first is printed.
+    pub fn syntax(&mut self, at: At, problem: &str) {
+        let text = format!("not valid TOML: {problem}");
+        self.syntax.push(Mistake { at, text, trust: Trust::Value });
+    }
+
+    /// A value is wrong by itself, or a key is unknown.
+    pub fn value(&mut self, place: &Place, problem: &str) {
+        self.push(place, problem, Trust::Value);
+    }
+
+    /// Something is wrong between keys: one is missing, of the wrong shape or in conflict with
+    /// another.
+    pub fn structure(&mut self, place: &Place, problem: &str) {
+        self.push(place, problem, Trust::Structure);
+    }
+
+    /// Something is allowed but probably not meant.
+    pub fn warn(&mut self, place: &Place, text: &str) {
+        self.warnings.push((place.at, format!("{}: {text}", place.key)));
+    }
+
+    fn push(&mut self, place: &Place, problem: &str, trust: Trust) {
+        self.found.push(Mistake { at: place.at, text: format!("{}: {problem}", place.key), trust });
+    }
+
+    /// The warnings if nothing is wrong, else everything that is.
+    pub fn finish(mut self) -> Result<Vec<String>, ConfigError> {
+        if !self.syntax.is_empty() {
+            self.syntax.sort_by_key(|mistake| mistake.at);
+            self.syntax.dedup_by_key(|mistake| mistake.at);
+            let syntax = std::mem::take(&mut self.syntax);
+            self.found.retain(|mistake| {
+                mistake.trust == Trust::Value
+                    && syntax.binary_search_by_key(&mistake.at, |syntax| syntax.at).is_err()
+            });
+            self.found.extend(syntax);
+        }
+        let file = self.file.as_deref();
+        if self.found.is_empty() {
+            self.warnings.sort_by_key(|(at, _)| *at);
+            return Ok(self.warnings.iter().map(|(at, text)| located(file, *at, text)).collect());
+        }
+        self.found.sort_by_key(|mistake| mistake.at);
+        let omitted = self.found.len().saturating_sub(PRINTED);
+        let printed = self.found.iter().take(PRINTED);
+        let mistakes = printed.map(|mistake| located(file, mistake.at, &mistake.text)).collect();
+        Err(ConfigError { mistakes, omitted })
+    }
+}
+
+fn located(file: Option<&str>, at: At, text: &str) -> String {
+    match (at, file) {
+        (At::Line(line), Some(file)) => format!("{file}:{line}: {text}"),
+        (At::Line(line), None) => format!("line {line}: {text}"),
+        (At::File, Some(file)) => format!("{file}: {text}"),
+        (At::File, None) | (At::Flag, _) => text.to_owned(),
+    }
+}
+
+/// A value of the file for a message: quoted, on one line, not longer than needed to find it, and
+/// not at all if it looks like an auth key or a password that landed in the wrong place.
+pub(super) fn quoted(written: &str) -> String {
+    format!("{:?}", shown(written))
+}
+
+/// As [`quoted`] without quotes, for what is no string.
+pub(super) fn shown(written: &str) -> String {
+    if written.contains("tskey-") || (written.contains("://") && written.contains('@')) {
+        return "[not shown]".to_owned();
+    }
+    let mut shown: String = written.chars().take(SHOWN_CHARS).collect();
+    if shown.len() < written.len() {
+        shown.push_str("...");
+    }
+    shown
+}
+
+/// A key for a path: quoted if TOML would want it so.
+pub(super) fn key_shown(key: &str) -> String {
+    let bare = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if !key.is_empty() && key.chars().all(bare) { shown(key) } else { quoted(key) }
+}

@@ -1,0 +1,132 @@
+//! The tables of the file other than the listeners, and the whole put together.
+//!
+//! Invariant: every table is read to its end even after mistakes, so that one run tells them all;
+//! values standing in for bad ones never leave, because `Mistakes::finish` has the last word.
+//!
+//! Deliberately not here: the listeners (see `listeners`) and how single values are understood (see
+//! `values`).
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use toml::de::DeTable;
+
+use super::clashes::{Claim, report_clashes};
+use super::listeners::{self, Shared};
+use super::mistakes::{At, Mistakes, Place, quoted};
+use super::reader::{Found, Table};
+use super::{Config, ConfigError, Limits, ProxyProtocol, Tailnet, Timeouts, syntax, values};
+
+/// Everything in the file; `upstream` is the value of `--upstream`.
+pub(super) fn config(mut mistakes: Mistakes, upstream: Option<&str>) -> Result<Config, ConfigError> {
+    let text = syntax::rescue(mistakes.text, &mut mistakes);
+    let (document, _) = DeTable::parse_recoverable(&text);
+    let mut root = Table::root(document.get_ref());
+    let tailnet = tailnet(root.table("tailnet", &mut mistakes), &mut mistakes);
+    let shared = shared(root.table("upstream", &mut mistakes), upstream, &mut mistakes);
+    let tables = root.tables("listener", &mut mistakes);
+    let (listeners, mut claims) = listeners::listeners(tables, &shared, &mut mistakes);
+    let timeouts = timeouts(root.table("timeouts", &mut mistakes), &mut mistakes);
+    let limits = limits(root.table("limits", &mut mistakes), &mut mistakes);
+    let admin = admin(root.table("admin", &mut mistakes), &mut mistakes);
+    root.finish(&mut mistakes);
+    claims.extend(admin.clone());
+    report_clashes(&claims, &mut mistakes);
+    let warnings = mistakes.finish()?;
+    Ok(Config { tailnet, listeners, timeouts, limits, admin: admin.map(|claim| claim.address), warnings })
+}
+
+fn tailnet(mut table: Table, mistakes: &mut Mistakes) -> Tailnet {
+    let hostname = table.get("hostname", &values::HOSTNAME, mistakes).map(value);
+    let tags = table.list("tags", &values::TAG, mistakes);
+    let state_dir = table.get("state_dir", &values::PATH, mistakes).map(value);
+    let control_url = table.get("control_url", &values::CONTROL_URL, mistakes).map(value);
+    let auth_key_file = table.get("auth_key_file", &values::KEY_FILE, mistakes).map(value);
+    let join_timeout = table.get("join_timeout", &values::DURATION, mistakes).map(value);
+    table.finish(mistakes);
+    Tailnet {
+        hostname: hostname.unwrap_or_else(|| "tailwart-edge".to_owned()),
+        tags: tags.map_or_else(
+            || vec!["tag:reverse-proxy".to_owned()],
+            |tags| tags.into_iter().map(value).collect(),
+        ),
+        state_dir: state_dir.unwrap_or_else(|| PathBuf::from("/var/lib/tailwart-edge")),
+        control_url,
+        auth_key_file,
+        join_timeout: join_timeout.unwrap_or(Duration::from_secs(15)),
+    }
+}
+
+/// `[upstream]`: what listeners use that name nothing of their own.
+fn shared(mut table: Table, flag: Option<&str>, mistakes: &mut Mistakes) -> Shared {
+    let host_place = table.place("host");
+    let host_given = table.has("host") || flag.is_some();
+    let host = match flag {
+        Some(flag) => host_flag(flag, mistakes),
+        None => listeners::host(&mut table, "host", mistakes),
+    };
+    let proxy_place = table.place("proxy_protocol");
+    let proxy = table.get("proxy_protocol", &values::PROXY_PROTOCOL, mistakes);
+    table.finish(mistakes);
+    let (proxy_protocol, proxy_place) =
+        proxy.map_or((ProxyProtocol::V2, proxy_place), |proxy| (proxy.value, proxy.place));
+    Shared { host, host_given, host_place, proxy_protocol, proxy_place }
+}
+
+fn host_flag(flag: &str, mistakes: &mut Mistakes) -> Option<String> {
+    let parsed = (values::HOST.parse)(flag);
+    if let Err(problem) = parsed {
+        let place = Place { at: At::Flag, key: "--upstream".to_owned() };
+        mistakes.value(&place, &format!("{} {problem}; expected {}", quoted(flag), values::HOST.expected));
+    }
+    parsed.ok()
+}
+
+fn timeouts(mut table: Table, mistakes: &mut Mistakes) -> Timeouts {
+    let connect = table.get("connect", &values::DURATION, mistakes).map(value);
+    let half_close = table.get("half_close", &values::DURATION, mistakes).map(value);
+    let drain = table.get("drain", &values::DURATION_OR_ZERO, mistakes).map(value);
+    table.finish(mistakes);
+    Timeouts {
+        connect: connect.unwrap_or(Duration::from_secs(5)),
+        half_close: half_close.unwrap_or(Duration::from_secs(60)),
+        drain: drain.unwrap_or(Duration::from_secs(30)),
+    }
+}
+
+/// A million connections are more than one box holds; the bound is there to catch slips.
+const MAX_CONNECTIONS: u32 = 1_000_000;
+
+fn limits(mut table: Table, mistakes: &mut Mistakes) -> Limits {
+    let what = "a number of connections";
+    let total = table.number("max_connections", 1..=MAX_CONNECTIONS, what, mistakes);
+    let what = "a number of connections (0 for no limit)";
+    let per_client = table.number("max_connections_per_client", 0..=MAX_CONNECTIONS, what, mistakes);
+    table.finish(mistakes);
+    Limits {
+        max_connections: total.map(|number| number as usize),
+        max_connections_per_client: per_client.unwrap_or(100) as usize,
+    }
+}
+
+/// The admin address as a claim, since it must not clash with a listener's; `None` for "off".
+fn admin(mut table: Table, mistakes: &mut Mistakes) -> Option<Claim> {
+    let default_place = table.place("listen");
+    let listen = table.get("listen", &values::ADMIN, mistakes);
+    table.finish(mistakes);
+    let owner = "admin".to_owned();
+    let Some(listen) = listen else {
+        let address = ([127, 0, 0, 1], 9464).into();
+        return Some(Claim::by_default(address, default_place, owner));
+    };
+    let address = listen.value?;
+    if !address.ip().is_loopback() {
+        let text = "not a loopback address: whoever can reach it can read the status and the metrics";
+        mistakes.warn(&listen.place, &format!("{} is {text}", listen.shown));
+    }
+    Some(Claim { address, shown: listen.shown, place: listen.place, owner })
+}
+
+fn value<T>(found: Found<T>) -> T {
+    found.value
+}

@@ -1,0 +1,407 @@
+//! What files mean. What is wrong with files is in `tests/config/invalid/`; here are the mistakes
+//! that need more than a file: a flag, an unreadable path, a great many bytes.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::time::Instant;
+
+use tempfile::{NamedTempFile, tempdir};
+
+use super::*;
+
+const NO_ENV: Env = &|_| None;
+
+/// The least a file needs, to put the rest after.
+const HOST: &str = "[upstream]\nhost = \"stalwart\"\n";
+
+#[track_caller]
+fn parse(text: &str) -> Config {
+    Config::parse(text, None, NO_ENV).unwrap_or_else(|error| panic!("{error}\nin:\n{text}"))
+}
+
+/// A minimal file with this after it.
+#[track_caller]
+fn with(text: &str) -> Config {
+    parse(&format!("{HOST}{text}"))
+}
+
+#[track_caller]
+fn mistakes(text: &str) -> Vec<String> {
+    let error = Config::parse(text, None, NO_ENV).expect_err("a mistake");
+    error.mistakes().to_vec()
+}
+
+fn addresses(texts: &[&str]) -> Vec<SocketAddr> {
+    texts.iter().map(|text| text.parse().expect("an address")).collect()
+}
+
+#[test]
+fn no_file_and_a_host_give_the_documented_defaults() {
+    let config = Config::without_file(Some("stalwart")).expect("a valid host");
+    let tailnet = Tailnet {
+        hostname: "tailwart-edge".to_owned(),
+        tags: vec!["tag:reverse-proxy".to_owned()],
+        state_dir: PathBuf::from("/var/lib/tailwart-edge"),
+        control_url: None,
+        auth_key_file: None,
+        join_timeout: Duration::from_secs(15),
+    };
+    assert_eq!(config.tailnet, tailnet);
+    let timeouts = Timeouts {
+        connect: Duration::from_secs(5),
+        half_close: Duration::from_secs(60),
+        drain: Duration::from_secs(30),
+    };
+    assert_eq!(config.timeouts, timeouts);
+    let limits = Limits { max_connections: None, max_connections_per_client: 100 };
+    assert_eq!(config.limits, limits);
+    assert_eq!(config.admin, Some("127.0.0.1:9464".parse().expect("an address")));
+    assert_eq!(config.warnings, [""; 0]);
+}
+
+#[test]
+fn the_five_default_listeners() {
+    let config = Config::without_file(Some("stalwart")).expect("a valid host");
+    let expected = [
+        ("smtp", 25, 15),
+        ("submissions", 465, 15),
+        ("submission", 587, 15),
+        ("imaps", 993, 35),
+        ("sieve", 4190, 35),
+    ];
+    assert_eq!(config.listeners.len(), expected.len());
+    for (listener, (name, port, minutes)) in config.listeners.iter().zip(expected) {
+        assert_eq!((listener.name.as_str(), listener.protocol.name()), (name, name));
+        let any = [format!("0.0.0.0:{port}"), format!("[::]:{port}")];
+        assert_eq!(listener.listen, addresses(&[&any[0], &any[1]]));
+        assert!(!listener.configured);
+        assert_eq!(listener.upstream, Upstream { host: "stalwart".to_owned(), port });
+        assert_eq!(listener.proxy_protocol, ProxyProtocol::V2);
+        assert_eq!(listener.idle_timeout, Duration::from_secs(minutes * 60));
+    }
+    assert_eq!(with("").listeners, config.listeners, "a file without listeners");
+}
+
+#[test]
+fn every_protocol_has_its_port_and_idle_timeout() {
+    let expected = [
+        ("smtp", Some(25), 15),
+        ("submission", Some(587), 15),
+        ("submissions", Some(465), 15),
+        ("imap", Some(143), 35),
+        ("imaps", Some(993), 35),
+        ("pop3", Some(110), 15),
+        ("pop3s", Some(995), 15),
+        ("sieve", Some(4190), 35),
+        ("http", None, 10),
+        ("tcp", None, 10),
+    ];
+    let found = Protocol::ALL.map(|p| (p.name(), p.default_port(), p.default_idle_timeout()));
+    assert_eq!(found, expected.map(|(n, p, min)| (n, p, Duration::from_secs(min * 60))));
+    let names = Protocol::ALL.map(Protocol::name).join(", ");
+    assert_eq!(values::PROTOCOL.expected, format!("one of {names}"), "the message is up to date");
+}
+
+/// Every key of the file, none at its default.
+const EVERY_KEY: &str = r#"
+    [tailnet]
+    hostname = "edge-1"
+    tags = ["tag:mail", "tag:Edge-2"]
+    state_dir = "/srv/edge"
+    control_url = "http://[fd00::1]:8080/"
+    auth_key_file = "/run/key"
+    join_timeout = "2m"
+    [upstream]
+    host = "Stalwart.Tail1234.ts.net."
+    proxy_protocol = "v1"
+    [[listener]]
+    name = "web"
+    protocol = "http"
+    listen = ["127.0.0.1:8080", "[::1]:0"]
+    upstream_port = 80
+    upstream = "fd7a:115c:a1e0:0::1"
+    proxy_protocol = "off"
+    idle_timeout = "90s"
+    [[listener]]
+    protocol = "pop3s"
+    [timeouts]
+    connect = "500ms"
+    half_close = "1h"
+    drain = "0s"
+    [limits]
+    max_connections = 1_000
+    max_connections_per_client = 0
+    [admin]
+    listen = "off"
+"#;
+
+#[test]
+fn every_key_outside_listeners_is_read() {
+    let config = parse(EVERY_KEY);
+    let tailnet = Tailnet {
+        hostname: "edge-1".to_owned(),
+        tags: vec!["tag:mail".to_owned(), "tag:Edge-2".to_owned()],
+        state_dir: PathBuf::from("/srv/edge"),
+        control_url: Some("http://[fd00::1]:8080/".to_owned()),
+        auth_key_file: Some(PathBuf::from("/run/key")),
+        join_timeout: Duration::from_secs(120),
+    };
+    assert_eq!(config.tailnet, tailnet);
+    let timeouts = Timeouts {
+        connect: Duration::from_millis(500),
+        half_close: Duration::from_secs(3600),
+        drain: Duration::ZERO,
+    };
+    assert_eq!(config.timeouts, timeouts);
+    let limits = Limits { max_connections: Some(1000), max_connections_per_client: 0 };
+    assert_eq!(config.limits, limits);
+    assert_eq!(config.admin, None);
+}
+
+#[test]
+fn every_key_of_listeners_is_read() {
+    let web = Listener {
+        name: "web".to_owned(),
+        protocol: Protocol::Http,
+        listen: addresses(&["127.0.0.1:8080", "[::1]:0"]),
+        configured: true,
+        upstream: Upstream { host: "fd7a:115c:a1e0::1".to_owned(), port: 80 },
+        proxy_protocol: ProxyProtocol::Off,
+        idle_timeout: Duration::from_secs(90),
+    };
+    let pop3s = Listener {
+        name: "pop3s".to_owned(),
+        protocol: Protocol::Pop3s,
+        listen: addresses(&["0.0.0.0:995", "[::]:995"]),
+        configured: false,
+        upstream: Upstream { host: "stalwart.tail1234.ts.net".to_owned(), port: 995 },
+        proxy_protocol: ProxyProtocol::V1,
+        idle_timeout: Duration::from_secs(15 * 60),
+    };
+    assert_eq!(parse(EVERY_KEY).listeners, [web, pop3s]);
+}
+
+#[test]
+fn control_urls_that_work() {
+    for url in [
+        "https://headscale.example.com",
+        "http://10.0.0.1:8080",
+        "https://[fd00::1]",
+        "https://example.com/headscale/",
+    ] {
+        let config = with(&format!("[tailnet]\ncontrol_url = \"{url}\"\n"));
+        assert_eq!(config.tailnet.control_url.as_deref(), Some(url));
+    }
+}
+
+#[test]
+fn control_urls_that_do_not() {
+    for url in [
+        "ftp://example.com",
+        "https://",
+        "https:///path",
+        "https://exa mple.com",
+        "https://example.com:",
+        "https://example.com:0",
+        "https://example.com:99999",
+        "https://example.com:80:80",
+        "https://fd00::1",
+        "https://[fd00::1",
+        "https://example.com/a b",
+        "https://example.com/?q",
+        "https://example.com#f",
+    ] {
+        let found = mistakes(&format!("{HOST}[tailnet]\ncontrol_url = {url:?}\n"));
+        let expected = format!("tailnet.control_url: {url:?} is not the URL of a control server");
+        assert!(found.len() == 1 && found[0].contains(&expected), "{found:?}");
+    }
+}
+
+#[test]
+fn the_flag_goes_before_the_file_whose_host_is_not_looked_at() {
+    for host in ["\"from-file\"", "\"${UNSET}\"", "[\"a\", \"b\"]"] {
+        let text = format!(
+            "[upstream]\nhost = {host}\n[[listener]]\nprotocol = \"smtp\"\n\
+             [[listener]]\nprotocol = \"imaps\"\nupstream = \"own\"\n"
+        );
+        let config = Config::parse(&text, Some("from-flag"), NO_ENV).expect("a valid file");
+        let hosts: Vec<&str> = config.listeners.iter().map(|l| l.upstream.host.as_str()).collect();
+        assert_eq!(hosts, ["from-flag", "own"]);
+    }
+}
+
+#[test]
+fn a_wrong_flag_is_told_as_the_flag() {
+    let mut file = NamedTempFile::new().expect("a temporary file");
+    file.write_all(b"[tailnet]\nhostname = 1\n").expect("write");
+    let error = Config::load(file.path(), Some("stalwart:25"), NO_ENV).expect_err("two mistakes");
+    assert_eq!(
+        error.mistakes()[0],
+        "--upstream: \"stalwart:25\" is not a host; expected one host without a port: \
+         a short name, a MagicDNS name or a tailnet IP"
+    );
+    assert!(error.mistakes()[1].contains(":2: tailnet.hostname: "), "{error}");
+}
+
+#[test]
+fn neither_file_nor_flag_says_what_to_do() {
+    let error = Config::without_file(None).expect_err("no host");
+    assert_eq!(
+        error.to_string(),
+        "upstream.host: missing; set it to the mailbox's name on the tailnet, or give --upstream HOST"
+    );
+}
+
+#[test]
+fn no_shared_host_is_needed_when_every_listener_has_its_own() {
+    let config = parse("[[listener]]\nprotocol = \"smtp\"\nupstream = \"own\"\n");
+    assert_eq!(config.listeners[0].upstream.host, "own");
+}
+
+#[test]
+fn variables_are_replaced_inside_strings_after_parsing() {
+    let variables =
+        HashMap::from([("NAME", "stalwart"), ("_PORT2", "2525"), ("INJECT", "x\"\nproxy_protocol = \"off")]);
+    let env = |name: &str| variables.get(name).map(|value| (*value).to_owned());
+    let text = r#"
+        upstream.host = "${NAME}.${NAME}.ts.net"
+        tailnet.state_dir = "/a/$$/${NAME}/$HOME/$${NAME}/$"
+        tailnet.auth_key_file = "${INJECT}"
+        [[listener]]
+        protocol = "smtp"
+        listen = ["127.0.0.1:${_PORT2}"]
+    "#;
+    let config = Config::parse(text, None, &env).expect("a valid file");
+    let listener = &config.listeners[0];
+    assert_eq!(listener.upstream.host, "stalwart.stalwart.ts.net");
+    assert_eq!(listener.listen, addresses(&["127.0.0.1:2525"]));
+    assert_eq!(listener.proxy_protocol, ProxyProtocol::V2, "a value adds no key");
+    assert_eq!(config.tailnet.state_dir, PathBuf::from("/a/$/stalwart/$HOME/${NAME}/$"));
+    let file = config.tailnet.auth_key_file.expect("a file");
+    assert_eq!(file, PathBuf::from(variables["INJECT"]));
+}
+
+#[test]
+fn port_zero_clashes_with_nothing() {
+    let listener = "listen = [\"127.0.0.1:0\", \"127.0.0.1:0\", \"0.0.0.0:0\"]\n";
+    let config = with(&format!(
+        "[[listener]]\nprotocol = \"smtp\"\n{listener}\
+         [[listener]]\nprotocol = \"imaps\"\n{listener}[admin]\nlisten = \"127.0.0.1:0\"\n"
+    ));
+    assert_eq!(config.listeners.len(), 2);
+}
+
+#[test]
+fn families_and_specific_addresses_do_not_clash() {
+    let config = with(
+        "[[listener]]\nprotocol = \"smtp\"\n\
+         listen = [\"192.0.2.1:25\", \"192.0.2.2:25\", \"[::]:25\", \"192.0.2.1:26\"]\n",
+    );
+    assert_eq!(config.listeners[0].listen.len(), 4);
+}
+
+#[test]
+fn mail_without_a_header_is_a_warning() {
+    let config = with(
+        "proxy_protocol = \"off\"\n\
+         [[listener]]\nprotocol = \"smtp\"\n\
+         [[listener]]\nprotocol = \"imaps\"\n\
+         [[listener]]\nprotocol = \"sieve\"\nproxy_protocol = \"off\"\n\
+         [[listener]]\nprotocol = \"pop3s\"\nproxy_protocol = \"v1\"\n\
+         [[listener]]\nprotocol = \"http\"\nlisten = [\"127.0.0.1:80\"]\nupstream_port = 80\n",
+    );
+    let why = "the mailbox will take the edge for the client of every connection, \
+               which breaks its spam filter, its bans and its logs";
+    let expected = [
+        format!("line 3: upstream.proxy_protocol: off for smtp, imaps: {why}"),
+        format!("line 10: listener[3].proxy_protocol: off for sieve: {why}"),
+    ];
+    assert_eq!(config.warnings, expected);
+}
+
+#[test]
+fn an_admin_address_others_can_reach_is_a_warning() {
+    let expected = "line 4: admin.listen: \"0.0.0.0:9464\" is not a loopback address: \
+                    whoever can reach it can read the status and the metrics";
+    assert_eq!(with("[admin]\nlisten = \"0.0.0.0:9464\"\n").warnings, [expected]);
+    assert_eq!(with("[admin]\nlisten = \"[::1]:9464\"\n").warnings, [""; 0]);
+}
+
+#[test]
+fn files_that_cannot_be_read() {
+    let directory = tempdir().expect("a temporary directory");
+    let missing = directory.path().join("edge.toml");
+    let cases = [
+        (missing.as_path(), "no such file; check --config or TAILWART_CONFIG, or leave both out"),
+        (directory.path(), "is a directory; expected a TOML file"),
+        (Path::new("/dev/zero"), "has more than 1048576 bytes; expected at most that (1 MiB)"),
+    ];
+    for (path, problem) in cases {
+        let error = Config::load(path, Some("stalwart"), NO_ENV).expect_err(problem);
+        assert_eq!(error.to_string(), format!("{}: {problem}", path.display()));
+    }
+}
+
+#[test]
+fn a_file_over_one_mebibyte_is_refused_before_it_is_read() {
+    let file = NamedTempFile::new().expect("a temporary file");
+    file.as_file().set_len(1 << 40).expect("a sparse file");
+    let error = Config::load(file.path(), None, NO_ENV).expect_err("too large");
+    let expected = "has 1099511627776 bytes; expected at most 1048576 (1 MiB)";
+    assert_eq!(error.to_string(), format!("{}: {expected}", file.path().display()));
+}
+
+#[test]
+fn a_mebibyte_of_junk_fails_fast_and_briefly() {
+    let size = 1 << 20;
+    let repeated = |unit: &str| unit.repeat(size / unit.len());
+    let clashing = format!("{HOST}[[listener]]\nprotocol = \"smtp\"\nlisten = [");
+    let clashing = format!("{clashing}{}]\n", repeated("'[::1]:1',"));
+    let junk = [
+        repeated("]"),
+        repeated("="),
+        repeated("."),
+        repeated("[["),
+        repeated("a = ["),
+        repeated("k\n"),
+        repeated("\0"),
+        repeated("[[listener]]\n"),
+        repeated("\"${\" = '${'\n"),
+        clashing,
+        (0..size / 10).map(|n| format!("k{n:06} = 1\n")).collect(),
+        format!("upstream.host = \"{}\"\n", repeated("${A}")),
+    ];
+    for text in junk {
+        let start = Instant::now();
+        let error = Config::parse(&text, None, NO_ENV).expect_err("junk");
+        let (took, message) = (start.elapsed(), error.to_string());
+        let head: String = text.chars().take(20).collect();
+        // A guard against quadratic work, which takes minutes here; debug builds need 2 s.
+        assert!(took < Duration::from_secs(20), "{head:?} took {took:?}");
+        assert!(error.mistakes().len() <= 50 && message.len() < 20_000, "{head:?}: {message}");
+    }
+}
+
+#[test]
+fn the_path_comes_from_the_flag_then_the_environment_then_the_default() {
+    let directory = tempdir().expect("a temporary directory");
+    let default = directory.path().join("config.toml");
+    let named = |value: &'static str| move |name: &str| (name == "TAILWART_CONFIG").then(|| value.to_owned());
+    let flag = || Some(PathBuf::from("flag.toml"));
+    let path = |given, env: Env| config_path_or(given, env, &default);
+    assert_eq!(path(flag(), &named("env.toml")), flag());
+    assert_eq!(path(None, &named("env.toml")), Some(PathBuf::from("env.toml")));
+    assert_eq!(path(None, &named("")), None);
+    assert_eq!(path(None, NO_ENV), None);
+    // Even if it leads nowhere: that it is there means it is meant, and `load` says what is wrong.
+    std::os::unix::fs::symlink("/nowhere", &default).expect("a link");
+    assert_eq!(path(None, NO_ENV), Some(default.clone()));
+}
+
+#[test]
+fn windows_line_ends_and_a_byte_order_mark_do_no_harm() {
+    let config = parse("\u{feff}[upstream]\r\nhost = \"stalwart\"\r\n");
+    assert_eq!(config.listeners[0].upstream.host, "stalwart");
+    let found = mistakes("[upstream]\r\nhost = \"stalwart\"\r\n\r\nx = 1\r\n");
+    assert_eq!(found, ["line 4: upstream.x: unknown key; allowed here: host, proxy_protocol"]);
+}

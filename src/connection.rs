@@ -1,0 +1,151 @@
+//! One client's life: dial the upstream, write the PROXY header, relay, one
+//! log line.
+//!
+//! Invariants
+//! - The header is the first thing on the upstream's connection, in one write,
+//!   before any byte of the client; if it cannot be written, nothing is.
+//! - Nothing is read from the client before the upstream is connected and has
+//!   its header; so a server that speaks first is heard at once, and a client
+//!   that speaks first loses nothing.
+//! - An abrupt end on one side becomes one on the other; an orderly end stays
+//!   orderly.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::io::{AsyncWriteExt, Interest};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use crate::config::ProxyProtocol;
+use crate::proxy_header::proxy_header;
+use crate::relay::{End, Outcome, Reset, Side, Timeouts, relay};
+use crate::upstream::{Dial, Upstream, UpstreamError};
+
+/// How long the stack may take to accept the header: a new connection's send
+/// buffer is empty, so it is immediate unless the connection has failed.
+const HEADER_LIMIT: Duration = Duration::from_secs(5);
+
+/// What every connection of a listener shares.
+#[derive(Debug)]
+pub struct Service<D> {
+    /// The listener's name.
+    pub name: String,
+    /// Where its connections go.
+    pub upstream: Upstream<D>,
+    /// The header that they demand.
+    pub proxy_protocol: ProxyProtocol,
+    /// How long they may be silent.
+    pub timeouts: Timeouts,
+    /// Fires when the edge begins to stop.
+    pub drain: CancellationToken,
+}
+
+/// How a connection ended before it was relayed.
+enum Refusal {
+    /// The client left while we were dialling.
+    ClientGone,
+    /// The upstream could not be reached.
+    Upstream(UpstreamError),
+    /// The upstream failed before it had the header.
+    Header(std::io::Error),
+}
+
+/// Serves one accepted connection to its end. Never fails: whatever happens is
+/// in the log line. Cancellation drops both connections.
+pub async fn serve<D: Dial>(service: &Service<D>, mut client: TcpStream, peer: SocketAddr) {
+    static CONNECTIONS: AtomicU64 = AtomicU64::new(1);
+    let id = CONNECTIONS.fetch_add(1, Ordering::Relaxed);
+    let accepted = Instant::now();
+    let mut upstream = match open(service, &client, peer).await {
+        Ok(upstream) => upstream,
+        Err(refusal) => return log_refusal(service, id, peer, accepted, &refusal),
+    };
+    let connected = accepted.elapsed();
+    let outcome = relay(&mut client, &mut upstream, service.timeouts, service.drain.cancelled()).await;
+    if let End::Failed { side, .. } = outcome.end {
+        match side {
+            Side::Client => upstream.reset(),
+            Side::Upstream => client.reset(),
+        }
+    }
+    log_outcome(service, id, peer, accepted, connected, &outcome);
+}
+
+/// Dials the upstream and gives it the header, unless the client leaves first.
+async fn open<D: Dial>(service: &Service<D>, client: &TcpStream, peer: SocketAddr) -> Result<D::Stream, Refusal> {
+    // Asked now: a socket that was reset meanwhile no longer knows it.
+    let local = client.local_addr().map_err(|_| Refusal::ClientGone)?;
+    let header = proxy_header(service.proxy_protocol, peer, local);
+    let mut upstream = tokio::select! {
+        upstream = service.upstream.connect() => upstream.map_err(Refusal::Upstream)?,
+        () = reset(client) => return Err(Refusal::ClientGone),
+    };
+    if let Some(header) = header {
+        let written = timeout(HEADER_LIMIT, upstream.write_all(&header)).await;
+        written.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())).map_err(Refusal::Header)?;
+    }
+    Ok(upstream)
+}
+
+/// Completes when the client has reset the connection. A FIN is no reason to
+/// give up: a client may have said all it wanted and wait for the reply.
+async fn reset(client: &TcpStream) {
+    if client.ready(Interest::ERROR).await.is_err() {
+        std::future::pending::<()>().await; // the runtime is going away
+    }
+}
+
+fn log_refusal<D: Dial>(service: &Service<D>, id: u64, client: SocketAddr, accepted: Instant, refusal: &Refusal) {
+    let (listener, upstream) = (&service.name, &service.upstream);
+    let total_ms = millis(accepted.elapsed());
+    match refusal {
+        Refusal::ClientGone => {
+            debug!(id, listener, %client, %upstream, total_ms, end = "client reset while connecting", "connection");
+        }
+        Refusal::Upstream(error) => {
+            warn!(id, listener, %client, %upstream, total_ms, "connection closed: cannot reach {upstream}: {error}");
+        }
+        Refusal::Header(error) => {
+            warn!(id, listener, %client, %upstream, total_ms, "connection closed: cannot send the PROXY header to {upstream}: {error}; check the mail server's log");
+        }
+    }
+}
+
+fn log_outcome<D: Dial>(
+    service: &Service<D>,
+    id: u64,
+    client: SocketAddr,
+    accepted: Instant,
+    connected: Duration,
+    outcome: &Outcome,
+) {
+    let end = match &outcome.end {
+        End::Closed { first } => format!("{first} closed"),
+        End::Failed { side, error } => format!("{side} failed: {error}"),
+        End::Idle => "idle time-out".to_owned(),
+        End::HalfClosed { first } => format!("half-close time-out after {first} closed"),
+        End::Drained => "closed because the edge is stopping".to_owned(),
+    };
+    info!(
+        id,
+        listener = service.name,
+        %client,
+        upstream = %service.upstream,
+        sent = outcome.sent,
+        received = outcome.received,
+        connect_ms = millis(connected),
+        first_byte_ms = outcome.first_byte.map(|at| millis(at - accepted)),
+        total_ms = millis(accepted.elapsed()),
+        end,
+        "connection"
+    );
+}
+
+/// Milliseconds with three digits, for people.
+fn millis(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}

@@ -1,0 +1,235 @@
+//! Joins the parts: bind, join the tailnet, accept, and stop in order.
+//!
+//! The order of the start is a promise. Ports are bound first, so that a
+//! mistake there does not use up an auth key; nothing is accepted before the
+//! node is on the tailnet, so that until then clients wait in the kernel's
+//! backlog instead of being turned away.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{error, info, warn};
+
+use crate::admin::{self, Readiness};
+use crate::config::{self, Config};
+use crate::connection::Service;
+use crate::drain::StopSignals;
+use crate::limits::{ClientLimit, connection_limit};
+use crate::listener::{self, Admission, BindError};
+use crate::relay::Timeouts;
+use crate::secret::Secret;
+use crate::state_dir::{self, StateDirError};
+use crate::tailnet::{JoinError, Node, linked_version};
+use crate::upstream::Upstream;
+
+/// While draining, a connection without progress for this long is closed; the
+/// others have until the drain time-out.
+const QUIET: Duration = Duration::from_secs(1);
+
+/// How long the look at the upstreams after joining may take.
+const GREETING_PING_LIMIT: Duration = Duration::from_secs(5);
+
+/// Why the edge could not run; [`RunError::exit_code`] tells scripts.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// A port could not be opened.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The identity's directory cannot be used.
+    #[error(transparent)]
+    StateDir(#[from] StateDirError),
+    /// The tailnet could not be joined.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// Signal handlers could not be installed.
+    #[error("cannot install signal handlers: {0}")]
+    Signals(#[source] std::io::Error),
+}
+
+impl RunError {
+    /// The process's exit code: 3 tailnet, 4 cannot bind, 1 anything else.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            RunError::Join(JoinError::Start(_)) | RunError::StateDir(_) | RunError::Signals(_) => 1,
+            RunError::Join(_) => 3,
+            RunError::Bind(_) => 4,
+        }
+    }
+}
+
+/// A listener and its open sockets.
+struct Bound<'a> {
+    listener: &'a config::Listener,
+    sockets: Vec<TcpListener>,
+}
+
+/// Runs the edge until a signal stops it. `Ok` is an orderly stop, also when
+/// the drain time-out cut connections.
+pub async fn run(config: Config, auth_key: Option<Secret>) -> Result<(), RunError> {
+    let mut signals = StopSignals::install().map_err(RunError::Signals)?;
+    info!(version = env!("CARGO_PKG_VERSION"), tailscale = linked_version(), "tailwart-edge starts");
+    let drain = CancellationToken::new();
+    let bound = bind_all(&config.listeners)?;
+    let admin = config.admin.map(|address| listener::bind("admin", address)).transpose()?;
+    let _state_dir = state_dir::lock(&config.tailnet.state_dir)?;
+
+    let (node_sender, node_receiver) = watch::channel(None);
+    if let Some(admin) = admin {
+        announce("admin", &admin);
+        let readiness = Readiness { node: node_receiver, tags: config.tailnet.tags.clone(), drain: drain.clone() };
+        tokio::spawn(admin::serve(admin, Arc::new(readiness)));
+    }
+    let node = Arc::new(Node::start(&config.tailnet, auth_key.as_ref())?);
+    drop(auth_key);
+    node_sender.send_replace(Some(node.status()));
+
+    let joined = tokio::select! {
+        joined = join(&node, config.tailnet.join_timeout) => Some(joined),
+        signal = signals.stop() => {
+            info!(signal, "stopping before the tailnet was joined");
+            None
+        }
+    };
+    let outcome = match joined {
+        Some(Ok(())) => {
+            serve(&config, bound, &node, drain, &mut signals).await;
+            Ok(())
+        }
+        Some(Err(refused)) => Err(RunError::Join(refused)),
+        None => Ok(()),
+    };
+    node.close().await;
+    outcome
+}
+
+/// Binds every address. A default `[::]` on a machine without IPv6 is only
+/// worth a warning.
+fn bind_all(listeners: &[config::Listener]) -> Result<Vec<Bound<'_>>, BindError> {
+    let mut bound = Vec::new();
+    for listener in listeners {
+        let mut sockets = Vec::new();
+        for &address in &listener.listen {
+            match listener::bind(&listener.name, address) {
+                Ok(socket) => sockets.push(socket),
+                Err(error) if may_be_missing(listener, address, &error) => warn!("{error}; serving IPv4 only"),
+                Err(error) => return Err(error),
+            }
+        }
+        bound.push(Bound { listener, sockets });
+    }
+    Ok(bound)
+}
+
+fn may_be_missing(listener: &config::Listener, address: SocketAddr, error: &BindError) -> bool {
+    use std::io::ErrorKind::{AddrNotAvailable, Unsupported};
+    !listener.configured && address.is_ipv6() && matches!(error.kind, AddrNotAvailable | Unsupported)
+}
+
+fn announce(listener: &str, socket: &TcpListener) {
+    if let Ok(address) = socket.local_addr() {
+        info!(listener, %address, "listening");
+    }
+}
+
+/// Joins the tailnet. An enrolled node goes on trying for as long as it takes;
+/// one that is not gets one try.
+async fn join(node: &Node, limit: Duration) -> Result<(), JoinError> {
+    loop {
+        match node.up(limit).await {
+            Err(JoinError::TimedOut { after, reason }) => {
+                warn!("not on the tailnet after {} s: {reason}; trying on, clients wait", after.as_secs());
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+/// Accepts until a signal, then drains.
+async fn serve(
+    config: &Config,
+    bound: Vec<Bound<'_>>,
+    node: &Arc<Node>,
+    drain: CancellationToken,
+    signals: &mut StopSignals,
+) {
+    let sockets = bound.iter().map(|b| b.sockets.len()).sum();
+    let limit = connection_limit(config.limits.max_connections, sockets);
+    info!(max_connections = limit.connections, per_client = config.limits.max_connections_per_client, "{}", limit.reason);
+    let admission = Admission {
+        permits: Arc::new(Semaphore::new(limit.connections)),
+        clients: ClientLimit::new(config.limits.max_connections_per_client),
+        tasks: TaskTracker::new(),
+    };
+    let mut accepting = tokio::task::JoinSet::new();
+    for Bound { listener, sockets } in bound {
+        let service = Arc::new(service(config, listener, node, &drain));
+        for socket in sockets {
+            announce(&listener.name, &socket);
+            accepting.spawn(listener::accept(socket, Arc::clone(&service), admission.clone()));
+        }
+    }
+    let greeting = tokio::spawn(greet_upstreams(Arc::clone(node), hosts(&config.listeners)));
+    let status = node.status().borrow().clone();
+    info!(name = status.name, ips = ?status.ips, tags = ?status.tags, "ready");
+
+    let signal = signals.stop().await;
+    greeting.abort();
+    drain.cancel();
+    while accepting.join_next().await.is_some() {} // the ports are closed
+    stop(&admission.tasks, signal, config.timeouts.drain, signals).await;
+}
+
+fn service(config: &Config, listener: &config::Listener, node: &Arc<Node>, drain: &CancellationToken) -> Service<Node> {
+    let config::Upstream { host, port } = listener.upstream.clone();
+    Service {
+        name: listener.name.clone(),
+        upstream: Upstream::new(Arc::clone(node), host, port, config.timeouts.connect),
+        proxy_protocol: listener.proxy_protocol,
+        timeouts: Timeouts { idle: listener.idle_timeout, half_close: config.timeouts.half_close, drain: QUIET },
+        drain: drain.clone(),
+    }
+}
+
+fn hosts(listeners: &[config::Listener]) -> BTreeSet<String> {
+    listeners.iter().map(|listener| listener.upstream.host.clone()).collect()
+}
+
+/// Looks at each upstream once, so that a wrong name shows at start and not
+/// with the first mail.
+async fn greet_upstreams(node: Arc<Node>, hosts: BTreeSet<String>) {
+    for host in hosts {
+        match node.ping(&host, GREETING_PING_LIMIT).await {
+            Ok(report) if report.answered => {
+                info!(upstream = host, ip = %report.ip, path = report.path(), latency_ms = report.latency_ms, "upstream reached");
+            }
+            Ok(report) => warn!(upstream = host, ip = %report.ip, online = report.online, "upstream does not answer a ping; check that it is running"),
+            Err(reason) => warn!(upstream = host, "upstream cannot be reached: {reason}"),
+        }
+    }
+}
+
+/// Waits for the connections within `limit`; another signal ends the wait.
+async fn stop(tasks: &TaskTracker, signal: &str, limit: Duration, signals: &mut StopSignals) {
+    info!(signal, connections = tasks.len(), "stopping");
+    tasks.close();
+    tokio::select! {
+        () = tasks.wait() => {}
+        () = tokio::time::sleep(limit) => {
+            warn!(connections = tasks.len(), "drain time-out of {limit:?} passed: connections were cut");
+        }
+        again = signals.stop() => warn!(signal = again, connections = tasks.len(), "stopping at once: connections were cut"),
+    }
+    info!("stopped");
+}
+
+/// Writes the one line that ends a failed run.
+pub fn report(failure: &RunError) {
+    error!("{failure}");
+}

@@ -1,0 +1,39 @@
+//! `tailwart-edge` forwards public mail ports over a tailnet to a private
+//! mailbox, byte for byte, with a PROXY protocol header that names the real
+//! client. It joins the tailnet itself and decrypts nothing.
+//!
+//! The modules in reading order: [`edge`] joins the parts; [`listener`]
+//! accepts; [`connection`] is one client's life: [`upstream`] dials,
+//! [`proxy_header`] writes, [`relay`] moves the bytes. [`tailnet`] is the node
+//! and the C boundary. The rest is what an operator touches: [`cli`],
+//! [`config`], [`secret`], [`state_dir`], [`limits`], [`drain`], [`admin`].
+//!
+//! `ARCHITECTURE.md` has the picture and the invariants.
+
+pub mod edge;
+
+pub mod listener;
+
+pub mod connection;
+
+pub mod upstream;
+
+pub mod proxy_header;
+
+pub mod relay;
+
+pub mod tailnet;
+
+pub mod cli;
+
+pub mod config;
+
+pub mod secret;
+
+pub mod state_dir;
+
+pub mod limits;
+
+pub mod drain;
+
+pub mod admin;

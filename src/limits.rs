@@ -1,0 +1,174 @@
+//! How many connections there may be: in all, and per client.
+//!
+//! A permit for the whole edge is taken *before* a connection is accepted, so
+//! that at the limit the kernel's backlog holds the line instead of clients
+//! being accepted and turned away. The client's own share can only be known
+//! after accepting. Both are given back by drop.
+//!
+//! A client is an IPv4 address or an IPv6 /64, which is what one customer
+//! gets; rates are not limited here.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::process::{Resource, getrlimit};
+
+/// Descriptors that are not connections: standard streams, tokio, the node's
+/// sockets and state files, DERP and control connections, admin requests.
+const RESERVED_DESCRIPTORS: u64 = 128;
+
+/// The default never exceeds this: at about 10 kB each, 200 MB while idle.
+const DEFAULT_CEILING: usize = 20_000;
+
+/// The connection limit and where it comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConnectionLimit {
+    /// How many connections there may be at once.
+    pub connections: usize,
+    /// The reason, for the log.
+    pub reason: String,
+}
+
+/// Derives the limit from the descriptor limit of the process, one descriptor
+/// a connection, unless configured lower. `listeners` is the number of
+/// listening sockets.
+pub fn connection_limit(configured: Option<usize>, listeners: usize) -> ConnectionLimit {
+    let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    limit_for(configured, listeners, descriptors)
+}
+
+fn limit_for(configured: Option<usize>, listeners: usize, descriptors: u64) -> ConnectionLimit {
+    let free = descriptors.saturating_sub(RESERVED_DESCRIPTORS + listeners as u64);
+    // A listener holds a permit while it waits, so each needs one.
+    let free = usize::try_from(free).unwrap_or(usize::MAX).max(listeners.max(1));
+    match configured {
+        Some(wanted) if wanted > free => ConnectionLimit {
+            connections: free,
+            reason: format!("max_connections = {wanted} lowered to what the descriptor limit of {descriptors} allows"),
+        },
+        Some(wanted) => ConnectionLimit { connections: wanted.max(listeners), reason: "max_connections".into() },
+        None if free > DEFAULT_CEILING => {
+            ConnectionLimit { connections: DEFAULT_CEILING, reason: "default ceiling; max_connections can raise it".into() }
+        }
+        None => ConnectionLimit { connections: free, reason: format!("descriptor limit of {descriptors}") },
+    }
+}
+
+/// Counts the connections of each client.
+#[derive(Debug)]
+pub struct ClientLimit {
+    /// 0 is no limit.
+    max: usize,
+    open: Mutex<HashMap<IpAddr, usize>>,
+}
+
+/// A client's place; dropping it gives the place back.
+#[derive(Debug)]
+pub struct ClientPermit {
+    limit: Arc<ClientLimit>,
+    client: IpAddr,
+}
+
+impl ClientLimit {
+    /// At most `max` connections of one client at once; 0 is no limit.
+    pub fn new(max: usize) -> Arc<ClientLimit> {
+        Arc::new(ClientLimit { max, open: Mutex::default() })
+    }
+
+    /// A place for the client, or `None` if it has as many as it may.
+    pub fn admit(self: &Arc<Self>, client: IpAddr) -> Option<ClientPermit> {
+        let client = network_of(client);
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = open.entry(client).or_default();
+        if self.max != 0 && *count >= self.max {
+            return None;
+        }
+        *count += 1;
+        Some(ClientPermit { limit: Arc::clone(self), client })
+    }
+}
+
+impl Drop for ClientPermit {
+    fn drop(&mut self) {
+        let mut open = self.limit.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Entry::Occupied(mut entry) = open.entry(self.client) {
+            *entry.get_mut() -= 1;
+            if *entry.get() == 0 {
+                entry.remove();
+            }
+        }
+    }
+}
+
+/// The IPv4 address, or the /64 of an IPv6 address.
+fn network_of(client: IpAddr) -> IpAddr {
+    match client.to_canonical() {
+        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & (u128::MAX << 64)).into(),
+        v4 => v4,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_descriptor_limit_bounds_the_default() {
+        let limit = limit_for(None, 10, 1024);
+        assert_eq!(limit, ConnectionLimit { connections: 1024 - 128 - 10, reason: "descriptor limit of 1024".into() });
+    }
+
+    #[test]
+    fn a_huge_descriptor_limit_gives_the_ceiling() {
+        assert_eq!(limit_for(None, 10, 1 << 20).connections, DEFAULT_CEILING);
+        assert_eq!(limit_for(None, 10, u64::MAX).connections, DEFAULT_CEILING);
+    }
+
+    #[test]
+    fn a_configured_limit_holds_unless_descriptors_are_missing() {
+        assert_eq!(limit_for(Some(500), 10, 1 << 20).connections, 500);
+        assert_eq!(limit_for(Some(50_000), 10, 1 << 20).connections, 50_000);
+        let lowered = limit_for(Some(50_000), 10, 1024);
+        assert_eq!(lowered.connections, 886);
+        assert!(lowered.reason.contains("lowered"), "{}", lowered.reason);
+    }
+
+    #[test]
+    fn every_listener_can_always_hold_a_permit() {
+        assert_eq!(limit_for(Some(1), 10, 1024).connections, 10);
+        assert_eq!(limit_for(None, 10, 64).connections, 10);
+    }
+
+    #[test]
+    fn a_client_is_admitted_up_to_its_limit_and_again_after_leaving() {
+        let limit = ClientLimit::new(2);
+        let client = "192.0.2.7".parse().unwrap();
+        let first = limit.admit(client).unwrap();
+        let _second = limit.admit(client).unwrap();
+        assert!(limit.admit(client).is_none());
+        assert!(limit.admit("192.0.2.8".parse().unwrap()).is_some());
+        drop(first);
+        assert!(limit.admit(client).is_some());
+    }
+
+    #[test]
+    fn an_ipv6_client_is_its_64_and_a_mapped_one_its_ipv4_address() {
+        let limit = ClientLimit::new(1);
+        let _one = limit.admit("2001:db8::1".parse().unwrap()).unwrap();
+        assert!(limit.admit("2001:db8::2".parse().unwrap()).is_none());
+        assert!(limit.admit("2001:db8:0:1::1".parse().unwrap()).is_some());
+        let _four = limit.admit("192.0.2.7".parse().unwrap()).unwrap();
+        assert!(limit.admit("::ffff:192.0.2.7".parse().unwrap()).is_none());
+    }
+
+    #[test]
+    fn nothing_is_kept_of_clients_that_left() {
+        let limit = ClientLimit::new(0);
+        for last in 0..=255 {
+            drop(limit.admit(IpAddr::from([192, 0, 2, last])).unwrap());
+        }
+        assert!(limit.open.lock().unwrap().is_empty());
+    }
+}

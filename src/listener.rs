@@ -1,0 +1,175 @@
+//! Binding the public ports and accepting on them.
+//!
+//! Invariants
+//! - A permit is held before `accept`, so the kernel's backlog holds the line
+//!   at the connection limit; it goes back when the connection's task ends.
+//! - An error of `accept` never ends a listener: it backs off from 5 ms to 1 s
+//!   and goes on, so running out of descriptors costs time, not the port.
+//!
+//! `[::]` sockets take IPv6 only, so that v4 and v6 are configured and fail
+//! each on their own.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use thiserror::Error;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, info, warn};
+
+use crate::connection::{self, Service};
+use crate::limits::ClientLimit;
+use crate::upstream::Dial;
+
+/// Connections that wait for a permit in the kernel; capped by
+/// net.core.somaxconn (4096 by default).
+const BACKLOG: i32 = 4096;
+
+/// How long `accept` pauses after an error: twice as long each time.
+const BACKOFF_FIRST: Duration = Duration::from_millis(5);
+const BACKOFF_LAST: Duration = Duration::from_secs(1);
+
+/// A silent client is asked for a sign of life after two minutes, and given up
+/// a minute later; most NATs forget a connection after five.
+const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
+    .with_time(Duration::from_secs(120))
+    .with_interval(Duration::from_secs(15))
+    .with_retries(4);
+
+/// Why a listener could not be opened.
+#[derive(Debug, Error)]
+#[error("listener {name}: cannot bind {address}: {reason}")]
+pub struct BindError {
+    /// The listener's name.
+    pub name: String,
+    /// The address that was asked for.
+    pub address: SocketAddr,
+    /// The system's answer and what to do about it.
+    pub reason: String,
+    /// The system's error kind.
+    pub kind: io::ErrorKind,
+}
+
+/// Opens a listening socket. Must be called within a tokio runtime.
+pub fn bind(name: &str, address: SocketAddr) -> Result<TcpListener, BindError> {
+    open(address).map_err(|error| BindError {
+        name: name.to_owned(),
+        address,
+        reason: explain(&error, address),
+        kind: error.kind(),
+    })
+}
+
+fn open(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    socket.set_reuse_address(true)?; // restart while old connections are in TIME_WAIT
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+fn explain(error: &io::Error, address: SocketAddr) -> String {
+    let remedy = match error.kind() {
+        io::ErrorKind::PermissionDenied => "grant CAP_NET_BIND_SERVICE or use a port above 1023",
+        io::ErrorKind::AddrInUse => {
+            return format!(
+                "{error}; another program listens there (`ss -ltnp 'sport = :{}'` names it): stop it or choose another address",
+                address.port()
+            );
+        }
+        io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported => {
+            "this machine has no such address; listen on one that `ip address` shows"
+        }
+        _ => return error.to_string(),
+    };
+    format!("{error}; {remedy}")
+}
+
+/// What all listeners share.
+#[derive(Clone, Debug)]
+pub struct Admission {
+    /// One permit for each connection that may exist.
+    pub permits: Arc<Semaphore>,
+    /// The share of one client.
+    pub clients: Arc<ClientLimit>,
+    /// Every connection's task, for draining.
+    pub tasks: TaskTracker,
+}
+
+/// Accepts connections until the service drains, each served in a task of its
+/// own.
+pub async fn accept<D: Dial>(listener: TcpListener, service: Arc<Service<D>>, admission: Admission) {
+    let mut backoff = BACKOFF_FIRST;
+    loop {
+        let next = async {
+            let permit = Arc::clone(&admission.permits).acquire_owned().await;
+            (permit, listener.accept().await)
+        };
+        let (permit, accepted) = tokio::select! {
+            next = next => next,
+            () = service.drain.cancelled() => return,
+        };
+        let Ok(permit) = permit else { return }; // never closed
+        match accepted {
+            Ok((client, peer)) => {
+                if backoff != BACKOFF_FIRST {
+                    info!(listener = service.name, "accepting again");
+                    backoff = BACKOFF_FIRST;
+                }
+                admit(&service, &admission, permit, client, peer);
+            }
+            // The client gave up while it waited in the backlog.
+            Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {}
+            Err(error) => {
+                drop(permit);
+                warn_once(&service.name, &error, backoff);
+                tokio::time::sleep(backoff).await;
+                backoff = (backoff * 2).min(BACKOFF_LAST);
+            }
+        }
+    }
+}
+
+/// One line when the trouble begins; `accepting again` ends it.
+fn warn_once(listener: &str, error: &io::Error, backoff: Duration) {
+    if backoff == BACKOFF_FIRST {
+        warn!(listener, "cannot accept: {error}; trying again; raise the descriptor limit (LimitNOFILE) or lower max_connections");
+    }
+}
+
+/// Serves a connection, unless its client has as many as it may.
+fn admit<D: Dial>(
+    service: &Arc<Service<D>>,
+    admission: &Admission,
+    permit: tokio::sync::OwnedSemaphorePermit,
+    client: TcpStream,
+    peer: SocketAddr,
+) {
+    let Some(place) = admission.clients.admit(peer.ip()) else {
+        debug!(listener = service.name, client = %peer, "refused: this client has max_connections_per_client already");
+        return;
+    };
+    prepare(&client);
+    let service = Arc::clone(service);
+    admission.tasks.spawn(async move {
+        connection::serve(&*service, client, peer).await;
+        drop((permit, place));
+    });
+}
+
+/// Keepalive, and no delay: mail protocols are conversations of short lines,
+/// and what is relayed was already gathered by the sender.
+fn prepare(client: &TcpStream) {
+    let socket = SockRef::from(client);
+    if let Err(e) = socket.set_tcp_keepalive(&KEEPALIVE).and_then(|()| socket.set_tcp_nodelay(true)) {
+        debug!("cannot set socket options: {e}"); // the client is gone already
+    }
+}

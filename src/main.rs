@@ -1,0 +1,112 @@
+//! The program: arguments, log output, exit codes; nothing else.
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tailwart_edge::cli::{Cli, Command, ConfigArgs};
+use tailwart_edge::config::{Config, ConfigError, Upstream, config_path};
+use tailwart_edge::secret::{Secret, auth_key};
+use tailwart_edge::{edge, tailnet};
+use tracing_subscriber::EnvFilter;
+
+/// Wrong usage or configuration.
+const EXIT_CONFIG: u8 = 2;
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Run(args) => run(&args),
+        Command::Check(args) => check(&args),
+        Command::Version => {
+            println!("tailwart-edge {} (Tailscale {})", env!("CARGO_PKG_VERSION"), tailnet::linked_version());
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+/// The environment as the configuration sees it. A value that is not UTF-8
+/// counts as not set.
+fn environment(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+fn load(args: &ConfigArgs) -> Result<Config, ConfigError> {
+    match config_path(args.config.clone(), &environment) {
+        Some(path) => Config::load(&path, args.upstream.as_deref(), &environment),
+        None => Config::without_file(args.upstream.as_deref()),
+    }
+}
+
+fn check(args: &ConfigArgs) -> ExitCode {
+    match load(args) {
+        Ok(config) => {
+            for warning in &config.warnings {
+                eprintln!("warning: {warning}");
+            }
+            for listener in &config.listeners {
+                let addresses: Vec<String> = listener.listen.iter().map(ToString::to_string).collect();
+                let Upstream { host, port } = &listener.upstream;
+                println!("{}: {} -> {host}:{port}", listener.name, addresses.join(", "));
+            }
+            println!("the configuration is good");
+            ExitCode::SUCCESS
+        }
+        Err(mistakes) => config_mistakes(&mistakes),
+    }
+}
+
+fn config_mistakes(mistakes: &ConfigError) -> ExitCode {
+    eprintln!("{mistakes}");
+    ExitCode::from(EXIT_CONFIG)
+}
+
+fn run(args: &ConfigArgs) -> ExitCode {
+    let loaded = load(args);
+    let key = |config: &Config| auth_key(&environment, config.tailnet.auth_key_file.as_deref());
+    let (config, key) = match loaded.map(|config| (key(&config), config)) {
+        Ok((Ok(key), config)) => (config, key),
+        Ok((Err(error), _)) => {
+            eprintln!("{error}");
+            return ExitCode::from(EXIT_CONFIG);
+        }
+        Err(mistakes) => return config_mistakes(&mistakes),
+    };
+    start_logging();
+    // Before any thread of ours exists.
+    tailnet::forget_environment();
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
+    run_edge(config, key)
+}
+
+/// To standard error: levels and targets by `RUST_LOG`, `info` by default.
+fn start_logging() {
+    let filter = EnvFilter::builder().with_default_directive(tracing::Level::INFO.into()).from_env_lossy();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
+}
+
+fn run_edge(config: Config, key: Option<Secret>) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("cannot start the runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let outcome = runtime.block_on(edge::run(config, key));
+    // Connections that the drain time-out cut must not hold the exit up.
+    runtime.shutdown_background();
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            edge::report(&failure);
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}

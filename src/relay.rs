@@ -1,0 +1,356 @@
+//! Moves bytes between a client and its upstream until both directions ended.
+//!
+//! Each direction is read, written and half-closed on its own: an end of
+//! stream on one side becomes a FIN on the other, and the other direction goes
+//! on. That is what a client that sends everything, shuts down writing and
+//! then reads the reply depends on.
+//!
+//! Invariants
+//! - Nothing is buffered while idle: reads go through one buffer per worker
+//!   thread, and only bytes that the other side would not take are kept, at
+//!   most one buffer per direction, during which nothing more is read.
+//! - Every wait is bounded: by the idle time-out while both directions are
+//!   open, by the half-close time-out after the first ended.
+//! - The outcome names the side that ended it.
+//!
+//! It does not dial, does not know the PROXY header, and closes neither side:
+//! the caller owns both streams and decides between FIN and RST.
+
+use std::cell::RefCell;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, Sleep};
+
+/// Bytes moved per read. With 64 KiB a wake of the network stack (about
+/// 60 kB) is taken in one read; smaller ones cost a call into Go each.
+const BUFFER_BYTES: usize = 64 * 1024;
+
+/// Reads per direction before other tasks of the worker get their turn: 1 MiB.
+const READS_PER_TURN: usize = 16;
+
+thread_local! {
+    static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER_BYTES].into_boxed_slice());
+}
+
+/// A stream that can be ended abruptly.
+pub trait Reset {
+    /// Ends the connection with a RST, now or when it is dropped.
+    fn reset(&mut self);
+}
+
+impl Reset for tokio::net::TcpStream {
+    fn reset(&mut self) {
+        // With zero linger the close sends RST. A socket that is already gone
+        // needs none.
+        let _ = self.set_zero_linger();
+    }
+}
+
+/// One of the two parties of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Who connected to us.
+    Client,
+    /// Whom we connected to.
+    Upstream,
+}
+
+impl std::fmt::Display for Side {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Side::Client => "client",
+            Side::Upstream => "upstream",
+        })
+    }
+}
+
+/// How long a connection may make no progress.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    /// While both directions are open.
+    pub idle: Duration,
+    /// After one direction has ended.
+    pub half_close: Duration,
+    /// After draining began.
+    pub drain: Duration,
+}
+
+/// What a relay did, and why it ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Bytes from the client that the upstream took.
+    pub sent: u64,
+    /// Bytes from the upstream that the client took.
+    pub received: u64,
+    /// When the first byte from the upstream arrived.
+    pub first_byte: Option<Instant>,
+    /// Why it ended.
+    pub end: End,
+}
+
+/// Why a relay ended.
+#[derive(Debug)]
+pub enum End {
+    /// Both directions ended in order.
+    Closed {
+        /// Whose end of stream came first.
+        first: Side,
+    },
+    /// A side failed, most often by a reset.
+    Failed {
+        /// Whose connection failed.
+        side: Side,
+        /// How.
+        error: io::Error,
+    },
+    /// No byte either way for the idle time-out.
+    Idle,
+    /// After `first` had ended, the other made no progress for the half-close
+    /// time-out.
+    HalfClosed {
+        /// Whose end of stream had come.
+        first: Side,
+    },
+    /// The edge is stopping and the connection had gone quiet.
+    Drained,
+}
+
+/// Relays until both directions ended, one side failed, or a time-out. `drain`
+/// completes when the edge begins to stop.
+///
+/// Cancellation drops bytes that were read but not yet written.
+pub async fn relay<C, U>(client: &mut C, upstream: &mut U, timeouts: Timeouts, drain: impl Future<Output = ()>) -> Outcome
+where
+    C: AsyncRead + AsyncWrite + Unpin,
+    U: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut relay = Relay::default();
+    let mut timer = pin!(Timer::start(timeouts.idle));
+    let mut drain = pin!(drain);
+    let mut draining = false;
+    poll_fn(|cx| {
+        let moved = relay.sent.bytes + relay.received.bytes;
+        let open = relay.first;
+        let both = relay.poll(cx, client, upstream);
+        if relay.sent.bytes + relay.received.bytes != moved || relay.first != open {
+            timer.as_mut().progressed();
+        }
+        if let Poll::Ready(end) = both {
+            return Poll::Ready(end);
+        }
+        draining = draining || drain.as_mut().poll(cx).is_ready();
+        let (limit, end) = match relay.first {
+            _ if draining => (timeouts.drain, End::Drained),
+            Some(first) => (timeouts.half_close, End::HalfClosed { first }),
+            None => (timeouts.idle, End::Idle),
+        };
+        timer.as_mut().poll(cx, limit).map(|()| end)
+    })
+    .await
+    .into_outcome(relay)
+}
+
+impl End {
+    fn into_outcome(self, relay: Relay) -> Outcome {
+        Outcome {
+            sent: relay.sent.bytes,
+            received: relay.received.bytes,
+            first_byte: relay.received.first_byte,
+            end: self,
+        }
+    }
+}
+
+/// Both directions of one connection.
+#[derive(Default)]
+struct Relay {
+    sent: Direction,
+    received: Direction,
+    /// Whose end of stream came first.
+    first: Option<Side>,
+}
+
+impl Relay {
+    fn poll<C, U>(&mut self, cx: &mut Context<'_>, client: &mut C, upstream: &mut U) -> Poll<End>
+    where
+        C: AsyncRead + AsyncWrite + Unpin,
+        U: AsyncRead + AsyncWrite + Unpin,
+    {
+        let sent = self.sent.poll(cx, client, upstream);
+        if self.first.is_none() && self.sent.ended() {
+            self.first = Some(Side::Client);
+        }
+        let received = self.received.poll(cx, upstream, client);
+        if self.first.is_none() && self.received.ended() {
+            self.first = Some(Side::Upstream);
+        }
+        match (sent, received) {
+            (Poll::Ready(Err(Fault::Source(error))), _) | (_, Poll::Ready(Err(Fault::Sink(error)))) => {
+                Poll::Ready(End::Failed { side: Side::Client, error })
+            }
+            (Poll::Ready(Err(Fault::Sink(error))), _) | (_, Poll::Ready(Err(Fault::Source(error)))) => {
+                Poll::Ready(End::Failed { side: Side::Upstream, error })
+            }
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => {
+                // Both ended, so one was noted first.
+                Poll::Ready(End::Closed { first: self.first.unwrap_or(Side::Client) })
+            }
+            _ => Poll::Pending,
+        }
+    }
+}
+
+/// Which end of a direction failed.
+enum Fault {
+    Source(io::Error),
+    Sink(io::Error),
+}
+
+/// One direction: bytes go from a source to a sink.
+#[derive(Default)]
+struct Direction {
+    /// What the sink took.
+    bytes: u64,
+    first_byte: Option<Instant>,
+    /// Bytes read that the sink would not take yet, from `kept_from` on.
+    kept: Vec<u8>,
+    kept_from: usize,
+    state: State,
+}
+
+#[derive(Default, PartialEq, Eq)]
+enum State {
+    #[default]
+    Open,
+    /// The source has ended; its last bytes or the FIN are still to be passed.
+    Ending,
+    Ended,
+}
+
+impl Direction {
+    fn ended(&self) -> bool {
+        self.state == State::Ended
+    }
+
+    /// Moves what can be moved. Ready once the sink has had everything and the
+    /// FIN.
+    fn poll<R, W>(&mut self, cx: &mut Context<'_>, source: &mut R, sink: &mut W) -> Poll<Result<(), Fault>>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        for _ in 0..READS_PER_TURN {
+            ready!(self.poll_flush(cx, sink)).map_err(Fault::Sink)?;
+            match self.state {
+                State::Open => {}
+                State::Ending => {
+                    ready!(Pin::new(&mut *sink).poll_shutdown(cx)).map_err(Fault::Sink)?;
+                    self.state = State::Ended;
+                    return Poll::Ready(Ok(()));
+                }
+                State::Ended => return Poll::Ready(Ok(())),
+            }
+            ready!(self.poll_pass(cx, source, sink))?;
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// Writes what was kept and gives its memory back.
+    fn poll_flush<W: AsyncWrite + Unpin>(&mut self, cx: &mut Context<'_>, sink: &mut W) -> Poll<io::Result<()>> {
+        while self.kept_from < self.kept.len() {
+            self.kept_from += ready!(self.poll_write_kept(cx, sink))?;
+        }
+        self.kept = Vec::new();
+        self.kept_from = 0;
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_write_kept<W: AsyncWrite + Unpin>(&mut self, cx: &mut Context<'_>, sink: &mut W) -> Poll<io::Result<usize>> {
+        let written = ready!(poll_write(cx, sink, &self.kept[self.kept_from..]))?;
+        self.bytes += written as u64;
+        Poll::Ready(Ok(written))
+    }
+
+    /// Reads once and writes that; what the sink does not take is kept.
+    fn poll_pass<R, W>(&mut self, cx: &mut Context<'_>, source: &mut R, sink: &mut W) -> Poll<Result<(), Fault>>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        BUFFER.with_borrow_mut(|buffer| {
+            let mut read = ReadBuf::new(buffer);
+            ready!(Pin::new(source).poll_read(cx, &mut read)).map_err(Fault::Source)?;
+            let mut rest = read.filled();
+            if rest.is_empty() {
+                self.state = State::Ending;
+                return Poll::Ready(Ok(()));
+            }
+            self.first_byte.get_or_insert_with(Instant::now);
+            while !rest.is_empty() {
+                match poll_write(cx, sink, rest) {
+                    Poll::Ready(written) => {
+                        let written = written.map_err(Fault::Sink)?;
+                        self.bytes += written as u64;
+                        rest = &rest[written..];
+                    }
+                    Poll::Pending => {
+                        self.kept = rest.to_vec();
+                        return Poll::Pending;
+                    }
+                }
+            }
+            Poll::Ready(Ok(()))
+        })
+    }
+}
+
+fn poll_write<W: AsyncWrite + Unpin>(cx: &mut Context<'_>, sink: &mut W, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    match ready!(Pin::new(sink).poll_write(cx, bytes))? {
+        0 => Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+        written => Poll::Ready(Ok(written)),
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// Fires when there was no progress for the limit. The timer is moved only
+    /// when it fires or the limit changes, not with every byte.
+    struct Timer {
+        #[pin]
+        sleep: Sleep,
+        limit: Duration,
+        last_progress: Instant,
+    }
+}
+
+impl Timer {
+    fn start(limit: Duration) -> Timer {
+        let now = Instant::now();
+        Timer { sleep: tokio::time::sleep_until(now + limit), limit, last_progress: now }
+    }
+
+    fn progressed(self: Pin<&mut Self>) {
+        *self.project().last_progress = Instant::now();
+    }
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>, limit: Duration) -> Poll<()> {
+        let mut timer = self.project();
+        let deadline = *timer.last_progress + limit;
+        if *timer.limit != limit {
+            *timer.limit = limit;
+            timer.sleep.as_mut().reset(deadline);
+        }
+        while timer.sleep.as_mut().poll(cx).is_ready() {
+            if timer.sleep.deadline() >= deadline {
+                return Poll::Ready(());
+            }
+            timer.sleep.as_mut().reset(deadline);
+        }
+        Poll::Pending
+    }
+}

@@ -1,0 +1,99 @@
+//! The state directory: made private, tested for writing, and locked, since
+//! two instances on one identity throw each other off the tailnet.
+//!
+//! What Tailscale keeps in it is not looked at.
+
+use std::fs::{DirBuilder, File, TryLockError};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+/// Why the state directory cannot be used.
+#[derive(Debug, Error)]
+pub enum StateDirError {
+    /// It could not be made.
+    #[error("cannot create the state directory {}: {error}; create it for the user that runs the edge, or set state_dir", .path.display())]
+    Create {
+        /// The directory.
+        path: PathBuf,
+        /// The system's answer.
+        error: io::Error,
+    },
+    /// The lock file could not be opened for writing.
+    #[error("cannot write to the state directory {}: {error}; give it to the user that runs the edge, or set state_dir", .path.display())]
+    Write {
+        /// The directory.
+        path: PathBuf,
+        /// The system's answer.
+        error: io::Error,
+    },
+    /// Another process holds the lock.
+    #[error("the state directory {} is in use by another tailwart-edge; stop it, or give this one a state_dir of its own", .path.display())]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+    },
+}
+
+/// The directory, locked for this process until dropped.
+#[derive(Debug)]
+pub struct StateDir {
+    _lock: File,
+}
+
+/// Makes the directory (mode 0700) if need be and locks it.
+pub fn lock(path: &Path) -> Result<StateDir, StateDirError> {
+    let named = || path.to_owned();
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|error| StateDirError::Create { path: named(), error })?;
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path.join("edge.lock"))
+        .map_err(|error| StateDirError::Write { path: named(), error })?;
+    match file.try_lock() {
+        Ok(()) => Ok(StateDir { _lock: file }),
+        Err(TryLockError::WouldBlock) => Err(StateDirError::InUse { path: named() }),
+        Err(TryLockError::Error(error)) => Err(StateDirError::Write { path: named(), error }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn it_is_made_private() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b");
+        let _locked = lock(&path).unwrap();
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o700);
+    }
+
+    #[test]
+    fn a_second_lock_is_refused_until_the_first_is_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = lock(dir.path()).unwrap();
+        let error = lock(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("in use by another tailwart-edge"), "{error}");
+        drop(first);
+        lock(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_file_in_its_place_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, "").unwrap();
+        let error = lock(&path).unwrap_err().to_string();
+        assert!(error.contains(&path.display().to_string()), "{error}");
+    }
+}

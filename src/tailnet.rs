@@ -1,0 +1,398 @@
+//! A tailnet node inside this process, and streams to its peers.
+//!
+//! [`Node`] joins the tailnet with no help from the host: no `tailscaled`, no
+//! TUN, no root. [`TailnetStream`] is a TCP connection on the node's own stack
+//! as tokio's `AsyncRead + AsyncWrite`; while idle it costs no descriptor, no
+//! thread and no buffer.
+//!
+//! Nothing here falls back to the host's resolver or network: a name that the
+//! tailnet's map does not hold is an error.
+
+mod ffi;
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use serde::Deserialize;
+use thiserror::Error;
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, BufReader, ReadBuf};
+use tokio::net::unix::pipe;
+use tokio::sync::watch;
+
+use crate::config;
+use crate::relay::Reset;
+use crate::secret::Secret;
+use ffi::{Conn, LineSink, NodeHandle, Setting};
+
+pub use ffi::{Code, forget_environment, linked_version, open_connections, run_on_alternate_stack};
+
+/// The node's state as it last reported it.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct NodeStatus {
+    /// Tailscale's own word: `Running`, `NeedsLogin`, `Starting`, …
+    pub state: String,
+    /// The MagicDNS name, without a final dot.
+    pub name: String,
+    /// The tailnet addresses, IPv4 first.
+    #[serde(deserialize_with = "null_is_empty")]
+    pub ips: Vec<std::net::IpAddr>,
+    /// The tags that the node holds.
+    #[serde(deserialize_with = "null_is_empty")]
+    pub tags: Vec<String>,
+    /// Whether the control server sees us.
+    pub in_map_poll: bool,
+    /// What Tailscale itself finds wrong.
+    #[serde(deserialize_with = "null_is_empty")]
+    pub health: Vec<String>,
+}
+
+impl NodeStatus {
+    /// Whether connections to peers are possible.
+    pub fn is_running(&self) -> bool {
+        self.state == "Running"
+    }
+}
+
+/// Go writes an empty list as `null`.
+fn null_is_empty<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// Why the node could not start or join.
+#[derive(Debug, Error)]
+pub enum JoinError {
+    /// Not enrolled, and no key to enrol with.
+    #[error(
+        "this node is not enrolled on the tailnet and there is no auth key; set TS_AUTHKEY (or auth_key_file) to a key that may use {tags}"
+    )]
+    NoCredential {
+        /// The configured tags.
+        tags: String,
+    },
+    /// The control server said no; the reason is in its own words.
+    #[error(
+        "the control server {control} refused this node: {reason}; create a new auth key that may use {tags} and set TS_AUTHKEY"
+    )]
+    Refused {
+        /// The control server.
+        control: String,
+        /// What it answered.
+        reason: String,
+        /// The configured tags.
+        tags: String,
+    },
+    /// Waiting for a person.
+    #[error(
+        "this node waits for approval by an admin of the tailnet; approve it in the admin console or use a pre-approved auth key"
+    )]
+    NeedsApproval,
+    /// Never enrolled, and the control server does not answer.
+    #[error(
+        "cannot reach the control server {control}: {reason}; check the network, DNS and clock of this machine, and control_url"
+    )]
+    ControlUnreachable {
+        /// The control server.
+        control: String,
+        /// The failed step.
+        reason: String,
+    },
+    /// Enrolled, but the tailnet is out of reach; the node goes on trying.
+    #[error("not on the tailnet after {} s: {reason}", .after.as_secs())]
+    TimedOut {
+        /// How long it was tried.
+        after: Duration,
+        /// What the node is waiting for.
+        reason: String,
+    },
+    /// On the tailnet, but not as what the configuration promises.
+    #[error(
+        "this node holds {held} instead of {missing}; the tailnet's policy must name an owner for it, and the auth key must carry it (a node keeps the tags it was enrolled with: to change them, remove it from the tailnet and its state directory)"
+    )]
+    WrongTags {
+        /// What the node has, in words.
+        held: String,
+        /// The configured tags it lacks.
+        missing: String,
+    },
+    /// Tailscale could not start, for example because of its state directory.
+    #[error("cannot start the tailnet node: {0}")]
+    Start(String),
+}
+
+/// Why a peer could not be reached.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum ConnectError {
+    /// This node has no place on the tailnet at the moment.
+    #[error("this edge is not on the tailnet at the moment; /readyz and the log say why")]
+    NotRunning,
+    /// Nothing of that name or address in the tailnet's map.
+    #[error(
+        "the tailnet shows this edge no peer of that name; check the upstream's name and that the tailnet's policy lets this edge reach it"
+    )]
+    NoSuchPeer,
+    /// The name is our own.
+    #[error("that is this edge itself; name the mailbox's node as upstream")]
+    IsSelf,
+    /// A RST in answer to our SYN.
+    #[error("the peer refused the connection; check that the mail server runs there and listens on that port")]
+    Refused,
+    /// No answer to our SYNs.
+    #[error("no answer")]
+    TimedOut,
+    /// A RST right after the connection was made.
+    #[error("the peer reset the connection at once; check the mail server's log")]
+    Reset,
+    /// Too many connections to that peer and port, or in its TIME_WAIT.
+    #[error("every local port towards that peer and port is taken; spread the load or lower max_connections")]
+    NoPorts,
+    /// The two nodes share no address family, or the stack has no route.
+    #[error("there is no way to the peer's address; check that both nodes have a tailnet address of one family")]
+    Unreachable,
+    /// A bug of ours or of the network stack.
+    #[error("the tailnet library failed ({0:?}); please report this")]
+    Internal(Code),
+}
+
+impl From<Code> for ConnectError {
+    fn from(code: Code) -> ConnectError {
+        match code {
+            Code::NotRunning | Code::BadHandle => ConnectError::NotRunning,
+            Code::NoSuchPeer => ConnectError::NoSuchPeer,
+            Code::IsSelf => ConnectError::IsSelf,
+            Code::Refused => ConnectError::Refused,
+            Code::TimedOut => ConnectError::TimedOut,
+            Code::Reset => ConnectError::Reset,
+            Code::NoPorts => ConnectError::NoPorts,
+            Code::Unreachable => ConnectError::Unreachable,
+            other => ConnectError::Internal(other),
+        }
+    }
+}
+
+/// What a ping beneath TCP found out about a peer.
+#[derive(Clone, Debug, Deserialize)]
+pub struct PingReport {
+    /// The peer's address.
+    pub ip: std::net::IpAddr,
+    /// Whether the peer answered.
+    pub answered: bool,
+    /// Round-trip time in milliseconds.
+    pub latency_ms: f64,
+    /// The peer's UDP address when the path is direct, else empty.
+    pub direct: String,
+    /// The relay in use otherwise, else empty.
+    pub relay: String,
+    /// Whether the control server sees the peer.
+    pub online: bool,
+    /// When it last saw an offline peer (RFC 3339), else empty.
+    pub last_seen: String,
+}
+
+impl PingReport {
+    /// The path in words: `direct 192.0.2.7:41641` or `relayed via fra`.
+    pub fn path(&self) -> String {
+        if self.direct.is_empty() {
+            format!("relayed via {}", self.relay)
+        } else {
+            format!("direct {}", self.direct)
+        }
+    }
+}
+
+/// A node of the tailnet. Dropping it leaves the node running in the
+/// background; [`Node::close`] ends it.
+#[derive(Debug)]
+pub struct Node {
+    handle: Arc<NodeHandle>,
+    status: watch::Receiver<NodeStatus>,
+    /// For messages.
+    control: String,
+    tags: Vec<String>,
+}
+
+impl Node {
+    /// Starts a node in `settings.state_dir` without waiting for the tailnet.
+    /// The key is used only if the control server asks for one.
+    ///
+    /// Must be called within a tokio runtime, which then carries the node's
+    /// log lines (target `tailscale`, at debug) and its state.
+    pub fn start(settings: &config::Tailnet, auth_key: Option<&Secret>) -> Result<Node, JoinError> {
+        let handle = Arc::new(NodeHandle::new());
+        let (sender, status) = watch::channel(NodeStatus::default());
+        configure(&handle, settings, auth_key)
+            .and_then(|()| follow(&handle, sender))
+            .and_then(|()| handle.start().map_err(|_| handle.error_message()))
+            .map_err(|reason| {
+                handle.close();
+                JoinError::Start(reason)
+            })?;
+        let control = settings.control_url.clone().unwrap_or_else(|| "controlplane.tailscale.com".into());
+        Ok(Node { handle, status, control, tags: settings.tags.clone() })
+    }
+
+    /// Joins the tailnet within `limit` and checks that every configured tag
+    /// is held. After [`JoinError::TimedOut`] the node goes on trying and this
+    /// may be called again; other errors need a person.
+    ///
+    /// Cancelling the future leaves the attempt going on until `limit`.
+    pub async fn up(&self, limit: Duration) -> Result<(), JoinError> {
+        let handle = Arc::clone(&self.handle);
+        let joined = tokio::task::spawn_blocking(move || handle.up(limit).map_err(|c| (c, handle.error_message())));
+        match joined.await {
+            Ok(Ok(())) => self.check_tags().await,
+            Ok(Err((code, reason))) => Err(self.join_error(code, reason, limit)),
+            Err(panic) => Err(JoinError::Start(panic.to_string())),
+        }
+    }
+
+    fn join_error(&self, code: Code, reason: String, after: Duration) -> JoinError {
+        let control = self.control.clone();
+        let tags = self.tags.join(", ");
+        match code {
+            Code::NeedsLogin => JoinError::NoCredential { tags },
+            Code::AuthRefused => JoinError::Refused { control, reason, tags },
+            Code::NeedsApproval => JoinError::NeedsApproval,
+            Code::ControlUnreachable => JoinError::ControlUnreachable { control, reason },
+            Code::UpTimedOut => JoinError::TimedOut { after, reason },
+            _ => JoinError::Start(reason),
+        }
+    }
+
+    /// The tag is a promise: access rules and the node's key expiry depend on
+    /// it.
+    async fn check_tags(&self) -> Result<(), JoinError> {
+        let mut status = self.status.clone();
+        // The report follows the join at once; only a closed node ends it.
+        let status = match status.wait_for(NodeStatus::is_running).await {
+            Ok(status) => status.clone(),
+            Err(_) => return Err(JoinError::Start("the node was closed".into())),
+        };
+        let missing: Vec<&str> =
+            self.tags.iter().filter(|tag| !status.tags.contains(tag)).map(String::as_str).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let held = if status.tags.is_empty() { "no tag".to_owned() } else { status.tags.join(", ") };
+        Err(JoinError::WrongTags { held, missing: missing.join(", ") })
+    }
+
+    /// The node's state; changes can be awaited.
+    pub fn status(&self) -> watch::Receiver<NodeStatus> {
+        self.status.clone()
+    }
+
+    /// Connects to a peer by MagicDNS name, by its first label, or by tailnet
+    /// address. It has no time limit of its own; dropping the future gives
+    /// the attempt up and frees everything.
+    pub async fn connect(&self, host: &str, port: u16) -> Result<TailnetStream, ConnectError> {
+        let mut conn = self.handle.open(host, port)?;
+        std::future::poll_fn(|cx| conn.poll_connected(cx)).await?;
+        Ok(TailnetStream { conn })
+    }
+
+    /// Pings a peer beneath TCP for up to `limit`.
+    pub async fn ping(&self, host: &str, limit: Duration) -> Result<PingReport, ConnectError> {
+        let handle = Arc::clone(&self.handle);
+        let host = host.to_owned();
+        let report = tokio::task::spawn_blocking(move || handle.ping(&host, limit))
+            .await
+            .map_err(|_| ConnectError::Internal(Code::Panic))??;
+        serde_json::from_str(&report).map_err(|_| ConnectError::Internal(Code::Error))
+    }
+
+    /// Leaves the tailnet's network, waiting up to two seconds for bytes on
+    /// their way to be acknowledged. The identity stays on disk.
+    pub async fn close(&self) {
+        let handle = Arc::clone(&self.handle);
+        // A panic is impossible in `close`; there would be nothing to do.
+        let _ = tokio::task::spawn_blocking(move || handle.close()).await;
+    }
+}
+
+fn configure(handle: &NodeHandle, settings: &config::Tailnet, auth_key: Option<&Secret>) -> Result<(), String> {
+    let state_dir = settings.state_dir.to_str().ok_or("the path of state_dir is not UTF-8")?;
+    let texts = [
+        (Setting::Dir, Some(state_dir)),
+        (Setting::Hostname, Some(settings.hostname.as_str())),
+        (Setting::Tags, Some(&*settings.tags.join(","))),
+        (Setting::ControlUrl, settings.control_url.as_deref()),
+        (Setting::AuthKey, auth_key.map(Secret::expose)),
+    ]
+    .map(|(setting, value)| value.map_or(Ok(()), |value| handle.set(setting, value)));
+    match texts.into_iter().find_map(Result::err) {
+        Some(_) => Err(handle.error_message()),
+        None => Ok(()),
+    }
+}
+
+/// Reads the node's log and state lines for as long as it lives.
+fn follow(handle: &NodeHandle, status: watch::Sender<NodeStatus>) -> Result<(), String> {
+    let log = sink(handle, LineSink::Log).map_err(|e| format!("cannot make a pipe for the log: {e}"))?;
+    let events = sink(handle, LineSink::Events).map_err(|e| format!("cannot make a pipe for events: {e}"))?;
+    tokio::spawn(async move {
+        let mut lines = BufReader::new(log).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            tracing::debug!(target: "tailscale", "{line}");
+        }
+    });
+    tokio::spawn(async move {
+        let mut lines = BufReader::new(events).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            match serde_json::from_str(&line) {
+                Ok(current) => drop(status.send_replace(current)),
+                Err(e) => tracing::error!("cannot read the node's state {line:?}: {e}"),
+            }
+        }
+    });
+    Ok(())
+}
+
+fn sink(handle: &NodeHandle, sink: LineSink) -> io::Result<pipe::Receiver> {
+    let (reader, writer) = io::pipe()?;
+    let reader = pipe::Receiver::from_owned_fd(reader.into())?;
+    handle.set_sink(sink, writer.into())?;
+    Ok(reader)
+}
+
+/// A TCP connection to a peer. Dropping it closes it in good order: what was
+/// written is delivered and followed by a FIN.
+#[derive(Debug)]
+pub struct TailnetStream {
+    conn: Conn,
+}
+
+impl AsyncRead for TailnetStream {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let read = ready!(self.conn.poll_read(cx, buf.initialize_unfilled()))?;
+        buf.advance(read);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for TailnetStream {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.conn.poll_write(cx, bytes).map_err(io::Error::from)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(())) // the stack sends at once
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(self.conn.shutdown().map_err(io::Error::from))
+    }
+}
+
+impl Reset for TailnetStream {
+    fn reset(&mut self) {
+        self.conn.abort();
+    }
+}

@@ -1,0 +1,373 @@
+//! The C boundary: the only module with `unsafe` in it.
+//!
+//! It turns `tailscale.h` into owned handles and typed failures, and holds the
+//! two other things that have no safe interface: the environment, and signal
+//! handlers beside the Go runtime. It decides nothing; [`super`] does.
+//!
+//! Invariants
+//! - A [`Conn`] closes its handle before its wakers are freed, and
+//!   `tailscale_conn_close` returns only when no wake is in progress, so a wake
+//!   never sees freed memory.
+//! - Calls on one connection never overlap: they all take `&mut Conn`.
+//! - No lock is held across a call into Go: a wake may come during the call,
+//!   on the calling thread.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::io;
+use std::os::fd::{IntoRawFd, OwnedFd};
+use std::sync::Once;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use atomic_waker::AtomicWaker;
+
+#[allow(missing_docs, dead_code, non_upper_case_globals, non_camel_case_types)]
+mod bindings {
+    include!(concat!(env!("OUT_DIR"), "/tailscale.rs"));
+}
+use bindings::*;
+
+/// Why a call into libtailscale failed; the meaning of each is in
+/// `tailscale.h`.
+#[allow(missing_docs)] // the header's words would only be repeated
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Code {
+    Error,
+    WouldBlock,
+    BadHandle,
+    BadArgument,
+    BadState,
+    Panic,
+    NotRunning,
+    NoSuchPeer,
+    IsSelf,
+    Refused,
+    TimedOut,
+    Reset,
+    Closed,
+    NoPorts,
+    Unreachable,
+    NeedsLogin,
+    AuthRefused,
+    NeedsApproval,
+    ControlUnreachable,
+    UpTimedOut,
+    Cancelled,
+}
+
+impl Code {
+    /// `None` for zero and positive numbers, which are successes.
+    fn of(number: i64) -> Option<Code> {
+        if number >= 0 {
+            return None;
+        }
+        Some(match i32::try_from(number).unwrap_or(TAILSCALE_ERROR) {
+            TAILSCALE_WOULD_BLOCK => Code::WouldBlock,
+            TAILSCALE_BAD_HANDLE => Code::BadHandle,
+            TAILSCALE_BAD_ARGUMENT => Code::BadArgument,
+            TAILSCALE_BAD_STATE => Code::BadState,
+            TAILSCALE_PANIC => Code::Panic,
+            TAILSCALE_NOT_RUNNING => Code::NotRunning,
+            TAILSCALE_NO_SUCH_PEER => Code::NoSuchPeer,
+            TAILSCALE_IS_SELF => Code::IsSelf,
+            TAILSCALE_REFUSED => Code::Refused,
+            TAILSCALE_TIMED_OUT => Code::TimedOut,
+            TAILSCALE_RESET => Code::Reset,
+            TAILSCALE_CLOSED => Code::Closed,
+            TAILSCALE_NO_PORTS => Code::NoPorts,
+            TAILSCALE_UNREACHABLE => Code::Unreachable,
+            TAILSCALE_NEEDS_LOGIN => Code::NeedsLogin,
+            TAILSCALE_AUTH_REFUSED => Code::AuthRefused,
+            TAILSCALE_NEEDS_APPROVAL => Code::NeedsApproval,
+            TAILSCALE_CONTROL_UNREACHABLE => Code::ControlUnreachable,
+            TAILSCALE_UP_TIMED_OUT => Code::UpTimedOut,
+            TAILSCALE_CANCELLED => Code::Cancelled,
+            _ => Code::Error,
+        })
+    }
+}
+
+impl From<Code> for io::Error {
+    fn from(code: Code) -> io::Error {
+        let kind = match code {
+            Code::Reset => io::ErrorKind::ConnectionReset,
+            Code::TimedOut => io::ErrorKind::TimedOut,
+            Code::Closed => io::ErrorKind::BrokenPipe,
+            Code::Refused => io::ErrorKind::ConnectionRefused,
+            Code::NotRunning => io::ErrorKind::NetworkDown,
+            Code::Unreachable => io::ErrorKind::HostUnreachable,
+            _ => return io::Error::other(format!("tailnet connection failed ({code:?})")),
+        };
+        io::Error::from(kind)
+    }
+}
+
+/// Removes the variables from which tsnet would take credentials by itself,
+/// from this process's environment and from the copy that Go made at load.
+///
+/// Call it once at the start of `main`, after the variables were read and
+/// before any thread of our own exists: it uses `unsetenv(3)`, which must not
+/// run beside a reader of the environment.
+pub fn forget_environment() {
+    // SAFETY: no arguments; the caller keeps to the rule on threads above, and
+    // Go's own threads read its copy of the environment only.
+    unsafe { tailscale_forget_environment() }
+}
+
+/// The version of Tailscale that is linked in, such as `1.102.5`.
+pub fn linked_version() -> &'static str {
+    // SAFETY: the header promises a static NUL-terminated string.
+    let version = unsafe { CStr::from_ptr(tailscale_version()) };
+    version.to_str().unwrap_or("unknown")
+}
+
+/// One node; closing it is explicit because it waits for the peers.
+#[derive(Debug)]
+pub struct NodeHandle(c_int);
+
+/// A text setting of a node that is not started yet.
+#[derive(Clone, Copy, Debug)]
+pub enum Setting {
+    /// The directory of the node's identity.
+    Dir,
+    /// The name asked for on the tailnet.
+    Hostname,
+    /// The key given to the control server when it wants a login.
+    AuthKey,
+    /// The control server's URL.
+    ControlUrl,
+    /// Comma-separated tags.
+    Tags,
+}
+
+/// A descriptor that the node writes lines to, from the start to the close.
+#[derive(Clone, Copy, Debug)]
+pub enum LineSink {
+    /// Tailscale's own log; lines are dropped while the pipe is full.
+    Log,
+    /// The node's state as JSON; lines wait for room.
+    Events,
+}
+
+impl NodeHandle {
+    /// A node that is not started.
+    pub fn new() -> NodeHandle {
+        static WAKE: Once = Once::new();
+        // SAFETY: `wake` keeps to the header's rules for the wake function and
+        // lives as long as the process; it is set before any connection.
+        WAKE.call_once(|| unsafe { tailscale_set_wake(Some(wake)) });
+        // SAFETY: no arguments.
+        NodeHandle(unsafe { tailscale_new() })
+    }
+
+    /// Changes a setting. A NUL inside the value is a bad argument.
+    pub fn set(&self, setting: Setting, value: &str) -> Result<(), Code> {
+        let value = CString::new(value).map_err(|_| Code::BadArgument)?;
+        let set = match setting {
+            Setting::Dir => tailscale_set_dir,
+            Setting::Hostname => tailscale_set_hostname,
+            Setting::AuthKey => tailscale_set_authkey,
+            Setting::ControlUrl => tailscale_set_control_url,
+            Setting::Tags => tailscale_set_tags,
+        };
+        // SAFETY: the string outlives the call, which copies it.
+        check(unsafe { set(self.0, value.as_ptr()) })
+    }
+
+    /// Gives the node a descriptor to write lines to; the node closes it.
+    pub fn set_sink(&self, sink: LineSink, fd: OwnedFd) -> Result<(), Code> {
+        let fd = fd.into_raw_fd();
+        // SAFETY: the descriptor is open and ownership passes to the library.
+        check(unsafe {
+            match sink {
+                LineSink::Log => tailscale_set_logfd(self.0, fd),
+                LineSink::Events => tailscale_set_eventfd(self.0, fd),
+            }
+        })
+    }
+
+    /// Starts the node without waiting for the tailnet. Blocks for tens of
+    /// milliseconds.
+    pub fn start(&self) -> Result<(), Code> {
+        // SAFETY: no pointers.
+        check(unsafe { tailscale_start(self.0) })
+    }
+
+    /// Joins the tailnet; blocks until it is done, refused, closed, or `limit`
+    /// passed.
+    pub fn up(&self, limit: Duration) -> Result<(), Code> {
+        let limit = i64::try_from(limit.as_millis()).unwrap_or(i64::MAX);
+        // SAFETY: no pointers.
+        check(unsafe { tailscale_set_up_timeout(self.0, limit) })?;
+        // SAFETY: no pointers.
+        check(unsafe { tailscale_up(self.0) })
+    }
+
+    /// The text of the last failure.
+    pub fn error_message(&self) -> String {
+        let mut buffer = [0 as c_char; 1024];
+        // SAFETY: the buffer is writable for the length given; the result is
+        // NUL-terminated also when it was cut.
+        unsafe { tailscale_errmsg(self.0, buffer.as_mut_ptr(), buffer.len()) };
+        text_in(&buffer)
+    }
+
+    /// Pings a peer beneath TCP; blocks for up to `limit`. The report is JSON
+    /// and present also when the peer did not answer (`Code::TimedOut`).
+    pub fn ping(&self, host: &str, limit: Duration) -> Result<String, Code> {
+        let host = CString::new(host).map_err(|_| Code::BadArgument)?;
+        let limit = i64::try_from(limit.as_millis()).unwrap_or(i64::MAX);
+        let mut buffer = [0 as c_char; 1024];
+        // SAFETY: the string outlives the call; the buffer is writable for the
+        // length given.
+        let outcome = unsafe { tailscale_ping(self.0, host.as_ptr(), limit, buffer.as_mut_ptr(), buffer.len()) };
+        match Code::of(outcome.into()) {
+            None | Some(Code::TimedOut) => Ok(text_in(&buffer)),
+            Some(code) => Err(code),
+        }
+    }
+
+    /// Begins to connect; see [`Conn::poll_connected`].
+    pub fn open(&self, host: &str, port: u16) -> Result<Conn, Code> {
+        let host = CString::new(host).map_err(|_| Code::BadArgument)?;
+        let wakers = Box::new(Wakers::default());
+        let token = std::ptr::from_ref(&*wakers).expose_provenance();
+        let mut handle = 0;
+        // SAFETY: the string outlives the call and `handle` is writable. The
+        // token stays valid until the handle is closed, because `Conn` owns
+        // the box and closes first; on failure no handle and no wake exist.
+        check(unsafe { tailscale_conn_open(self.0, host.as_ptr(), port, token, &mut handle) })?;
+        Ok(Conn { handle, wakers })
+    }
+
+    /// Stops the node. Blocks for up to several seconds: it waits for the
+    /// peers to acknowledge what was sent. Again or later calls do nothing.
+    pub fn close(&self) {
+        // SAFETY: no pointers; a stale handle is answered with an error.
+        unsafe { tailscale_close(self.0) };
+    }
+}
+
+fn check(outcome: c_int) -> Result<(), Code> {
+    Code::of(outcome.into()).map_or(Ok(()), Err)
+}
+
+/// The text up to the first NUL.
+fn text_in(buffer: &[c_char]) -> String {
+    let bytes: Vec<u8> = buffer.iter().take_while(|&&c| c != 0).map(|&c| c as u8).collect();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// Who waits for a connection to become ready.
+#[derive(Debug, Default)]
+struct Wakers {
+    read: AtomicWaker,
+    write: AtomicWaker,
+}
+
+/// Called by the network stack, under its locks and from any thread. Waking a
+/// task is all it may do.
+extern "C" fn wake(token: usize, ready: u32) {
+    // SAFETY: the token is the address of the `Wakers` that the connection's
+    // `Conn` owns and frees only after `tailscale_conn_close`, which waits for
+    // this call to return.
+    let wakers = unsafe { &*std::ptr::with_exposed_provenance::<Wakers>(token) };
+    if ready & TAILSCALE_READABLE != 0 {
+        wakers.read.wake();
+    }
+    if ready & TAILSCALE_WRITABLE != 0 {
+        wakers.write.wake();
+    }
+}
+
+/// One connection. Dropping it closes it: what was written is still delivered
+/// and followed by a FIN, unless received bytes were left unread.
+#[derive(Debug)]
+pub struct Conn {
+    handle: tailscale_conn,
+    wakers: Box<Wakers>,
+}
+
+impl Conn {
+    /// Ready once the connection is made or has failed.
+    pub fn poll_connected(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Code>> {
+        // Registered before asking, so that no wake falls in between; the same
+        // in `poll_read` and `poll_write`.
+        self.wakers.write.register(cx.waker());
+        // SAFETY: no pointers.
+        ready(unsafe { tailscale_conn_state(self.handle) }.into()).map_ok(|_| ())
+    }
+
+    /// Reads into `buffer`; zero is the peer's end of stream.
+    pub fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Result<usize, Code>> {
+        self.wakers.read.register(cx.waker());
+        // SAFETY: the buffer is writable for the length given and not kept.
+        ready(unsafe { tailscale_conn_read(self.handle, buffer.as_mut_ptr().cast(), buffer.len()) } as i64)
+    }
+
+    /// Writes some of `bytes`.
+    pub fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize, Code>> {
+        self.wakers.write.register(cx.waker());
+        // SAFETY: the bytes are readable for the length given and not kept.
+        ready(unsafe { tailscale_conn_write(self.handle, bytes.as_ptr().cast(), bytes.len()) } as i64)
+    }
+
+    /// Ends the writing side.
+    pub fn shutdown(&mut self) -> Result<(), Code> {
+        // SAFETY: no pointers.
+        check(unsafe { tailscale_conn_shutdown(self.handle) })
+    }
+
+    /// Resets the connection.
+    pub fn abort(&mut self) {
+        // SAFETY: no pointers.
+        unsafe { tailscale_conn_abort(self.handle) };
+    }
+}
+
+impl Drop for Conn {
+    fn drop(&mut self) {
+        // SAFETY: no pointers; when it returns no wake uses the token any more,
+        // so the wakers, dropped after this, may go.
+        unsafe { tailscale_conn_close(self.handle) };
+    }
+}
+
+/// The number of connections whose handle is not closed; for leak checks.
+pub fn open_connections() -> usize {
+    // SAFETY: no arguments.
+    usize::try_from(unsafe { tailscale_conn_count() }).unwrap_or(0)
+}
+
+fn ready(outcome: i64) -> Poll<Result<usize, Code>> {
+    match Code::of(outcome) {
+        // Not negative, since `Code::of` said so.
+        None => Poll::Ready(Ok(outcome as usize)),
+        Some(Code::WouldBlock) => Poll::Pending,
+        Some(code) => Poll::Ready(Err(code)),
+    }
+}
+
+/// Makes the installed handler of a signal run on the alternate stack.
+///
+/// In a process with a Go runtime a signal may arrive on a Go thread, whose
+/// goroutine stack is far too small for a handler (package os/signal, "Go
+/// programs that use cgo"); tokio installs its handlers without SA_ONSTACK.
+/// Call it after installing the handler.
+pub fn run_on_alternate_stack(signal: c_int) -> io::Result<()> {
+    // SAFETY: `action` is a plain C struct for which zero is a valid value, and
+    // is fully written by the first call before the second reads it. The
+    // handler itself does not change.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        if libc::sigaction(signal, std::ptr::null(), &mut action) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        action.sa_flags |= libc::SA_ONSTACK;
+        if libc::sigaction(signal, &action, std::ptr::null_mut()) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}

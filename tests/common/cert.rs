@@ -1,0 +1,34 @@
+//! A certificate for the mail servers of a test.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use super::tools::run;
+
+/// The name in the certificate, and the name by which the servers greet.
+pub const HOST_NAME: &str = "mail.example.test";
+
+/// A self-signed certificate: clients trust it by taking the certificate itself as their authority.
+pub struct Certificate {
+    pub cert: PathBuf,
+    pub key: PathBuf,
+}
+
+impl Certificate {
+    /// Writes `cert.pem` and `key.pem` into `dir`.
+    pub fn create(dir: &Path) -> Certificate {
+        let (cert, key) = (dir.join("cert.pem"), dir.join("key.pem"));
+        let names = format!("subjectAltName=DNS:{HOST_NAME},DNS:localhost,IP:127.0.0.1,IP:::1");
+        let mut openssl = Command::new("openssl");
+        openssl
+            .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"])
+            .args(["-days", "30", "-subj", &format!("/CN={HOST_NAME}"), "-addext", &names])
+            .arg("-keyout")
+            .arg(&key)
+            .arg("-out")
+            .arg(&cert);
+        run(&mut openssl, b"", Duration::from_secs(20)).expect_success();
+        Certificate { cert, key }
+    }
+}

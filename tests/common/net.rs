@@ -1,0 +1,83 @@
+//! Ports and sockets on loopback.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use socket2::{Domain, Socket, Type};
+
+pub const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+
+/// A port of 127.0.0.1 and ::1 that is nobody else's for the life of this process.
+///
+/// Asking for port 0 and closing again would hand the port to the next outgoing connection, now and
+/// then. So both sockets stay bound, without listening, and allow address reuse: a server (all of
+/// them set SO_REUSEADDR) can bind and listen, connections before that are refused, and the kernel
+/// gives the port to nobody of its own accord.
+pub fn free_port() -> u16 {
+    static RESERVED: Mutex<Vec<Socket>> = Mutex::new(Vec::new());
+    const TRIES: usize = 100;
+    for _ in 0..TRIES {
+        let v4 = reserve((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback has a free port");
+        let port = v4.local_addr().ok().and_then(|addr| addr.as_socket()).expect("it is bound").port();
+        // The port may be in use on the other family alone.
+        let Ok(v6) = reserve((Ipv6Addr::LOCALHOST, port).into()) else { continue };
+        RESERVED.lock().unwrap_or_else(PoisonError::into_inner).extend([v4, v6]);
+        return port;
+    }
+    panic!("no port is free on both 127.0.0.1 and ::1 (is IPv6 enabled on the loopback interface?)");
+}
+
+/// Binds without address reuse, so that a port in use is noticed, and allows reuse only then.
+fn reserve(addr: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None)?;
+    if addr.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.bind(&addr.into())?;
+    socket.set_reuse_address(true)?;
+    Ok(socket)
+}
+
+/// `127.0.0.1` with a port from [`free_port`].
+pub fn free_addr() -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, free_port()).into()
+}
+
+/// Whether anybody listens on this port, without connecting: a server behind PROXY would log the
+/// bare connection.
+pub fn is_listening(port: u16) -> bool {
+    const LISTEN: &str = "0A";
+    let wanted = format!(":{port:04X}");
+    ["/proc/self/net/tcp", "/proc/self/net/tcp6"].iter().any(|table| {
+        std::fs::read_to_string(table).unwrap_or_default().lines().any(|line| {
+            // sl, local address, remote address, state
+            let mut fields = line.split_whitespace().skip(1);
+            fields.next().is_some_and(|local| local.ends_with(&wanted)) && fields.nth(1) == Some(LISTEN)
+        })
+    })
+}
+
+/// Connects, with a deadline.
+#[track_caller]
+pub fn connect(addr: SocketAddr) -> TcpStream {
+    TcpStream::connect_timeout(&addr, CONNECT_LIMIT)
+        .unwrap_or_else(|error| panic!("connect to {addr}: {error}"))
+}
+
+/// Connects from a chosen source address: all of 127.0.0.0/8 is this host, so tests can play many
+/// clients.
+#[track_caller]
+pub fn client_from(source: &str, addr: SocketAddr) -> TcpStream {
+    let source: IpAddr = source.parse().unwrap_or_else(|_| panic!("not an address: {source}"));
+    try_client_from(source, addr).unwrap_or_else(|error| panic!("connect from {source} to {addr}: {error}"))
+}
+
+/// As [`client_from`], for tests that expect to be refused.
+pub fn try_client_from(source: IpAddr, addr: SocketAddr) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None)?;
+    socket.bind(&SocketAddr::new(source, 0).into())?;
+    socket.connect_timeout(&addr.into(), CONNECT_LIMIT)?;
+    Ok(socket.into())
+}

@@ -1,0 +1,237 @@
+//! A private Postfix which wants a PROXY header on every port.
+
+use std::fs::Permissions;
+use std::net::SocketAddr;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
+use tempfile::TempDir;
+
+use super::cert::HOST_NAME;
+use super::log::Log;
+use super::mail::{Account, DOMAIN, MailHome, USERS, group_id};
+use super::net::{free_addr, is_listening};
+use super::process::Daemon;
+use super::{START_LIMIT, require_root, temp_dir};
+
+/// Stopped on drop. Mail to `USER@example.test` lands in the [`MailHome`]; mail to anybody else is
+/// refused, whatever the client's address, so that no test passes only because a client looks
+/// local.
+pub struct Postfix {
+    /// Port 25.
+    pub smtp: SocketAddr,
+    /// Port 587.
+    pub submission: SocketAddr,
+    /// Port 465: TLS from the first byte, after the PROXY header.
+    pub submissions: SocketAddr,
+    daemon: Daemon,
+    log: Log,
+    _home: MailHome,
+    dir: TempDir,
+}
+
+impl Postfix {
+    pub fn start(home: &MailHome) -> Postfix {
+        Postfix::start_with(home, "")
+    }
+
+    /// Starts with more lines for `main.cf`; later ones win over ours.
+    pub fn start_with(home: &MailHome, extra: &str) -> Postfix {
+        require_root("Postfix");
+        let dir = temp_dir("postfix");
+        let [smtp, submission, submissions] = [free_addr(), free_addr(), free_addr()];
+        make_directories(dir.path());
+        write_aged(&dir.path().join("main.cf"), &(main_cf(dir.path(), home) + MAIN_CF + extra + "\n"));
+        write_aged(&dir.path().join("master.cf"), &master_cf(smtp, submission, submissions));
+        let addrs = [smtp, submission, submissions];
+        let daemon = launch(dir.path(), &addrs);
+        let log = Log::file("postfix", &log_path(dir.path()));
+        Postfix { smtp, submission, submissions, daemon, log, _home: home.clone(), dir }
+    }
+
+    /// The mail log: `connect from unknown[192.0.2.7]:34567` names the client which the PROXY
+    /// header told.
+    pub fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// The first log line holding `needle`; panics with the log's tail at the deadline.
+    #[track_caller]
+    pub fn wait_log(&self, needle: &str, deadline: Duration) -> String {
+        self.log.wait(needle, deadline)
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.daemon.pid()
+    }
+
+    /// Ends it as a crash would: its clients' connections end, its ports refuse. Takes
+    /// milliseconds; Postfix itself would take two seconds.
+    pub fn kill(&mut self) {
+        self.daemon.kill();
+    }
+
+    /// Starts again after [`Postfix::kill`], on the same ports and with the same queue.
+    pub fn restart(&mut self) {
+        self.kill();
+        self.daemon = launch(self.dir.path(), &[self.smtp, self.submission, self.submissions]);
+    }
+}
+
+/// Returns once every port listens.
+fn launch(dir: &Path, addrs: &[SocketAddr]) -> Daemon {
+    // `master` itself, not `postfix start`, whose checks of the whole installation take most of a
+    // second. -d: it keeps the process group it was given (it would make a session, which the
+    // leader of a group may not).
+    let mut command = Command::new(master_program());
+    let daemon = Daemon::spawn("postfix", command.arg("-d").arg("-c").arg(dir));
+    let log = Log::file("postfix", &log_path(dir));
+    daemon.wait_ready(START_LIMIT, Some(&log), || addrs.iter().all(|addr| is_listening(addr.port())));
+    daemon
+}
+
+fn log_path(dir: &Path) -> PathBuf {
+    dir.join("mail.log")
+}
+
+fn master_program() -> PathBuf {
+    // Debian's place, and the one of most others.
+    let known = ["/usr/lib/postfix/sbin", "/usr/libexec/postfix", "/usr/lib/postfix"];
+    let found = known.iter().map(|dir| Path::new(dir).join("master")).find(|master| master.is_file());
+    found.unwrap_or_else(|| panic!("Postfix's master is in none of {known:?}: run scripts/install-deps"))
+}
+
+/// What `postfix check` would make, with the modes it would give.
+fn make_directories(dir: &Path) {
+    let postfix = Account::named("postfix");
+    let postdrop = group_id("postdrop");
+    make_directory(&dir.join("queue"), 0o755);
+    make_directory(&dir.join("queue/pid"), 0o755);
+    for queue in
+        ["active", "bounce", "corrupt", "defer", "deferred", "flush", "hold", "incoming", "private", "trace"]
+    {
+        let path = dir.join("queue").join(queue);
+        make_directory(&path, 0o700);
+        postfix.own(&path);
+    }
+    for (name, mode) in [("maildrop", 0o730), ("public", 0o710)] {
+        let path = dir.join("queue").join(name);
+        make_directory(&path, mode);
+        chown(&path, Some(postfix.uid), Some(postdrop)).expect("root may change owners");
+    }
+    make_directory(&dir.join("data"), 0o700);
+    postfix.own(&dir.join("data"));
+}
+
+fn make_directory(path: &Path, mode: u32) {
+    std::fs::create_dir(path).expect("the directory is new");
+    std::fs::set_permissions(path, Permissions::from_mode(mode)).expect("its mode can be set");
+}
+
+/// Writes a file that looks a minute old: a file changed within the last two seconds might still be
+/// written to, so every Postfix process would wait for it to age.
+fn write_aged(path: &Path, text: &str) {
+    let written = std::fs::write(path, text).and_then(|()| {
+        let file = std::fs::File::options().write(true).open(path)?;
+        file.set_modified(SystemTime::now() - Duration::from_secs(60))
+    });
+    written.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+}
+
+/// What differs between instances.
+fn main_cf(dir: &Path, home: &MailHome) -> String {
+    let log = log_path(dir);
+    let (dir, mail) = (dir.display(), home.path().display());
+    let (cert, key) = (home.certificate().cert.display(), home.certificate().key.display());
+    let Account { uid, gid } = home.owner();
+    let maildirs: Vec<String> = USERS.iter().map(|user| format!("{user}@{DOMAIN}={user}/Maildir/")).collect();
+    let maildirs = maildirs.join(", ");
+    let log = log.display();
+    format!(
+        "myhostname = {HOST_NAME}
+queue_directory = {dir}/queue
+data_directory = {dir}/data
+# postlogd refuses a path outside of these prefixes.
+maillog_file = {log}
+maillog_file_prefixes = {dir}
+virtual_mailbox_domains = {DOMAIN}
+virtual_mailbox_base = {mail}
+virtual_mailbox_maps = inline:{{ {maildirs} }}
+virtual_minimum_uid = 1
+virtual_uid_maps = static:{uid}
+virtual_gid_maps = static:{gid}
+smtpd_tls_cert_file = {cert}
+smtpd_tls_key_file = {key}
+"
+    )
+}
+
+/// What is the same for every instance.
+const MAIN_CF: &str = "
+compatibility_level = 3.6
+inet_interfaces = loopback-only
+inet_protocols = all
+
+# No name service: lookups of the test addresses would wait for a resolver that may not answer.
+disable_dns_lookups = yes
+smtpd_peername_lookup = no
+smtp_host_lookup = native
+
+# All mail is that of the virtual users; nothing is local, nothing leaves.
+mydestination =
+alias_maps =
+alias_database =
+local_recipient_maps =
+local_transport = error:no local mail
+default_transport = error:no mail leaves the test
+relay_transport = error:no mail leaves the test
+smtpd_relay_restrictions = reject_unauth_destination
+mynetworks =
+
+smtpd_tls_security_level = may
+smtpd_tls_loglevel = 1
+
+smtpd_upstream_proxy_protocol = haproxy
+# The port too: unknown[192.0.2.7]:34567.
+smtpd_client_port_logging = yes
+
+# More than twice what the tests send.
+message_size_limit = 134217728
+mailbox_size_limit = 0
+virtual_mailbox_limit = 0
+
+# No limits per client and no delays: tests play many clients from few addresses, fast. Limits of
+# zero also keep smtpd from asking anvil.
+smtpd_client_connection_count_limit = 0
+smtpd_client_connection_rate_limit = 0
+smtpd_error_sleep_time = 0
+in_flow_delay = 0
+default_process_limit = 500
+";
+
+/// Only the services that mail takes on its way in, none of them in a chroot (whose copies of
+/// system files are absent).
+fn master_cf(smtp: SocketAddr, submission: SocketAddr, submissions: SocketAddr) -> String {
+    format!(
+        "{smtp} inet n - n - - smtpd
+{submission} inet n - n - - smtpd -o syslog_name=postfix/submission
+{submissions} inet n - n - - smtpd -o syslog_name=postfix/submissions -o smtpd_tls_wrappermode=yes
+cleanup unix n - n - 0 cleanup
+qmgr unix n - n 300 1 qmgr
+tlsmgr unix - - n 1000? 1 tlsmgr
+rewrite unix - - n - - trivial-rewrite
+bounce unix - - n - 0 bounce
+defer unix - - n - 0 bounce
+trace unix - - n - 0 bounce
+flush unix n - n 1000? 0 flush
+proxymap unix - - n - - proxymap
+error unix - - n - - error
+retry unix - - n - - error
+virtual unix - n n - - virtual
+anvil unix - - n - 1 anvil
+postlog unix-dgram n - n - 1 postlogd
+"
+    )
+}

@@ -1,0 +1,347 @@
+//! The test tailnet: control server, DERP relay and nodes in one Go program, driven by JSON lines.
+//!
+//! The program is `libtailscale/testnet/cmd/testnet`; its protocol is one JSON object a line, a
+//! command in and its answer out. It ends when its input closes, so it cannot outlive this process.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::{ChildStdin, ChildStdout, Command};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::log::Log;
+use super::process::Daemon;
+use super::tools::run;
+use super::{repo_root, temp_dir};
+
+/// The first build compiles all of Tailscale; with Go's cache it takes a second or two.
+const BUILD_LIMIT: Duration = Duration::from_secs(1200);
+/// Starting a node waits for it to have joined.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+const END_LIMIT: Duration = Duration::from_secs(10);
+
+/// How to start the program.
+#[derive(Default)]
+pub struct Options {
+    /// The address for control, DERP and STUN; loopback when none. Another one is for network
+    /// namespaces.
+    pub host: Option<IpAddr>,
+    /// Keys that may enrol a node; any key may when there are none.
+    pub auth_keys: Vec<String>,
+    pub verbose: bool,
+}
+
+/// A running tailnet, ended on drop.
+pub struct TestTailnet {
+    control_url: String,
+    pipe: Mutex<Option<Pipe>>,
+    daemon: Daemon,
+    _dir: TempDir,
+}
+
+/// One command and its answer at a time.
+struct Pipe {
+    input: ChildStdin,
+    answers: Receiver<String>,
+}
+
+/// A node as it has joined.
+#[derive(Clone, Debug)]
+pub struct Node {
+    pub ips: Vec<IpAddr>,
+    pub dns_name: String,
+}
+
+impl Node {
+    #[track_caller]
+    fn parse(answer: &Value) -> Node {
+        let ips = answer["ips"].as_array().into_iter().flatten();
+        let ips: Option<Vec<IpAddr>> = ips.map(|ip| ip.as_str()?.parse().ok()).collect();
+        match (ips, answer["dns_name"].as_str()) {
+            (Some(ips), Some(dns_name)) if !ips.is_empty() => Node { ips, dns_name: dns_name.to_owned() },
+            _ => panic!("testnet: not a node: {answer}"),
+        }
+    }
+}
+
+/// How many connections a node has forwarded: those open now, and all since it was added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stats {
+    pub open: u64,
+    pub total: u64,
+}
+
+impl TestTailnet {
+    pub fn start() -> TestTailnet {
+        TestTailnet::start_with(&Options::default())
+    }
+
+    pub fn start_with(options: &Options) -> TestTailnet {
+        TestTailnet::start_program(program(), options)
+    }
+
+    /// Runs an executable that speaks the protocol.
+    pub fn start_program(program: &Path, options: &Options) -> TestTailnet {
+        let dir = temp_dir("testnet");
+        let mut command = Command::new(program);
+        command.arg("--dir").arg(dir.path());
+        if let Some(host) = options.host {
+            command.args(["--host", &host.to_string()]);
+        }
+        for key in &options.auth_keys {
+            command.args(["--auth-key", key]);
+        }
+        if options.verbose {
+            command.arg("--verbose");
+        }
+        let (daemon, input, output) = Daemon::spawn_piped("testnet", &mut command);
+        let answers = read_lines(output);
+        let hello = next_answer(&daemon, &answers, "its first line");
+        let url = hello["control_url"].as_str().filter(|_| hello["ready"] == true);
+        let control_url = url.unwrap_or_else(|| panic!("testnet: not a first line: {hello}")).to_owned();
+        TestTailnet { control_url, pipe: Mutex::new(Some(Pipe { input, answers })), daemon, _dir: dir }
+    }
+
+    /// What goes into the edge's `control_url`.
+    pub fn control_url(&self) -> &str {
+        &self.control_url
+    }
+
+    /// Adds a node and waits until it has joined. It passes connections to each of its tailnet
+    /// ports on to an address of this host.
+    #[track_caller]
+    pub fn add_node(&self, name: &str, tags: &[&str], forwards: &[(u16, SocketAddr)]) -> Node {
+        let forward: serde_json::Map<String, Value> =
+            forwards.iter().map(|(port, to)| (port.to_string(), json!(to.to_string()))).collect();
+        let answer = self.command("add_node", json!({"name": name, "tags": tags, "forward": forward}));
+        Node::parse(&answer)
+    }
+
+    /// Adds a forward, or points an existing one elsewhere.
+    #[track_caller]
+    pub fn forward(&self, node: &str, port: u16, to: SocketAddr) {
+        self.command("forward", json!({"node": node, "port": port, "to": to.to_string()}));
+    }
+
+    /// The port refuses connections from now on.
+    #[track_caller]
+    pub fn unforward(&self, node: &str, port: u16) {
+        self.command("unforward", json!({"node": node, "port": port}));
+    }
+
+    /// Turns a node off, as a process that ends: control tells its peers that it is offline.
+    #[track_caller]
+    pub fn stop_node(&self, name: &str) {
+        self.command("stop_node", json!({"name": name}));
+    }
+
+    /// Turns a stopped node on again, with its old state, addresses and forwards; waits until it is
+    /// reachable.
+    #[track_caller]
+    pub fn start_node(&self, name: &str) -> Node {
+        Node::parse(&self.command("start_node", json!({"name": name})))
+    }
+
+    /// Deletes the node; it may join again, as a new node with another address.
+    #[track_caller]
+    pub fn remove_node(&self, name: &str) {
+        self.command("remove_node", json!({"name": name}));
+    }
+
+    /// What control says about the node to the others, whatever is true; none ends that.
+    #[track_caller]
+    pub fn set_online(&self, name: &str, online: Option<bool>) {
+        self.command("set_online", json!({"name": name, "online": online}));
+    }
+
+    /// Takes the node out of everybody else's netmap.
+    #[track_caller]
+    pub fn hide_node(&self, name: &str) {
+        self.command("hide_node", json!({"name": name}));
+    }
+
+    #[track_caller]
+    pub fn show_node(&self, name: &str) {
+        self.command("show_node", json!({"name": name}));
+    }
+
+    /// The node stays online in the netmaps, but answers nobody: a host that has died silently.
+    #[track_caller]
+    pub fn isolate_node(&self, name: &str) {
+        self.command("isolate_node", json!({"name": name}));
+    }
+
+    #[track_caller]
+    pub fn rejoin_node(&self, name: &str) {
+        self.command("rejoin_node", json!({"name": name}));
+    }
+
+    /// The access rules no longer allow this port: connecting gets no answer at all.
+    #[track_caller]
+    pub fn deny_port(&self, node: &str, port: u16) {
+        self.command("deny_port", json!({"node": node, "port": port}));
+    }
+
+    #[track_caller]
+    pub fn allow_port(&self, node: &str, port: u16) {
+        self.command("allow_port", json!({"node": node, "port": port}));
+    }
+
+    /// All nodes as control sees them, the edge too.
+    #[track_caller]
+    pub fn nodes(&self) -> Vec<Value> {
+        let answer = self.command("nodes", json!({}));
+        answer["nodes"].as_array().unwrap_or_else(|| panic!("testnet: no list of nodes: {answer}")).clone()
+    }
+
+    /// Replaces the keys that may enrol a node; none lets in any key, and nodes without one.
+    #[track_caller]
+    pub fn set_auth_keys(&self, keys: Option<&[&str]>) {
+        self.command("auth_keys", json!({"keys": keys}));
+    }
+
+    /// The only tags that nodes joining from now on may ask for; none permits all.
+    #[track_caller]
+    pub fn permit_tags(&self, tags: Option<&[&str]>) {
+        self.command("permit_tags", json!({"tags": tags}));
+    }
+
+    /// Whether nodes that join from now on wait for [`TestTailnet::approve`].
+    #[track_caller]
+    pub fn require_approval(&self, required: bool) {
+        self.command("require_approval", json!({"required": required}));
+    }
+
+    #[track_caller]
+    pub fn approve(&self, name: &str) {
+        self.command("approve", json!({"name": name}));
+    }
+
+    /// Visits the login URL that was given to the node.
+    #[track_caller]
+    pub fn complete_login(&self, name: &str) {
+        self.command("complete_login", json!({"name": name}));
+    }
+
+    /// Replaces the node's tags, whatever it asked for.
+    #[track_caller]
+    pub fn set_tags(&self, name: &str, tags: &[&str]) {
+        self.command("set_tags", json!({"name": name, "tags": tags}));
+    }
+
+    /// When the node's key expires, as a Go duration from now: `-1m` is in the past, and empty is
+    /// never.
+    #[track_caller]
+    pub fn set_key_expiry(&self, name: &str, from_now: &str) {
+        self.command("set_key_expiry", json!({"name": name, "in": from_now}));
+    }
+
+    /// The control server stops answering; the nodes keep the netmap they have.
+    #[track_caller]
+    pub fn stop_control(&self) {
+        self.command("stop_control", json!({}));
+    }
+
+    #[track_caller]
+    pub fn start_control(&self) {
+        self.command("start_control", json!({}));
+    }
+
+    /// The connections which the node has forwarded.
+    #[track_caller]
+    pub fn stats(&self, node: &str) -> Stats {
+        let answer = self.command("stats", json!({"node": node}));
+        let count =
+            |field: &str| answer[field].as_u64().unwrap_or_else(|| panic!("testnet: no {field}: {answer}"));
+        Stats { open: count("open"), total: count("total") }
+    }
+
+    /// Sends any command, and returns its answer; panics when the program refuses it.
+    #[track_caller]
+    pub fn command(&self, name: &str, fields: Value) -> Value {
+        self.try_command(name, fields)
+            .unwrap_or_else(|error| panic!("testnet: {name}: {error}\n{}", self.log().tail()))
+    }
+
+    /// As [`TestTailnet::command`], but a refusal is an answer too.
+    pub fn try_command(&self, name: &str, mut fields: Value) -> Result<Value, String> {
+        fields["cmd"] = json!(name);
+        let mut pipe = self.pipe.lock().unwrap_or_else(PoisonError::into_inner);
+        let pipe = pipe.as_mut().expect("the program runs until this is dropped");
+        writeln!(pipe.input, "{fields}").map_err(|error| format!("testnet has ended: {error}"))?;
+        let answer = next_answer(&self.daemon, &pipe.answers, name);
+        if answer["ok"] == true {
+            Ok(answer)
+        } else {
+            Err(answer["error"].as_str().unwrap_or("no reason").to_owned())
+        }
+    }
+
+    /// What the program prints about itself.
+    pub fn log(&self) -> &Log {
+        self.daemon.output()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.daemon.pid()
+    }
+}
+
+impl Drop for TestTailnet {
+    fn drop(&mut self) {
+        // Closing its input ends the program in order; the daemon's own drop kills it if that takes
+        // too long.
+        self.pipe.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.daemon.wait_exit(END_LIMIT);
+    }
+}
+
+fn read_lines(output: ChildStdout) -> Receiver<String> {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            if sender.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+#[track_caller]
+fn next_answer(daemon: &Daemon, answers: &Receiver<String>, to: &str) -> Value {
+    let line = match answers.recv_timeout(ANSWER_LIMIT) {
+        Ok(line) => line,
+        Err(RecvTimeoutError::Timeout) => {
+            panic!("testnet did not answer {to} within {ANSWER_LIMIT:?}\n{}", daemon.output().tail())
+        }
+        Err(RecvTimeoutError::Disconnected) => {
+            panic!("testnet has ended, before {to}\n{}", daemon.output().tail())
+        }
+    };
+    serde_json::from_str(&line).unwrap_or_else(|error| panic!("testnet: not JSON ({error}): {line}"))
+}
+
+/// Builds the program, once per process, and says where it is.
+fn program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let here = std::env::current_exe().expect("/proc is mounted");
+        // target/debug/deps or target/debug/examples: one up is where cargo leaves programs.
+        let target =
+            here.parent().and_then(Path::parent).expect("the program is in cargo's target directory");
+        let program = target.join("testnet");
+        let mut build = Command::new("flock");
+        // Tests in other processes build the same file. Go leaves it alone when it is up to date.
+        build.arg(target.join("testnet.lock"));
+        build.args(["go", "build", "-C"]).arg(repo_root().join("libtailscale"));
+        build.arg("-o").arg(&program).arg("./testnet/cmd/testnet");
+        run(&mut build, b"", BUILD_LIMIT).expect_success();
+        program
+    })
+}
