@@ -81,8 +81,10 @@ fn go_target() -> (&'static str, &'static str) {
     let os = env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
     let arch = env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default();
     if env::var("CARGO_CFG_TARGET_ENV").as_deref() == Ok("musl") {
-        fail("musl is not supported: Go's archive needs argv in its constructor, which only glibc gives \
-              (golang/go#13492); build for a -gnu target, statically with RUSTFLAGS='-C target-feature=+crt-static'");
+        fail(
+            "musl is not supported: Go's archive needs argv in its constructor, which only glibc gives \
+              (golang/go#13492); build for a -gnu target, statically with RUSTFLAGS='-C target-feature=+crt-static'",
+        );
     }
     match (os.as_str(), arch.as_str()) {
         ("linux", "x86_64") => ("linux", "amd64"),
@@ -107,7 +109,9 @@ fn generate_bindings(output: &Path) {
     let bindings = match generated {
         Ok(Ok(bindings)) => bindings,
         Ok(Err(e)) => fail(&format!("bindgen cannot read {SOURCE}/tailscale.h: {e}")),
-        Err(_) => fail("libclang is missing; install it (Debian: apt-get install libclang-dev) or set LIBCLANG_PATH"),
+        Err(_) => fail(
+            "libclang is missing; install it (Debian: apt-get install libclang-dev) or set LIBCLANG_PATH",
+        ),
     };
     if let Err(e) = bindings.write_to_file(output) {
         fail(&format!("cannot write {}: {e}", output.display()));

@@ -97,6 +97,12 @@ func (c *conn) stateLocked() error {
 		return codeWouldBlock
 	case tcp.StateError:
 		return c.fail(c.ep.LastError())
+	case tcp.StateClose:
+		// Both sides have ended; or a reset came after the peer's FIN, which
+		// only this error tells.
+		if err := c.ep.LastError(); err != nil {
+			return c.fail(err)
+		}
 	}
 	return nil
 }
@@ -149,11 +155,8 @@ func (c *conn) read(p []byte) (int, error) {
 // endOfStreamLocked tells the peer's FIN (nil) from a failure that was
 // already reported once and now looks like one.
 func (c *conn) endOfStreamLocked() error {
-	if c.failed != 0 {
-		return c.failed
-	}
-	if tcp.EndpointState(c.ep.State()) == tcp.StateError {
-		return c.fail(c.ep.LastError())
+	if err := c.stateLocked(); err != codeWouldBlock {
+		return err
 	}
 	return nil
 }

@@ -94,6 +94,30 @@ func TestResetByThePeer(t *testing.T) {
 	wantCode(t, conns.get(b.handle).state(), codeReset)
 }
 
+// A reset that comes after the peer's FIN is still seen by the writer.
+func TestResetAfterThePeersFIN(t *testing.T) {
+	reset := make(chan struct{})
+	e := startEdge(t, func(c *net.TCPConn) {
+		c.Write([]byte("bye"))
+		c.CloseWrite()
+		<-reset
+		c.SetLinger(0)
+		c.Close()
+	})
+	b, err := dial(t, e.node, "mailbox", 25)
+	check(t, err)
+	defer b.close()
+	all, err := io.ReadAll(b)
+	check(t, err)
+	if string(all) != "bye" {
+		t.Fatalf("got %q", all)
+	}
+	close(reset)
+	eventually(t, "the reset is known", func() bool { return errors.Is(conns.get(b.handle).state(), codeReset) })
+	_, err = b.Write([]byte("x"))
+	wantCode(t, err, codeReset)
+}
+
 // What arrived before a reset is delivered before the error.
 func TestBytesBeforeAResetAreDelivered(t *testing.T) {
 	written := make(chan struct{})

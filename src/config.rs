@@ -61,7 +61,7 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// `[limits]`: how many connections are taken.
     pub limits: Limits,
-    /// `[admin] listen`: where metrics and health are served; `None` for `"off"`. Default:
+    /// `[admin] listen`: where health is served; `None` for `"off"`. Default:
     /// `127.0.0.1:9464`.
     pub admin: Option<SocketAddr>,
     /// What is allowed but probably not meant, one sentence each, to be logged at start and printed
@@ -90,7 +90,7 @@ pub struct Tailnet {
 /// One `[[listener]]`: some public addresses and where their connections go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listener {
-    /// The name used in logs and metrics, unique. Default: the protocol's name.
+    /// The name used in the log, unique. Default: the protocol's name.
     pub name: String,
     /// What is spoken on the port. Required.
     pub protocol: Protocol,
@@ -236,7 +236,7 @@ impl Protocol {
     const DEFAULT: [Protocol; 5] =
         [Protocol::Smtp, Protocol::Submissions, Protocol::Submission, Protocol::Imaps, Protocol::Sieve];
 
-    /// The name used in the file, in logs and in metrics.
+    /// The name used in the file and in the log.
     pub const fn name(self) -> &'static str {
         match self {
             Protocol::Smtp => "smtp",

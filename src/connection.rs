@@ -76,7 +76,11 @@ pub async fn serve<D: Dial>(service: &Service<D>, mut client: TcpStream, peer: S
 }
 
 /// Dials the upstream and gives it the header, unless the client leaves first.
-async fn open<D: Dial>(service: &Service<D>, client: &TcpStream, peer: SocketAddr) -> Result<D::Stream, Refusal> {
+async fn open<D: Dial>(
+    service: &Service<D>,
+    client: &TcpStream,
+    peer: SocketAddr,
+) -> Result<D::Stream, Refusal> {
     // Asked now: a socket that was reset meanwhile no longer knows it.
     let local = client.local_addr().map_err(|_| Refusal::ClientGone)?;
     let header = proxy_header(service.proxy_protocol, peer, local);
@@ -99,7 +103,13 @@ async fn reset(client: &TcpStream) {
     }
 }
 
-fn log_refusal<D: Dial>(service: &Service<D>, id: u64, client: SocketAddr, accepted: Instant, refusal: &Refusal) {
+fn log_refusal<D: Dial>(
+    service: &Service<D>,
+    id: u64,
+    client: SocketAddr,
+    accepted: Instant,
+    refusal: &Refusal,
+) {
     let (listener, upstream) = (&service.name, &service.upstream);
     let total_ms = millis(accepted.elapsed());
     match refusal {

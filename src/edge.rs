@@ -83,7 +83,8 @@ pub async fn run(config: Config, auth_key: Option<Secret>) -> Result<(), RunErro
     let (node_sender, node_receiver) = watch::channel(None);
     if let Some(admin) = admin {
         announce("admin", &admin);
-        let readiness = Readiness { node: node_receiver, tags: config.tailnet.tags.clone(), drain: drain.clone() };
+        let readiness =
+            Readiness { node: node_receiver, tags: config.tailnet.tags.clone(), drain: drain.clone() };
         tokio::spawn(admin::serve(admin, Arc::new(readiness)));
     }
     let node = Arc::new(Node::start(&config.tailnet, auth_key.as_ref())?);
@@ -118,7 +119,9 @@ fn bind_all(listeners: &[config::Listener]) -> Result<Vec<Bound<'_>>, BindError>
         for &address in &listener.listen {
             match listener::bind(&listener.name, address) {
                 Ok(socket) => sockets.push(socket),
-                Err(error) if may_be_missing(listener, address, &error) => warn!("{error}; serving IPv4 only"),
+                Err(error) if may_be_missing(listener, address, &error) => {
+                    warn!("{error}; serving IPv4 only")
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -161,7 +164,12 @@ async fn serve(
 ) {
     let sockets = bound.iter().map(|b| b.sockets.len()).sum();
     let limit = connection_limit(config.limits.max_connections, sockets);
-    info!(max_connections = limit.connections, per_client = config.limits.max_connections_per_client, "{}", limit.reason);
+    info!(
+        max_connections = limit.connections,
+        per_client = config.limits.max_connections_per_client,
+        "{}",
+        limit.reason
+    );
     let admission = Admission {
         permits: Arc::new(Semaphore::new(limit.connections)),
         clients: ClientLimit::new(config.limits.max_connections_per_client),
@@ -186,13 +194,22 @@ async fn serve(
     stop(&admission.tasks, signal, config.timeouts.drain, signals).await;
 }
 
-fn service(config: &Config, listener: &config::Listener, node: &Arc<Node>, drain: &CancellationToken) -> Service<Node> {
+fn service(
+    config: &Config,
+    listener: &config::Listener,
+    node: &Arc<Node>,
+    drain: &CancellationToken,
+) -> Service<Node> {
     let config::Upstream { host, port } = listener.upstream.clone();
     Service {
         name: listener.name.clone(),
         upstream: Upstream::new(Arc::clone(node), host, port, config.timeouts.connect),
         proxy_protocol: listener.proxy_protocol,
-        timeouts: Timeouts { idle: listener.idle_timeout, half_close: config.timeouts.half_close, drain: QUIET },
+        timeouts: Timeouts {
+            idle: listener.idle_timeout,
+            half_close: config.timeouts.half_close,
+            drain: QUIET,
+        },
         drain: drain.clone(),
     }
 }
@@ -209,7 +226,9 @@ async fn greet_upstreams(node: Arc<Node>, hosts: BTreeSet<String>) {
             Ok(report) if report.answered => {
                 info!(upstream = host, ip = %report.ip, path = report.path(), latency_ms = report.latency_ms, "upstream reached");
             }
-            Ok(report) => warn!(upstream = host, ip = %report.ip, online = report.online, "upstream does not answer a ping; check that it is running"),
+            Ok(report) => {
+                warn!(upstream = host, ip = %report.ip, online = report.online, "upstream does not answer a ping; check that it is running")
+            }
             Err(reason) => warn!(upstream = host, "upstream cannot be reached: {reason}"),
         }
     }

@@ -46,12 +46,17 @@ fn limit_for(configured: Option<usize>, listeners: usize, descriptors: u64) -> C
     match configured {
         Some(wanted) if wanted > free => ConnectionLimit {
             connections: free,
-            reason: format!("max_connections = {wanted} lowered to what the descriptor limit of {descriptors} allows"),
+            reason: format!(
+                "max_connections = {wanted} lowered to what the descriptor limit of {descriptors} allows"
+            ),
         },
-        Some(wanted) => ConnectionLimit { connections: wanted.max(listeners), reason: "max_connections".into() },
-        None if free > DEFAULT_CEILING => {
-            ConnectionLimit { connections: DEFAULT_CEILING, reason: "default ceiling; max_connections can raise it".into() }
+        Some(wanted) => {
+            ConnectionLimit { connections: wanted.max(listeners), reason: "max_connections".into() }
         }
+        None if free > DEFAULT_CEILING => ConnectionLimit {
+            connections: DEFAULT_CEILING,
+            reason: "default ceiling; max_connections can raise it".into(),
+        },
         None => ConnectionLimit { connections: free, reason: format!("descriptor limit of {descriptors}") },
     }
 }
@@ -117,7 +122,10 @@ mod tests {
     #[test]
     fn the_descriptor_limit_bounds_the_default() {
         let limit = limit_for(None, 10, 1024);
-        assert_eq!(limit, ConnectionLimit { connections: 1024 - 128 - 10, reason: "descriptor limit of 1024".into() });
+        assert_eq!(
+            limit,
+            ConnectionLimit { connections: 1024 - 128 - 10, reason: "descriptor limit of 1024".into() }
+        );
     }
 
     #[test]

@@ -127,7 +127,8 @@ pub async fn accept<D: Dial>(listener: TcpListener, service: Arc<Service<D>>, ad
                 admit(&service, &admission, permit, client, peer);
             }
             // The client gave up while it waited in the backlog.
-            Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {}
+            Err(e)
+                if matches!(e.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {}
             Err(error) => {
                 drop(permit);
                 warn_once(&service.name, &error, backoff);
@@ -141,7 +142,10 @@ pub async fn accept<D: Dial>(listener: TcpListener, service: Arc<Service<D>>, ad
 /// One line when the trouble begins; `accepting again` ends it.
 fn warn_once(listener: &str, error: &io::Error, backoff: Duration) {
     if backoff == BACKOFF_FIRST {
-        warn!(listener, "cannot accept: {error}; trying again; raise the descriptor limit (LimitNOFILE) or lower max_connections");
+        warn!(
+            listener,
+            "cannot accept: {error}; trying again; raise the descriptor limit (LimitNOFILE) or lower max_connections"
+        );
     }
 }
 

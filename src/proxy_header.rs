@@ -66,17 +66,32 @@ mod tests {
 
     #[test]
     fn v1_ipv4() {
-        check(ProxyProtocol::V1, "192.0.2.7:50123", "198.51.100.1:25", b"PROXY TCP4 192.0.2.7 198.51.100.1 50123 25\r\n");
+        check(
+            ProxyProtocol::V1,
+            "192.0.2.7:50123",
+            "198.51.100.1:25",
+            b"PROXY TCP4 192.0.2.7 198.51.100.1 50123 25\r\n",
+        );
     }
 
     #[test]
     fn v1_ipv6() {
-        check(ProxyProtocol::V1, "[2001:db8::7]:50123", "[2001:db8::1]:25", b"PROXY TCP6 2001:db8::7 2001:db8::1 50123 25\r\n");
+        check(
+            ProxyProtocol::V1,
+            "[2001:db8::7]:50123",
+            "[2001:db8::1]:25",
+            b"PROXY TCP6 2001:db8::7 2001:db8::1 50123 25\r\n",
+        );
     }
 
     #[test]
     fn v1_extreme_ports() {
-        check(ProxyProtocol::V1, "0.0.0.0:0", "255.255.255.255:65535", b"PROXY TCP4 0.0.0.0 255.255.255.255 0 65535\r\n");
+        check(
+            ProxyProtocol::V1,
+            "0.0.0.0:0",
+            "255.255.255.255:65535",
+            b"PROXY TCP4 0.0.0.0 255.255.255.255 0 65535\r\n",
+        );
     }
 
     #[test]
@@ -104,26 +119,46 @@ mod tests {
 
     #[test]
     fn v4_mapped_addresses_become_ipv4() {
-        let plain = proxy_header(ProxyProtocol::V1, "192.0.2.7:1".parse().unwrap(), "198.51.100.1:25".parse().unwrap());
+        let plain = proxy_header(
+            ProxyProtocol::V1,
+            "192.0.2.7:1".parse().unwrap(),
+            "198.51.100.1:25".parse().unwrap(),
+        );
         check(ProxyProtocol::V1, "[::ffff:192.0.2.7]:1", "[::ffff:198.51.100.1]:25", &plain.unwrap());
     }
 
     #[test]
     fn a_mixed_pair_becomes_ipv6_and_never_unknown() {
-        let header = proxy_header(ProxyProtocol::V1, "192.0.2.7:1".parse().unwrap(), "[2001:db8::1]:25".parse().unwrap());
+        let header = proxy_header(
+            ProxyProtocol::V1,
+            "192.0.2.7:1".parse().unwrap(),
+            "[2001:db8::1]:25".parse().unwrap(),
+        );
         let header = String::from_utf8(header.unwrap()).unwrap();
         assert_eq!(header, "PROXY TCP6 ::ffff:192.0.2.7 2001:db8::1 1 25\r\n");
-        let header = proxy_header(ProxyProtocol::V2, "[2001:db8::1]:25".parse().unwrap(), "192.0.2.7:1".parse().unwrap());
+        let header = proxy_header(
+            ProxyProtocol::V2,
+            "[2001:db8::1]:25".parse().unwrap(),
+            "192.0.2.7:1".parse().unwrap(),
+        );
         assert_eq!(header.unwrap()[..16], *V2_TCP6);
     }
 
     #[test]
     fn a_scope_is_dropped() {
-        check(ProxyProtocol::V1, "[fe80::7%3]:50123", "[fe80::1%3]:25", b"PROXY TCP6 fe80::7 fe80::1 50123 25\r\n");
+        check(
+            ProxyProtocol::V1,
+            "[fe80::7%3]:50123",
+            "[fe80::1%3]:25",
+            b"PROXY TCP6 fe80::7 fe80::1 50123 25\r\n",
+        );
     }
 
     #[test]
     fn off_is_no_header() {
-        assert_eq!(proxy_header(ProxyProtocol::Off, "192.0.2.7:1".parse().unwrap(), "192.0.2.8:2".parse().unwrap()), None);
+        assert_eq!(
+            proxy_header(ProxyProtocol::Off, "192.0.2.7:1".parse().unwrap(), "192.0.2.8:2".parse().unwrap()),
+            None
+        );
     }
 }

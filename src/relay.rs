@@ -124,7 +124,12 @@ pub enum End {
 /// completes when the edge begins to stop.
 ///
 /// Cancellation drops bytes that were read but not yet written.
-pub async fn relay<C, U>(client: &mut C, upstream: &mut U, timeouts: Timeouts, drain: impl Future<Output = ()>) -> Outcome
+pub async fn relay<C, U>(
+    client: &mut C,
+    upstream: &mut U,
+    timeouts: Timeouts,
+    drain: impl Future<Output = ()>,
+) -> Outcome
 where
     C: AsyncRead + AsyncWrite + Unpin,
     U: AsyncRead + AsyncWrite + Unpin,
@@ -262,7 +267,11 @@ impl Direction {
     }
 
     /// Writes what was kept and gives its memory back.
-    fn poll_flush<W: AsyncWrite + Unpin>(&mut self, cx: &mut Context<'_>, sink: &mut W) -> Poll<io::Result<()>> {
+    fn poll_flush<W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        sink: &mut W,
+    ) -> Poll<io::Result<()>> {
         while self.kept_from < self.kept.len() {
             self.kept_from += ready!(self.poll_write_kept(cx, sink))?;
         }
@@ -271,14 +280,23 @@ impl Direction {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_write_kept<W: AsyncWrite + Unpin>(&mut self, cx: &mut Context<'_>, sink: &mut W) -> Poll<io::Result<usize>> {
+    fn poll_write_kept<W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        sink: &mut W,
+    ) -> Poll<io::Result<usize>> {
         let written = ready!(poll_write(cx, sink, &self.kept[self.kept_from..]))?;
         self.bytes += written as u64;
         Poll::Ready(Ok(written))
     }
 
     /// Reads once and writes that; what the sink does not take is kept.
-    fn poll_pass<R, W>(&mut self, cx: &mut Context<'_>, source: &mut R, sink: &mut W) -> Poll<Result<(), Fault>>
+    fn poll_pass<R, W>(
+        &mut self,
+        cx: &mut Context<'_>,
+        source: &mut R,
+        sink: &mut W,
+    ) -> Poll<Result<(), Fault>>
     where
         R: AsyncRead + Unpin,
         W: AsyncWrite + Unpin,
@@ -310,7 +328,11 @@ impl Direction {
     }
 }
 
-fn poll_write<W: AsyncWrite + Unpin>(cx: &mut Context<'_>, sink: &mut W, bytes: &[u8]) -> Poll<io::Result<usize>> {
+fn poll_write<W: AsyncWrite + Unpin>(
+    cx: &mut Context<'_>,
+    sink: &mut W,
+    bytes: &[u8],
+) -> Poll<io::Result<usize>> {
     match ready!(Pin::new(sink).poll_write(cx, bytes))? {
         0 => Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
         written => Poll::Ready(Ok(written)),
@@ -354,3 +376,6 @@ impl Timer {
         Poll::Pending
     }
 }
+
+#[cfg(test)]
+mod tests;

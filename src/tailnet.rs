@@ -142,7 +142,9 @@ pub enum ConnectError {
     #[error("that is this edge itself; name the mailbox's node as upstream")]
     IsSelf,
     /// A RST in answer to our SYN.
-    #[error("the peer refused the connection; check that the mail server runs there and listens on that port")]
+    #[error(
+        "the peer refused the connection; check that the mail server runs there and listens on that port"
+    )]
     Refused,
     /// No answer to our SYNs.
     #[error("no answer")]
@@ -154,7 +156,9 @@ pub enum ConnectError {
     #[error("every local port towards that peer and port is taken; spread the load or lower max_connections")]
     NoPorts,
     /// The two nodes share no address family, or the stack has no route.
-    #[error("there is no way to the peer's address; check that both nodes have a tailnet address of one family")]
+    #[error(
+        "there is no way to the peer's address; check that both nodes have a tailnet address of one family"
+    )]
     Unreachable,
     /// A bug of ours or of the network stack.
     #[error("the tailnet library failed ({0:?}); please report this")]
@@ -245,7 +249,8 @@ impl Node {
     /// Cancelling the future leaves the attempt going on until `limit`.
     pub async fn up(&self, limit: Duration) -> Result<(), JoinError> {
         let handle = Arc::clone(&self.handle);
-        let joined = tokio::task::spawn_blocking(move || handle.up(limit).map_err(|c| (c, handle.error_message())));
+        let joined =
+            tokio::task::spawn_blocking(move || handle.up(limit).map_err(|c| (c, handle.error_message())));
         match joined.await {
             Ok(Ok(())) => self.check_tags().await,
             Ok(Err((code, reason))) => Err(self.join_error(code, reason, limit)),
@@ -317,7 +322,11 @@ impl Node {
     }
 }
 
-fn configure(handle: &NodeHandle, settings: &config::Tailnet, auth_key: Option<&Secret>) -> Result<(), String> {
+fn configure(
+    handle: &NodeHandle,
+    settings: &config::Tailnet,
+    auth_key: Option<&Secret>,
+) -> Result<(), String> {
     let state_dir = settings.state_dir.to_str().ok_or("the path of state_dir is not UTF-8")?;
     let texts = [
         (Setting::Dir, Some(state_dir)),
@@ -370,7 +379,11 @@ pub struct TailnetStream {
 }
 
 impl AsyncRead for TailnetStream {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let read = ready!(self.conn.poll_read(cx, buf.initialize_unfilled()))?;
         buf.advance(read);
         Poll::Ready(Ok(()))

@@ -38,7 +38,11 @@ pub trait Dial: Send + Sync + 'static {
     fn dial(&self, host: &str, port: u16) -> impl Future<Output = Result<Self::Stream, ConnectError>> + Send;
 
     /// Looks for a sign of life of a peer for up to `limit`.
-    fn ping(&self, host: &str, limit: Duration) -> impl Future<Output = Result<PingReport, ConnectError>> + Send;
+    fn ping(
+        &self,
+        host: &str,
+        limit: Duration,
+    ) -> impl Future<Output = Result<PingReport, ConnectError>> + Send;
 }
 
 impl Dial for Node {

@@ -1,6 +1,6 @@
 //! Reads the file, or says in one sentence why not.
 //!
-//! Invariant: however large the file is, at most a mebibyte of it is held.
+//! Invariant: however large the file is, at most 64 KiB of it are held.
 //!
 //! Deliberately not here: anything about the text.
 
@@ -10,9 +10,9 @@ use std::path::Path;
 
 use super::mistakes::At;
 
-/// The largest file read. A thousand listeners fit in a tenth of it; what is larger is another
+/// The largest file read. Five hundred listeners fit; what is larger is another
 /// file.
-const MAX_BYTES: u64 = 1024 * 1024;
+const MAX_BYTES: u64 = 64 * 1024;
 
 /// The text of the file, or what is wrong with it and where.
 pub(super) fn read(path: &Path) -> Result<String, (At, String)> {
@@ -37,7 +37,7 @@ fn read_bytes(path: &Path) -> Result<Vec<u8>, String> {
         return Err("is a directory; expected a TOML file".to_owned());
     }
     if metadata.len() > MAX_BYTES {
-        return Err(format!("has {} bytes; expected at most {MAX_BYTES} (1 MiB)", metadata.len()));
+        return Err(format!("has {} bytes; expected at most {MAX_BYTES} (64 KiB)", metadata.len()));
     }
     // The length of a pipe (`--config <(...)`) or a device is not known beforehand, so reading is
     // bounded as well.
@@ -46,7 +46,7 @@ fn read_bytes(path: &Path) -> Result<Vec<u8>, String> {
         .read_to_end(&mut bytes)
         .map_err(|error| format!("cannot read the file: {error}"))?;
     if bytes.len() as u64 > MAX_BYTES {
-        return Err(format!("has more than {MAX_BYTES} bytes; expected at most that (1 MiB)"));
+        return Err(format!("has more than {MAX_BYTES} bytes; expected at most that (64 KiB)"));
     }
     Ok(bytes)
 }

@@ -121,7 +121,7 @@ fn admin(mut table: Table, mistakes: &mut Mistakes) -> Option<Claim> {
     };
     let address = listen.value?;
     if !address.ip().is_loopback() {
-        let text = "not a loopback address: whoever can reach it can read the status and the metrics";
+        let text = "not a loopback address: whoever can reach it can read the state of the edge";
         mistakes.warn(&listen.place, &format!("{} is {text}", listen.shown));
     }
     Some(Claim { address, shown: listen.shown, place: listen.place, owner })

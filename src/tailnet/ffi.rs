@@ -221,7 +221,8 @@ impl NodeHandle {
         let mut buffer = [0 as c_char; 1024];
         // SAFETY: the string outlives the call; the buffer is writable for the
         // length given.
-        let outcome = unsafe { tailscale_ping(self.0, host.as_ptr(), limit, buffer.as_mut_ptr(), buffer.len()) };
+        let outcome =
+            unsafe { tailscale_ping(self.0, host.as_ptr(), limit, buffer.as_mut_ptr(), buffer.len()) };
         match Code::of(outcome.into()) {
             None | Some(Code::TimedOut) => Ok(text_in(&buffer)),
             Some(code) => Err(code),

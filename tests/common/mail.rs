@@ -16,7 +16,7 @@ use super::{temp_dir, wait::wait_for};
 pub const DOMAIN: &str = "example.test";
 pub const PASSWORD: &str = "secret";
 /// Every one of them has an address in [`DOMAIN`] and the same password.
-pub const USERS: [&str; 2] = ["alice", "bob"];
+pub const USERS: [&str; 3] = ["alice", "bob", "carol"];
 
 /// Users' mail (a Maildir each) and the certificate of their servers. Clones share one directory,
 /// removed with the last of them.

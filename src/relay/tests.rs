@@ -1,0 +1,217 @@
+use std::future::pending;
+use std::io;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
+use tokio::time::{advance, sleep};
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+
+const TIMEOUTS: Timeouts = Timeouts {
+    idle: Duration::from_secs(35 * 60),
+    half_close: Duration::from_secs(60),
+    drain: Duration::from_secs(1),
+};
+
+/// What a pipe holds before its writer has to wait.
+const PIPE_BYTES: usize = 1000;
+
+/// A relay between two in-memory pipes: the client's end, the upstream's end,
+/// and the relay itself.
+fn start(
+    drain: impl Future<Output = ()> + Send + 'static,
+) -> (DuplexStream, DuplexStream, JoinHandle<Outcome>) {
+    let (client, mut near_client) = duplex(PIPE_BYTES);
+    let (upstream, mut near_upstream) = duplex(PIPE_BYTES);
+    let relayed = async move { relay(&mut near_client, &mut near_upstream, TIMEOUTS, drain).await };
+    (client, upstream, tokio::spawn(relayed))
+}
+
+/// Bytes that differ from place to place.
+fn pattern(size: usize) -> Vec<u8> {
+    (0..size).map(|i| (i % 251) as u8).collect()
+}
+
+async fn read_exactly(stream: &mut DuplexStream, expected: &[u8]) {
+    let mut got = vec![0; expected.len()];
+    stream.read_exact(&mut got).await.unwrap();
+    assert_eq!(got, expected);
+}
+
+#[tokio::test]
+async fn a_client_that_has_finished_sending_gets_the_whole_reply() {
+    let (mut client, mut upstream, relay) = start(pending());
+    let (request, reply) = (pattern(300_000), pattern(400_000));
+    let server = {
+        let (request, reply) = (request.clone(), reply.clone());
+        tokio::spawn(async move {
+            let mut got = Vec::new();
+            upstream.read_to_end(&mut got).await.unwrap();
+            assert_eq!(got, request);
+            upstream.write_all(&reply).await.unwrap();
+        })
+    };
+    client.write_all(&request).await.unwrap();
+    client.shutdown().await.unwrap();
+    let mut got = Vec::new();
+    client.read_to_end(&mut got).await.unwrap();
+    assert_eq!(got, reply);
+    server.await.unwrap();
+    let outcome = relay.await.unwrap();
+    assert!(matches!(outcome.end, End::Closed { first: Side::Client }), "{outcome:?}");
+    assert_eq!((outcome.sent, outcome.received), (300_000, 400_000));
+}
+
+#[tokio::test]
+async fn an_upstream_that_has_finished_sending_gets_the_rest_too() {
+    let (mut client, mut upstream, relay) = start(pending());
+    upstream.write_all(b"220 hello\r\n").await.unwrap();
+    upstream.shutdown().await.unwrap();
+    read_exactly(&mut client, b"220 hello\r\n").await;
+    assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
+    client.write_all(b"QUIT\r\n").await.unwrap();
+    client.shutdown().await.unwrap();
+    read_exactly(&mut upstream, b"QUIT\r\n").await;
+    let outcome = relay.await.unwrap();
+    assert!(matches!(outcome.end, End::Closed { first: Side::Upstream }), "{outcome:?}");
+    assert_eq!((outcome.sent, outcome.received), (6, 11));
+    assert!(outcome.first_byte.is_some());
+}
+
+#[tokio::test]
+async fn one_slow_reader_holds_up_its_own_direction_only() {
+    let (mut client, upstream, relay) = start(pending());
+    let flood = pattern(500_000);
+    let (mut from_relay, mut to_relay) = tokio::io::split(upstream);
+    let flooding = {
+        let flood = flood.clone();
+        tokio::spawn(async move {
+            to_relay.write_all(&flood).await.unwrap();
+            to_relay.shutdown().await.unwrap();
+        })
+    };
+    // The client reads nothing yet, and is still heard.
+    for _ in 0..20 {
+        client.write_all(&pattern(PIPE_BYTES)).await.unwrap();
+        let mut got = vec![0; PIPE_BYTES];
+        from_relay.read_exact(&mut got).await.unwrap();
+        assert_eq!(got, pattern(PIPE_BYTES));
+    }
+    assert!(!flooding.is_finished(), "the relay has taken more than it may keep");
+    read_exactly(&mut client, &flood).await;
+    flooding.await.unwrap();
+    drop(client);
+    let outcome = relay.await.unwrap();
+    assert_eq!((outcome.sent, outcome.received), (20_000, 500_000));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_connection_ends_after_the_idle_time_out() {
+    let (_client, _upstream, relay) = start(pending());
+    let started = Instant::now();
+    let outcome = relay.await.unwrap();
+    assert!(matches!(outcome.end, End::Idle), "{outcome:?}");
+    assert_eq!(started.elapsed().as_secs(), TIMEOUTS.idle.as_secs());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_byte_either_way_starts_the_idle_time_out_afresh() {
+    let (mut client, mut upstream, relay) = start(pending());
+    for _ in 0..5 {
+        advance(TIMEOUTS.idle - Duration::from_secs(1)).await;
+        client.write_all(b"n").await.unwrap();
+        read_exactly(&mut upstream, b"n").await;
+        advance(TIMEOUTS.idle - Duration::from_secs(1)).await;
+        upstream.write_all(b"*").await.unwrap();
+        read_exactly(&mut client, b"*").await;
+    }
+    assert!(!relay.is_finished());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_half_closed_connection_ends_after_the_half_close_time_out_without_progress() {
+    let (mut client, mut upstream, relay) = start(pending());
+    client.shutdown().await.unwrap();
+    assert_eq!(upstream.read(&mut [0]).await.unwrap(), 0);
+    let mut last = Instant::now();
+    for _ in 0..3 {
+        sleep(TIMEOUTS.half_close - Duration::from_secs(1)).await;
+        upstream.write_all(b"x").await.unwrap();
+        read_exactly(&mut client, b"x").await;
+        last = Instant::now();
+    }
+    let outcome = relay.await.unwrap();
+    assert!(matches!(outcome.end, End::HalfClosed { first: Side::Client }), "{outcome:?}");
+    assert_eq!(last.elapsed().as_secs(), TIMEOUTS.half_close.as_secs());
+}
+
+#[tokio::test(start_paused = true)]
+async fn draining_ends_a_quiet_connection_and_spares_a_busy_one() {
+    let drain = CancellationToken::new();
+    let (mut client, mut upstream, relay) = start(drain.clone().cancelled_owned());
+    upstream.write_all(b"220\r\n").await.unwrap();
+    read_exactly(&mut client, b"220\r\n").await;
+    drain.cancel();
+    for _ in 0..20 {
+        sleep(TIMEOUTS.drain / 2).await;
+        client.write_all(b"data").await.unwrap();
+        read_exactly(&mut upstream, b"data").await;
+    }
+    let last = Instant::now();
+    let outcome = relay.await.unwrap();
+    assert!(matches!(outcome.end, End::Drained), "{outcome:?}");
+    assert_eq!(last.elapsed().as_secs(), TIMEOUTS.drain.as_secs());
+}
+
+/// Two connected sockets.
+async fn socket_pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    (near, listener.accept().await.unwrap().0)
+}
+
+async fn reset_by(side: Side) -> Outcome {
+    let (client, mut near_client) = socket_pair().await;
+    let (upstream, mut near_upstream) = socket_pair().await;
+    let (mut failing, mut other) = match side {
+        Side::Client => (client, upstream),
+        Side::Upstream => (upstream, client),
+    };
+    failing.write_all(b"before").await.unwrap();
+    let relay =
+        tokio::spawn(async move { relay(&mut near_client, &mut near_upstream, TIMEOUTS, pending()).await });
+    let mut got = [0; 6];
+    other.read_exact(&mut got).await.unwrap();
+    assert_eq!(&got, b"before");
+    failing.reset();
+    drop(failing);
+    relay.await.unwrap()
+}
+
+#[tokio::test]
+async fn a_reset_names_its_side() {
+    for expected in [Side::Client, Side::Upstream] {
+        let outcome = reset_by(expected).await;
+        let End::Failed { side, error } = outcome.end else { panic!("{outcome:?}") };
+        assert_eq!((side, error.kind()), (expected, io::ErrorKind::ConnectionReset));
+    }
+}
+
+#[tokio::test]
+async fn an_idle_relay_holds_no_buffer() {
+    let (mut client, mut near_client) = duplex(PIPE_BYTES);
+    let (mut upstream, mut near_upstream) = duplex(PIPE_BYTES);
+    let mut relay = Relay::default();
+    let mut cx = Context::from_waker(std::task::Waker::noop());
+    client.write_all(&pattern(PIPE_BYTES)).await.unwrap();
+    assert!(relay.poll(&mut cx, &mut near_client, &mut near_upstream).is_pending());
+    client.write_all(&pattern(PIPE_BYTES)).await.unwrap();
+    assert!(relay.poll(&mut cx, &mut near_client, &mut near_upstream).is_pending());
+    assert_eq!(relay.sent.kept.len(), PIPE_BYTES, "what the full pipe would not take");
+    read_exactly(&mut upstream, &pattern(PIPE_BYTES)).await;
+    assert!(relay.poll(&mut cx, &mut near_client, &mut near_upstream).is_pending());
+    read_exactly(&mut upstream, &pattern(PIPE_BYTES)).await;
+    assert_eq!((relay.sent.kept.capacity(), relay.received.kept.capacity()), (0, 0));
+}

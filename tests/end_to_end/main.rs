@@ -1,0 +1,17 @@
+//! The built binary on a real tailnet, with real mail servers and clients.
+//!
+//! One program, so that the Go archive is linked once. Each module is about
+//! one promise; what they share is in `tests/common`.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod faults;
+mod half_close;
+mod isolation;
+mod load;
+mod mail;
+mod oracles;
+mod setup;
+mod signals;
+mod start;

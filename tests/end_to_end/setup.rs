@@ -1,0 +1,54 @@
+//! An edge on a tailnet with a mailbox node: what most tests start with.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use crate::common::edge::{Builder, Edge, Listener};
+use crate::common::tailnet::TestTailnet;
+
+/// The name of the mailbox's node.
+pub const MAILBOX: &str = "stalwart";
+
+/// Bounds whatever a test waits for; a busy machine needs some of it.
+pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// A tailnet with one mailbox node and one edge on it.
+pub struct Setup {
+    // Dropped in this order: the edge first.
+    pub edge: Edge,
+    pub tailnet: TestTailnet,
+}
+
+/// A tailnet whose mailbox node forwards the given ports to real servers on
+/// loopback.
+pub fn tailnet_with(forwards: &[(u16, SocketAddr)]) -> TestTailnet {
+    let tailnet = TestTailnet::start();
+    tailnet.add_node(MAILBOX, &["tag:stalwart"], forwards);
+    tailnet
+}
+
+/// The binary under test, configured for the tailnet but without listeners.
+pub fn edge_on(tailnet: &TestTailnet) -> Builder {
+    Edge::builder(env!("CARGO_BIN_EXE_tailwart-edge"))
+        .control_url(tailnet.control_url())
+        .auth_key("tskey-auth-test")
+        .upstream(MAILBOX)
+}
+
+/// An edge that serves the listeners, once it is ready.
+pub fn start(forwards: &[(u16, SocketAddr)], listeners: &[Listener]) -> Setup {
+    start_with(forwards, listeners, |builder| builder)
+}
+
+/// The same with more settings.
+pub fn start_with(
+    forwards: &[(u16, SocketAddr)],
+    listeners: &[Listener],
+    configure: impl FnOnce(Builder) -> Builder,
+) -> Setup {
+    let tailnet = tailnet_with(forwards);
+    let builder = listeners.iter().cloned().fold(edge_on(&tailnet), Builder::listener);
+    let edge = configure(builder).spawn();
+    edge.wait_ready(LIMIT);
+    Setup { edge, tailnet }
+}
