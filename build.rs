@@ -39,7 +39,8 @@ fn declare_inputs() {
     }
 }
 
-/// Runs `go build -buildmode=c-archive`.
+/// Runs `go build -buildmode=c-archive`. Without a stamp from git: it would make
+/// builds of the same files differ, and fail in a checkout of another user.
 fn build_archive(archive: &Path) {
     let go = env::var_os("GO").unwrap_or_else(|| OsString::from("go"));
     let (goos, goarch) = go_target();
@@ -47,7 +48,8 @@ fn build_archive(archive: &Path) {
         fail(&format!("no C compiler ({e}); install one (Debian: apt-get install gcc) or set CC"))
     });
     let status = Command::new(&go)
-        .args(["build", "-C", SOURCE, "-buildmode=c-archive", "-trimpath", "-ldflags=-s -w"])
+        .args(["build", "-C", SOURCE, "-buildmode=c-archive"])
+        .args(["-trimpath", "-buildvcs=false", "-ldflags=-s -w"])
         .arg(format!("-tags={}", build_tags()))
         .arg("-o")
         .arg(archive)

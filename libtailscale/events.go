@@ -24,15 +24,40 @@ type status struct {
 	Health    []string     `json:"health"`
 }
 
+// lookInterval is how late what the bus does not tell may be. Losing the
+// control server is such a thing: it becomes a health warning, and with it a
+// notification, only after eight minutes (health/warnings.go,
+// notInMapPollWarnable).
+const lookInterval = time.Second
+
 // follow keeps self up to date and writes status lines until the node closes.
-// The bus cuts off a slow watcher, and health changes come on it too, so the
-// watch is renewed whenever it ends.
 func (n *node) follow() {
-	const mask = ipn.NotifyInitialState | ipn.NotifyInitialHealthState | ipn.NotifyPeerChanges
+	changed := make(chan struct{}, 1)
+	go n.watch(changed)
+	look := time.NewTicker(lookInterval)
+	defer look.Stop()
 	var last []byte
+	for {
+		select {
+		case <-changed:
+		case <-look.C:
+		case <-n.ctx.Done():
+			return
+		}
+		last = n.publish(last)
+	}
+}
+
+// watch tells about every change on the bus. The bus cuts off a slow watcher,
+// and health changes come on it too, so the watch is renewed whenever it ends.
+func (n *node) watch(changed chan<- struct{}) {
+	const mask = ipn.NotifyInitialState | ipn.NotifyInitialHealthState | ipn.NotifyPeerChanges
 	for n.ctx.Err() == nil {
-		n.backend.WatchNotifications(n.ctx, mask, nil, func(notify *ipn.Notify) bool {
-			last = n.publish(last)
+		n.backend.WatchNotifications(n.ctx, mask, nil, func(*ipn.Notify) bool {
+			select {
+			case changed <- struct{}{}:
+			default: // one is waiting already
+			}
 			return n.ctx.Err() == nil
 		})
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -13,6 +14,7 @@ import (
 
 	"libtailscale/testnet"
 
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"tailscale.com/types/logger"
 )
 
@@ -78,11 +80,16 @@ type blocking struct {
 // dial connects through node n or fails with the code.
 func dial(t *testing.T, n *node, host string, port uint16) (*blocking, error) {
 	t.Helper()
+	return dialWithin(t, n, host, port, testTimeout)
+}
+
+func dialWithin(t *testing.T, n *node, host string, port uint16, limit time.Duration) (*blocking, error) {
+	t.Helper()
 	b, err := begin(t, n, host, port)
 	if err != nil {
 		return nil, err
 	}
-	if err := b.wait(func() error { return conns.get(b.handle).state() }); err != nil {
+	if err := b.waitWithin(limit, func() error { return conns.get(b.handle).state() }); err != nil {
 		b.close()
 		return nil, err
 	}
@@ -101,8 +108,10 @@ func begin(t *testing.T, n *node, host string, port uint16) (*blocking, error) {
 }
 
 // wait repeats call for as long as it would block.
-func (b *blocking) wait(call func() error) error {
-	deadline := time.After(testTimeout)
+func (b *blocking) wait(call func() error) error { return b.waitWithin(testTimeout, call) }
+
+func (b *blocking) waitWithin(limit time.Duration, call func() error) error {
+	deadline := time.After(limit)
 	for {
 		err := call()
 		if !errors.Is(err, codeWouldBlock) {
@@ -111,7 +120,8 @@ func (b *blocking) wait(call func() error) error {
 		select {
 		case <-b.woken:
 		case <-deadline:
-			return errors.New("never woken")
+			ep := conns.get(b.handle).ep.(*tcp.Endpoint)
+			return fmt.Errorf("not woken within %v, endpoint in %v, last error %v", limit, ep.EndpointState(), ep.LastError())
 		}
 	}
 }

@@ -66,7 +66,7 @@ impl Readiness {
             return;
         }
         if !node.in_map_poll {
-            reasons.push("the control server is out of reach".to_owned());
+            reasons.push("the control server is out of reach or has removed this node".to_owned());
         }
         for tag in self.tags.iter().filter(|tag| !node.tags.contains(tag)) {
             reasons.push(format!("the node does not hold {tag}"));
@@ -101,9 +101,8 @@ async fn connection(stream: TcpStream, readiness: &Readiness) {
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_LIMIT)
         .serve_connection(TokioIo::new(stream), service);
-    match timeout(CONNECTION_LIMIT, served).await {
-        Ok(Err(error)) => debug!("admin connection: {error}"),
-        Ok(Ok(())) | Err(_) => {}
+    if let Ok(Err(error)) = timeout(CONNECTION_LIMIT, served).await {
+        debug!("admin connection: {error}");
     }
 }
 
@@ -167,7 +166,10 @@ mod tests {
         let node = NodeStatus { in_map_poll: false, tags: vec![], ..ready_node() };
         assert_eq!(
             reasons(Some(node), false),
-            ["the control server is out of reach", "the node does not hold tag:reverse-proxy"]
+            [
+                "the control server is out of reach or has removed this node",
+                "the node does not hold tag:reverse-proxy"
+            ]
         );
     }
 }

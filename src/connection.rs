@@ -159,3 +159,110 @@ fn log_outcome<D: Dial>(
 fn millis(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio::io::AsyncReadExt;
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::tailnet::{ConnectError, PingReport};
+
+    /// Dials a port of this machine, or nothing at all.
+    struct Loopback(Option<SocketAddr>);
+
+    impl Dial for Loopback {
+        type Stream = TcpStream;
+
+        async fn dial(&self, _: &str, _: u16) -> Result<TcpStream, ConnectError> {
+            match self.0 {
+                Some(address) => TcpStream::connect(address).await.map_err(|_| ConnectError::Refused),
+                None => std::future::pending().await,
+            }
+        }
+
+        async fn ping(&self, _: &str, _: Duration) -> Result<PingReport, ConnectError> {
+            Err(ConnectError::NoSuchPeer)
+        }
+    }
+
+    fn service(dialler: Loopback, proxy_protocol: ProxyProtocol) -> Service<Loopback> {
+        let second = Duration::from_secs(60);
+        Service {
+            name: "smtp".into(),
+            upstream: Upstream::new(Arc::new(dialler), "mailbox".into(), 25, second),
+            proxy_protocol,
+            timeouts: Timeouts { idle: second, half_close: second, drain: second },
+            drain: CancellationToken::new(),
+        }
+    }
+
+    /// A client's socket, and ours with the client's address.
+    async fn client() -> (TcpStream, TcpStream, SocketAddr) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (accepted, peer) = listener.accept().await.unwrap();
+        (client, accepted, peer)
+    }
+
+    /// What the mailbox receives of a client that sends `hello` and ends.
+    async fn received(proxy_protocol: ProxyProtocol) -> (String, SocketAddr, SocketAddr) {
+        let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let service = service(Loopback(Some(mailbox.local_addr().unwrap())), proxy_protocol);
+        let (mut client, accepted, peer) = client().await;
+        let local = accepted.local_addr().unwrap();
+        client.write_all(b"hello").await.unwrap();
+        client.shutdown().await.unwrap();
+        let mail = async {
+            let (mut stream, _) = mailbox.accept().await.unwrap();
+            let mut got = String::new();
+            stream.read_to_string(&mut got).await.unwrap();
+            got
+        };
+        let ((), got) = tokio::join!(serve(&service, accepted, peer), mail);
+        (got, peer, local)
+    }
+
+    #[tokio::test]
+    async fn the_header_goes_before_what_the_client_sent_early() {
+        let (got, client, local) = received(ProxyProtocol::V1).await;
+        assert_eq!(
+            got,
+            format!("PROXY TCP4 127.0.0.1 127.0.0.1 {} {}\r\nhello", client.port(), local.port())
+        );
+    }
+
+    #[tokio::test]
+    async fn off_forwards_the_clients_bytes_alone() {
+        assert_eq!(received(ProxyProtocol::Off).await.0, "hello");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_resets_while_we_dial_ends_the_dial() {
+        let (mut client, accepted, peer) = client().await;
+        let service = service(Loopback(None), ProxyProtocol::V2);
+        client.reset();
+        drop(client);
+        timeout(Duration::from_secs(20), serve(&service, accepted, peer)).await.expect("the dial goes on");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_only_ends_its_side_is_waited_for() {
+        let (mut client, accepted, peer) = client().await;
+        let service = service(Loopback(None), ProxyProtocol::V2);
+        client.shutdown().await.unwrap();
+        let started = Instant::now();
+        serve(&service, accepted, peer).await;
+        assert_eq!(started.elapsed().as_secs(), 60, "the whole connect time-out");
+    }
+
+    #[tokio::test]
+    async fn an_upstream_that_refuses_closes_the_client_in_order() {
+        let unused = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        let (mut client, accepted, peer) = client().await;
+        serve(&service(Loopback(Some(unused)), ProxyProtocol::V2), accepted, peer).await;
+        assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
+    }
+}

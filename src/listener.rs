@@ -12,7 +12,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use thiserror::Error;
@@ -32,6 +32,9 @@ const BACKLOG: i32 = 4096;
 /// How long `accept` pauses after an error: twice as long each time.
 const BACKOFF_FIRST: Duration = Duration::from_millis(5);
 const BACKOFF_LAST: Duration = Duration::from_secs(1);
+
+/// How long `accept` must have gone well before its errors count as over.
+const CALM: Duration = Duration::from_secs(5);
 
 /// A silent client is asked for a sign of life after two minutes, and given up
 /// a minute later; most NATs forget a connection after five.
@@ -60,8 +63,17 @@ pub fn bind(name: &str, address: SocketAddr) -> Result<TcpListener, BindError> {
         name: name.to_owned(),
         address,
         reason: explain(&error, address),
-        kind: error.kind(),
+        kind: kind_of(&error),
     })
+}
+
+/// A kernel started without IPv6 has no socket of that family to give; the
+/// standard library has no kind for its answer.
+fn kind_of(error: &io::Error) -> io::ErrorKind {
+    match error.raw_os_error() {
+        Some(libc::EAFNOSUPPORT) => io::ErrorKind::Unsupported,
+        _ => error.kind(),
+    }
 }
 
 fn open(address: SocketAddr) -> io::Result<TcpListener> {
@@ -77,7 +89,7 @@ fn open(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 fn explain(error: &io::Error, address: SocketAddr) -> String {
-    let remedy = match error.kind() {
+    let remedy = match kind_of(error) {
         io::ErrorKind::PermissionDenied => "grant CAP_NET_BIND_SERVICE or use a port above 1023",
         io::ErrorKind::AddrInUse => {
             return format!(
@@ -107,7 +119,7 @@ pub struct Admission {
 /// Accepts connections until the service drains, each served in a task of its
 /// own.
 pub async fn accept<D: Dial>(listener: TcpListener, service: Arc<Service<D>>, admission: Admission) {
-    let mut backoff = BACKOFF_FIRST;
+    let mut trouble = Trouble { backoff: BACKOFF_FIRST, last: None };
     loop {
         let next = async {
             let permit = Arc::clone(&admission.permits).acquire_owned().await;
@@ -120,10 +132,7 @@ pub async fn accept<D: Dial>(listener: TcpListener, service: Arc<Service<D>>, ad
         let Ok(permit) = permit else { return }; // never closed
         match accepted {
             Ok((client, peer)) => {
-                if backoff != BACKOFF_FIRST {
-                    info!(listener = service.name, "accepting again");
-                    backoff = BACKOFF_FIRST;
-                }
+                trouble.over(&service.name);
                 admit(&service, &admission, permit, client, peer);
             }
             // The client gave up while it waited in the backlog.
@@ -131,21 +140,41 @@ pub async fn accept<D: Dial>(listener: TcpListener, service: Arc<Service<D>>, ad
                 if matches!(e.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {}
             Err(error) => {
                 drop(permit);
-                warn_once(&service.name, &error, backoff);
-                tokio::time::sleep(backoff).await;
-                backoff = (backoff * 2).min(BACKOFF_LAST);
+                tokio::time::sleep(trouble.with(&service.name, &error)).await;
             }
         }
     }
 }
 
-/// One line when the trouble begins; `accepting again` ends it.
-fn warn_once(listener: &str, error: &io::Error, backoff: Duration) {
-    if backoff == BACKOFF_FIRST {
-        warn!(
-            listener,
-            "cannot accept: {error}; trying again; raise the descriptor limit (LimitNOFILE) or lower max_connections"
-        );
+/// The errors of one listener. One line tells when they begin and one when they
+/// are over, however many come: at the descriptor limit every connection that
+/// ends lets another one in, and the next is an error again.
+struct Trouble {
+    backoff: Duration,
+    last: Option<Instant>,
+}
+
+impl Trouble {
+    /// Notes an error; returns how long to pause.
+    fn with(&mut self, listener: &str, error: &io::Error) -> Duration {
+        if self.last.replace(Instant::now()).is_none() {
+            warn!(
+                listener,
+                "cannot accept: {error}; trying again; raise the descriptor limit (LimitNOFILE) or lower max_connections"
+            );
+        }
+        let pause = self.backoff;
+        self.backoff = (pause * 2).min(BACKOFF_LAST);
+        pause
+    }
+
+    /// Notes a connection.
+    fn over(&mut self, listener: &str) {
+        self.backoff = BACKOFF_FIRST;
+        if self.last.is_some_and(|last| last.elapsed() >= CALM) {
+            self.last = None;
+            info!(listener, "accepting again");
+        }
     }
 }
 

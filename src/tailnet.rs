@@ -233,7 +233,7 @@ impl Node {
         let (sender, status) = watch::channel(NodeStatus::default());
         configure(&handle, settings, auth_key)
             .and_then(|()| follow(&handle, sender))
-            .and_then(|()| handle.start().map_err(|_| handle.error_message()))
+            .and_then(|()| handle.start().map_err(|code| failure(&handle, code)))
             .map_err(|reason| {
                 handle.close();
                 JoinError::Start(reason)
@@ -250,7 +250,7 @@ impl Node {
     pub async fn up(&self, limit: Duration) -> Result<(), JoinError> {
         let handle = Arc::clone(&self.handle);
         let joined =
-            tokio::task::spawn_blocking(move || handle.up(limit).map_err(|c| (c, handle.error_message())));
+            tokio::task::spawn_blocking(move || handle.up(limit).map_err(|c| (c, failure(&handle, c))));
         match joined.await {
             Ok(Ok(())) => self.check_tags().await,
             Ok(Err((code, reason))) => Err(self.join_error(code, reason, limit)),
@@ -319,6 +319,15 @@ impl Node {
         let handle = Arc::clone(&self.handle);
         // A panic is impossible in `close`; there would be nothing to do.
         let _ = tokio::task::spawn_blocking(move || handle.close()).await;
+    }
+}
+
+/// Why a call on the node failed. A panic leaves no text behind but what it
+/// wrote to standard error.
+fn failure(handle: &NodeHandle, code: Code) -> String {
+    match code {
+        Code::Panic => "the tailnet library panicked; please report this with the lines before".to_owned(),
+        _ => handle.error_message(),
     }
 }
 

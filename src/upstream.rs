@@ -164,3 +164,94 @@ impl<D> fmt::Display for Upstream<D> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use tokio::net::TcpStream;
+
+    use super::*;
+
+    /// Never connects; answers a ping with what it is given, after a second.
+    struct Silent {
+        ping: Result<PingReport, ConnectError>,
+        pings: AtomicUsize,
+    }
+
+    impl Dial for Silent {
+        type Stream = TcpStream;
+
+        async fn dial(&self, _: &str, _: u16) -> Result<TcpStream, ConnectError> {
+            pending().await
+        }
+
+        async fn ping(&self, _: &str, _: Duration) -> Result<PingReport, ConnectError> {
+            self.pings.fetch_add(1, Ordering::Relaxed);
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            self.ping.clone()
+        }
+    }
+
+    fn report(answered: bool, online: bool, last_seen: &str) -> PingReport {
+        let (direct, relay, last_seen) = (String::new(), String::new(), last_seen.to_owned());
+        PingReport { ip: [100, 64, 0, 1].into(), answered, latency_ms: 1.0, direct, relay, online, last_seen }
+    }
+
+    fn silent(ping: Result<PingReport, ConnectError>) -> (Arc<Silent>, Upstream<Silent>) {
+        let dialler = Arc::new(Silent { ping, pings: AtomicUsize::new(0) });
+        let upstream = Upstream::new(Arc::clone(&dialler), "stalwart".into(), 25, Duration::from_secs(5));
+        (dialler, upstream)
+    }
+
+    async fn message(ping: Result<PingReport, ConnectError>) -> String {
+        silent(ping).1.connect().await.unwrap_err().to_string()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_port_is_told_from_a_silent_peer() {
+        let port = message(Ok(report(true, true, ""))).await;
+        assert!(
+            port.starts_with("no answer within 5s: the peer itself answers a ping, so an access rule"),
+            "{port}"
+        );
+        let peer = message(Ok(report(false, true, ""))).await;
+        assert!(peer.contains("although the control server sees it"), "{peer}");
+        let offline = message(Ok(report(false, false, "2026-01-02T03:04:05Z"))).await;
+        assert!(offline.contains("the peer is offline, last seen 2026-01-02T03:04:05Z;"), "{offline}");
+        let never_seen = message(Ok(report(false, false, ""))).await;
+        assert!(never_seen.contains("the peer is offline; start it"), "{never_seen}");
+        let gone = message(Err(ConnectError::NoSuchPeer)).await;
+        assert!(gone.contains("no longer on the tailnet's map"), "{gone}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_flood_of_connections_is_one_ping_and_each_waits_its_limit() {
+        let (dialler, upstream) = silent(Ok(report(false, false, "")));
+        let upstream = Arc::new(upstream);
+        let started = Instant::now();
+        let mut flood = tokio::task::JoinSet::new();
+        for _ in 0..100 {
+            let upstream = Arc::clone(&upstream);
+            flood.spawn(async move { upstream.connect().await.is_err() });
+        }
+        assert!(flood.join_all().await.into_iter().all(|failed| failed));
+        assert_eq!(started.elapsed().as_secs(), 6, "5 s to connect and 1 s for the ping");
+        assert_eq!(dialler.pings.load(Ordering::Relaxed), 1);
+        tokio::time::advance(FINDING_LIFE).await;
+        upstream.connect().await.unwrap_err();
+        assert_eq!(dialler.pings.load(Ordering::Relaxed), 2, "an old finding is not told");
+    }
+
+    #[test]
+    fn an_upstream_is_written_as_people_write_it() {
+        for (host, expected) in
+            [("stalwart", "stalwart:25"), ("100.64.0.1", "100.64.0.1:25"), ("fd7a::1", "[fd7a::1]:25")]
+        {
+            let (dialler, _) = silent(Err(ConnectError::NoSuchPeer));
+            let upstream = Upstream::new(dialler, host.into(), 25, Duration::from_secs(5));
+            assert_eq!(upstream.to_string(), expected);
+        }
+    }
+}

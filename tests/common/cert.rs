@@ -18,12 +18,17 @@ pub struct Certificate {
 impl Certificate {
     /// Writes `cert.pem` and `key.pem` into `dir`.
     pub fn create(dir: &Path) -> Certificate {
+        Certificate::create_for(dir, HOST_NAME)
+    }
+
+    /// The same for another host name.
+    pub fn create_for(dir: &Path, host_name: &str) -> Certificate {
         let (cert, key) = (dir.join("cert.pem"), dir.join("key.pem"));
-        let names = format!("subjectAltName=DNS:{HOST_NAME},DNS:localhost,IP:127.0.0.1,IP:::1");
+        let names = format!("subjectAltName=DNS:{host_name},DNS:localhost,IP:127.0.0.1,IP:::1");
         let mut openssl = Command::new("openssl");
         openssl
             .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"])
-            .args(["-days", "30", "-subj", &format!("/CN={HOST_NAME}"), "-addext", &names])
+            .args(["-days", "30", "-subj", &format!("/CN={host_name}"), "-addext", &names])
             .arg("-keyout")
             .arg(&key)
             .arg("-out")

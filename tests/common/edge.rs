@@ -2,6 +2,7 @@
 //! it from outside.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fmt::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -60,6 +61,7 @@ impl Listener {
 #[derive(Clone)]
 pub struct Builder {
     program: PathBuf,
+    wrapper: Vec<String>,
     arguments: Vec<String>,
     environment: BTreeMap<String, String>,
     sections: BTreeMap<String, BTreeMap<String, String>>,
@@ -102,6 +104,19 @@ impl Builder {
         self
     }
 
+    pub fn without_auth_key(mut self) -> Builder {
+        self.environment.remove("TS_AUTHKEY");
+        self
+    }
+
+    /// Starts the program through others, each of which must become the next one (as `setpriv`,
+    /// `prlimit` and `ip netns exec` do), so that the process id stays the program's own. A second
+    /// wrapper runs inside the first.
+    pub fn wrapped(mut self, wrapper: &[&str]) -> Builder {
+        self.wrapper.extend(wrapper.iter().map(|word| (*word).to_owned()));
+        self
+    }
+
     /// One more argument after `run --config FILE`.
     pub fn arg(mut self, argument: &str) -> Builder {
         self.arguments.push(argument.to_owned());
@@ -129,12 +144,28 @@ impl Builder {
         }
         let config = dir.path().join("config.toml");
         std::fs::write(&config, builder.config()).expect("the configuration can be written");
-        let mut command = Command::new(&self.program);
+        let mut command = self.program_alone();
+        command.arg("run").arg("--config").arg(&config).args(&self.arguments);
+        Edge { daemon: Daemon::spawn("edge", &mut command), config, _dir: dir }
+    }
+
+    /// Starts the program with these arguments and no configuration file.
+    pub fn spawn_with(&self, arguments: &[&str]) -> Edge {
+        let dir = temp_dir("edge");
+        let daemon = Daemon::spawn("edge", self.program_alone().args(arguments));
+        Edge { daemon, config: dir.path().join("none"), _dir: dir }
+    }
+
+    /// The program in its wrapper and environment, without arguments.
+    pub fn program_alone(&self) -> Command {
+        let program = self.program.as_os_str();
+        let mut words = self.wrapper.iter().map(OsStr::new).chain([program]);
+        let mut command = Command::new(words.next().unwrap_or(program));
         // Nothing of the tester's own environment: a TS_AUTHKEY or a proxy setting there would
         // change the test.
         command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default()).envs(&self.environment);
-        command.arg("run").arg("--config").arg(&config).args(&self.arguments);
-        Edge { daemon: Daemon::spawn("edge", &mut command), config, _dir: dir }
+        command.args(words);
+        command
     }
 }
 
@@ -156,6 +187,7 @@ impl Edge {
     pub fn builder(program: impl AsRef<Path>) -> Builder {
         let builder = Builder {
             program: program.as_ref().to_owned(),
+            wrapper: Vec::new(),
             arguments: Vec::new(),
             environment: BTreeMap::new(),
             sections: BTreeMap::new(),

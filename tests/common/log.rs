@@ -49,6 +49,14 @@ impl Log {
         })
     }
 
+    /// The file of a log which the server itself writes.
+    pub fn path(&self) -> Option<&Path> {
+        match &self.source {
+            Source::File(path) => Some(path),
+            Source::Memory(_) => None,
+        }
+    }
+
     /// Everything logged so far; what is not UTF-8 (a client's garbage, quoted) is replaced.
     pub fn text(&self) -> String {
         let bytes = match &self.source {

@@ -48,15 +48,39 @@ pub fn free_addr() -> SocketAddr {
 /// Whether anybody listens on this port, without connecting: a server behind PROXY would log the
 /// bare connection.
 pub fn is_listening(port: u16) -> bool {
+    is_listening_beside(std::process::id(), port)
+}
+
+/// The same in the network namespace of that process.
+pub fn is_listening_beside(pid: u32, port: u16) -> bool {
     const LISTEN: &str = "0A";
     let wanted = format!(":{port:04X}");
-    ["/proc/self/net/tcp", "/proc/self/net/tcp6"].iter().any(|table| {
+    ["tcp", "tcp6"].map(|table| format!("/proc/{pid}/net/{table}")).iter().any(|table| {
         std::fs::read_to_string(table).unwrap_or_default().lines().any(|line| {
             // sl, local address, remote address, state
             let mut fields = line.split_whitespace().skip(1);
             fields.next().is_some_and(|local| local.ends_with(&wanted)) && fields.nth(1) == Some(LISTEN)
         })
     })
+}
+
+/// How many connections of an IPv4 listener wait in the kernel to be accepted.
+#[track_caller]
+pub fn backlog(listener: SocketAddr) -> u32 {
+    const LISTEN: &str = "0A";
+    let wanted = format!(":{:04X}", listener.port());
+    let table = std::fs::read_to_string("/proc/self/net/tcp").expect("/proc is mounted");
+    let queue = table.lines().find_map(|line| {
+        // sl, local address, remote address, state, queues; a listener's second queue is its backlog
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let ours = fields.get(1)?.ends_with(&wanted) && fields.get(3) == Some(&LISTEN);
+        fields
+            .get(4)?
+            .split_once(':')
+            .filter(|_| ours)
+            .and_then(|(_, queue)| u32::from_str_radix(queue, 16).ok())
+    });
+    queue.unwrap_or_else(|| panic!("nobody listens on {listener}"))
 }
 
 /// Connects, with a deadline.

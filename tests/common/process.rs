@@ -182,16 +182,29 @@ pub fn remove_at_end(dir: &Path) {
     tell_watchdog(&format!("dir {}", dir.display()));
 }
 
+/// Deletes a network namespace, and the interface of the same name, when this process has ended.
+pub fn delete_namespace_at_end(name: &str) {
+    tell_watchdog(&format!("netns {name}"));
+}
+
 const WATCHDOG: &str = r#"
 groups=' '
+namespaces=
 while read -r change value; do
     case $change in
     +) groups="$groups$value " ;;
     -) groups="${groups%% $value *} ${groups#* $value }" ;;
     dir) set -- "$@" "$value" ;;
+    netns) namespaces="$namespaces $value" ;;
     esac
 done
 for group in $groups; do kill -s KILL -- "-$group"; done
+for name in $namespaces; do
+    [ -e "/run/netns/$name" ] || continue
+    ip link del "$name"
+    ip netns del "$name"
+    rm -rf -- "/etc/netns/$name"
+done
 [ $# = 0 ] || rm -rf -- "$@"
 "#;
 

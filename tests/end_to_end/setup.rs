@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::common::edge::{Builder, Edge, Listener};
+use crate::common::log::Log;
 use crate::common::tailnet::TestTailnet;
 
 /// The name of the mailbox's node.
@@ -51,4 +52,47 @@ pub fn start_with(
     let edge = configure(builder).spawn();
     edge.wait_ready(LIMIT);
     Setup { edge, tailnet }
+}
+
+/// The edge ends by itself within the limit, with this exit code and exactly
+/// one line about why, which is returned.
+#[track_caller]
+pub fn fails(mut edge: Edge, code: i32, within: Duration) -> String {
+    let status = edge.wait_exit(within);
+    let log = edge.log();
+    assert_eq!(status.code(), Some(code), "{status}\n{}", log.tail());
+    no_crash(log);
+    let text = log.text();
+    let errors: Vec<&str> = text.lines().filter(|line| line.contains(" ERROR ")).collect();
+    match errors[..] {
+        [one] => one.to_owned(),
+        _ => panic!("{} lines tell the error, not one\n{}", errors.len(), log.tail()),
+    }
+}
+
+/// The edge stops in order within the limit.
+#[track_caller]
+pub fn stops(edge: &mut Edge, within: Duration) {
+    let status = edge.wait_exit(within);
+    assert_eq!(status.code(), Some(0), "{status}\n{}", edge.log().tail());
+    assert_eq!(edge.log().count(" ERROR "), 0, "{}", edge.log().tail());
+    no_crash(edge.log());
+}
+
+/// Neither half of the program has crashed or shown its insides.
+#[track_caller]
+pub fn no_crash(log: &Log) {
+    for trace in
+        ["panicked at", "panic:", "backtrace", "[running]:", "fatal error:", "SIGSEGV", "stack overflow"]
+    {
+        assert_eq!(log.count(trace), 0, "a crash: {trace:?}\n{}", log.tail());
+    }
+}
+
+/// The line tells all of these.
+#[track_caller]
+pub fn tells(line: &str, words: &[&str]) {
+    for word in words {
+        assert!(line.contains(word), "{word:?} is missing from: {line}");
+    }
 }

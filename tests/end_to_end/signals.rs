@@ -1,1 +1,203 @@
-//! To come.
+//! Stopping, and signals at any other time.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crate::common::edge::{Builder, Listener};
+use crate::common::net::connect;
+use crate::common::process::Daemon;
+use crate::common::stub::{self, MIB, Stub, pattern};
+use crate::common::wait::eventually;
+use crate::common::{http, proxy_header};
+use crate::setup::{LIMIT, Setup, start_with, stops, tells};
+
+/// The answer that the mailbox gives at the end of an upload.
+const ANSWER: usize = 1000;
+
+/// Beyond a drain time-out: two seconds for the last bytes to be acknowledged,
+/// and room for a busy machine.
+const AFTER_DRAIN: Duration = Duration::from_secs(2 + 5);
+
+/// An edge with this drain time-out in front of a mailbox that answers uploads.
+fn edge(drain: &str) -> (Setup, Stub) {
+    let stub = Stub::start(stub::answer_after_half_close(ANSWER));
+    let drain = |edge: Builder| edge.set("timeouts", "drain", &format!("{drain:?}"));
+    (start_with(&[(2525, stub.addr)], &[Listener::new("mail", "tcp", 2525)], drain), stub)
+}
+
+/// A client that sends a piece every few milliseconds until it is told to
+/// finish.
+struct Upload {
+    finish: Arc<AtomicBool>,
+    /// What was sent, and the mailbox's answer.
+    client: JoinHandle<std::io::Result<(Vec<u8>, Vec<u8>)>>,
+}
+
+impl Upload {
+    fn start(edge: SocketAddr) -> Upload {
+        let finish = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&finish);
+        Upload { finish, client: std::thread::spawn(move || upload(connect(edge), &told)) }
+    }
+
+    fn finish(self) -> std::io::Result<(Vec<u8>, Vec<u8>)> {
+        self.finish.store(true, Ordering::SeqCst);
+        self.client.join().expect("the client does not panic")
+    }
+}
+
+fn upload(mut client: TcpStream, finish: &AtomicBool) -> std::io::Result<(Vec<u8>, Vec<u8>)> {
+    const PIECE: usize = 4096;
+    const PAUSE: Duration = Duration::from_millis(10);
+    let mut bytes = pattern(64 * MIB);
+    let mut sent = 0;
+    while !eventually(PAUSE, || finish.load(Ordering::SeqCst)) {
+        client.write_all(&bytes[sent..sent + PIECE])?;
+        sent += PIECE;
+    }
+    client.shutdown(Shutdown::Write)?;
+    let mut answer = Vec::new();
+    client.read_to_end(&mut answer)?;
+    bytes.truncate(sent);
+    Ok((bytes, answer))
+}
+
+#[track_caller]
+fn refuses_connections(edge: SocketAddr) {
+    let refused = eventually(
+        LIMIT,
+        || matches!(TcpStream::connect(edge), Err(error) if error.kind() == ErrorKind::ConnectionRefused),
+    );
+    assert!(refused, "{edge} still accepts");
+}
+
+#[test]
+fn a_signal_closes_the_ports_and_idle_connections_and_lets_transfers_finish() {
+    for (signal, name) in [("TERM", "SIGTERM"), ("INT", "SIGINT")] {
+        let (mut setup, stub) = edge("10m");
+        let addresses = [setup.edge.addr("mail"), setup.edge.addr_v6("mail")];
+        let mut idle = connect(addresses[0]);
+        stub.wait_record(0, LIMIT, |record| !record.bytes.is_empty());
+        let upload = Upload::start(addresses[1]);
+        stub.wait_record(1, LIMIT, |record| record.bytes.len() > 64 << 10);
+
+        setup.edge.signal(signal);
+        tells(&setup.edge.wait_log(" stopping ", LIMIT), &[name, "connections="]);
+        addresses.into_iter().for_each(refuses_connections);
+        let ready = http::get(setup.edge.addr("admin"), "/readyz");
+        assert_eq!((ready.code, ready.body.contains("the edge is stopping")), (503, true), "{ready:?}");
+        idle.set_read_timeout(Some(LIMIT)).expect("the deadline is not zero");
+        assert_eq!(idle.read(&mut [0]).expect("an orderly end"), 0);
+
+        // The upload goes on after all that.
+        let so_far = stub.record(1).map_or(0, |record| record.bytes.len());
+        stub.wait_record(1, LIMIT, |record| record.bytes.len() > so_far + (64 << 10));
+        let (sent, answer) = upload.finish().expect("the upload is left alone");
+        assert_eq!(answer, pattern(ANSWER));
+        let record = stub.wait_record(1, LIMIT, |record| record.finished);
+        let mut received = record.bytes.as_slice();
+        proxy_header::read(&mut received).expect("the header comes first");
+        assert!(received == sent, "{} bytes sent, other {} received", sent.len(), received.len());
+        stops(&mut setup.edge, AFTER_DRAIN);
+        assert_eq!(setup.edge.log().count("end=\"closed because the edge is stopping\""), 1);
+        assert_eq!(setup.edge.log().count(" WARN "), 0, "{}", setup.edge.log().tail());
+    }
+}
+
+#[test]
+fn without_connections_a_signal_ends_it_promptly() {
+    for signal in ["TERM", "INT"] {
+        let (mut setup, _stub) = edge("10m");
+        setup.edge.signal(signal);
+        stops(&mut setup.edge, AFTER_DRAIN);
+    }
+}
+
+#[test]
+fn the_drain_time_out_cuts_what_goes_on_for_ever() {
+    let (mut setup, stub) = edge("1s");
+    let upload = Upload::start(setup.edge.addr("mail"));
+    stub.wait_record(0, LIMIT, |record| record.bytes.len() > 64 << 10);
+    setup.edge.signal("TERM");
+    stops(&mut setup.edge, Duration::from_secs(1) + AFTER_DRAIN);
+    let warning = setup.edge.wait_log(" WARN ", LIMIT);
+    tells(&warning, &["drain time-out of 1s passed", "connections were cut", "connections=1"]);
+    assert_eq!(setup.edge.log().count(" WARN "), 1, "{}", setup.edge.log().tail());
+    // The client does not take it for a success.
+    assert!(!matches!(upload.finish(), Ok((_, answer)) if answer == pattern(ANSWER)));
+    let record = stub.wait_record(0, LIMIT, |record| record.finished);
+    assert!(
+        matches!(record.end, Some(Err(_))),
+        "the mailbox took half a message for a whole one: {record:?}"
+    );
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    for second in ["TERM", "INT"] {
+        let (mut setup, stub) = edge("10m");
+        let upload = Upload::start(setup.edge.addr("mail"));
+        stub.wait_record(0, LIMIT, |record| record.bytes.len() > 64 << 10);
+        setup.edge.signal("TERM");
+        setup.edge.wait_log(" stopping ", LIMIT);
+        setup.edge.signal(second);
+        stops(&mut setup.edge, AFTER_DRAIN);
+        tells(&setup.edge.wait_log(" WARN ", LIMIT), &["stopping at once", "connections were cut"]);
+        let _ = upload.finish();
+    }
+}
+
+/// Sends this through an echo and compares what comes back, until told to
+/// finish; the number of rounds.
+fn relayed_until(edge: SocketAddr, finish: &AtomicBool) -> usize {
+    let bytes = pattern(MIB / 4);
+    let mut client = connect(edge);
+    client.set_read_timeout(Some(LIMIT)).expect("the deadline is not zero");
+    for round in 0.. {
+        if finish.load(Ordering::SeqCst) {
+            return round;
+        }
+        let mut writer = client.try_clone().expect("a descriptor is free");
+        let sent = bytes.clone();
+        let writer = std::thread::spawn(move || writer.write_all(&sent));
+        let mut received = vec![0; bytes.len()];
+        client.read_exact(&mut received).expect("everything comes back");
+        writer.join().expect("the writer does not panic").expect("the edge takes everything");
+        assert!(received == bytes, "round {round} came back changed");
+    }
+    unreachable!("the rounds do not run out")
+}
+
+#[test]
+fn tens_of_thousands_of_signals_lose_no_byte() {
+    const SIGNALS: u32 = 30_000;
+    let stub = Stub::start(stub::echo_after_header);
+    let mut setup = start_with(&[(2525, stub.addr)], &[Listener::new("mail", "tcp", 2525)], |edge| edge);
+    let (mail, finish) = (setup.edge.addr("mail"), Arc::new(AtomicBool::new(false)));
+    let clients: Vec<JoinHandle<usize>> = (0..4)
+        .map(|_| {
+            let finish = Arc::clone(&finish);
+            std::thread::spawn(move || relayed_until(mail, &finish))
+        })
+        .collect();
+    // The shell's own kill: no process of its own for each. It fails once there is nobody to signal.
+    let script =
+        format!("for ((i = 0; i < {SIGNALS}; i++)); do kill -HUP {} || exit; done", setup.edge.pid());
+    let mut storm = Daemon::spawn("the storm", Command::new("bash").args(["-c", &script]));
+    let status = storm.wait_exit(LIMIT).expect("the storm ends");
+    finish.store(true, Ordering::SeqCst);
+    let rounds: Vec<usize> =
+        clients.into_iter().map(|client| client.join().expect("a good client")).collect();
+    assert!(status.success(), "the edge died\n{}", setup.edge.log().tail());
+    assert!(rounds.iter().all(|&rounds| rounds > 0), "no traffic in the storm: {rounds:?}");
+    let noted = setup.edge.log().count("SIGHUP ignored");
+    assert!(noted > 0, "no signal arrived\n{}", setup.edge.log().tail());
+    eprintln!("{SIGNALS} SIGHUPs, {noted} of them seen apart, during {rounds:?} rounds of 256 KiB");
+    setup.edge.signal("TERM");
+    stops(&mut setup.edge, AFTER_DRAIN);
+}

@@ -1,0 +1,155 @@
+//! The release build is one static file that needs nothing else on the machine: shown by running it
+//! where nothing else is.
+//!
+//! Not part of `cargo test`, which does not build it: run `make check-release`, which also checks
+//! its size.
+
+#[path = "common/mod.rs"]
+mod common;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use common::edge::{Edge, Listener};
+use common::net::{client_from, free_addr};
+use common::process::Daemon;
+use common::stub::{self, MIB, Stub};
+use common::tailnet::TestTailnet;
+use common::tools::run;
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// The file to test, by the name under which `make check-release` passes it.
+fn release_binary() -> PathBuf {
+    let path = std::env::var_os("TAILWART_RELEASE_BINARY").map(PathBuf::from);
+    path.filter(|path| path.is_file())
+        .expect("run `make check-release`: TAILWART_RELEASE_BINARY names no file")
+}
+
+fn output(command: &mut Command) -> String {
+    run(command, b"", LIMIT).expect_success().stdout()
+}
+
+fn readelf(what: &str) -> String {
+    output(Command::new("readelf").args(["--wide", what]).arg(release_binary()))
+}
+
+#[test]
+fn it_is_a_static_pie() {
+    let header = readelf("--file-header");
+    assert!(header.contains("DYN (Position-Independent Executable file)"), "{header}");
+    let segments = readelf("--program-headers");
+    assert!(!segments.contains("INTERP"), "it asks for a dynamic linker:\n{segments}");
+    let dynamic = readelf("--dynamic");
+    assert!(dynamic.contains("PIE") && !dynamic.contains("(NEEDED)"), "it asks for libraries:\n{dynamic}");
+}
+
+#[test]
+fn it_is_stripped() {
+    let sections = readelf("--section-headers");
+    assert!(sections.contains(".text"), "{sections}");
+    for kind in ["SYMTAB", ".debug_"] {
+        assert!(!sections.contains(kind), "it holds {kind}:\n{sections}");
+    }
+}
+
+#[test]
+fn the_notices_name_everything_linked_in() {
+    let notices = include_str!("../THIRD-PARTY-NOTICES.md");
+    let words: Vec<&str> = notices.split(|c: char| c.is_whitespace() || c == '`').collect();
+    let modules = output(Command::new("go").args(["version", "-m"]).arg(release_binary()));
+    let modules = modules.lines().filter_map(|line| line.trim().strip_prefix("dep\t")?.split('\t').next());
+    let crates =
+        output(Command::new(env!("CARGO")).args(["tree", "--edges=normal,no-proc-macro", "--prefix=none"]));
+    let crates =
+        crates.lines().filter_map(|line| line.split(' ').next()).filter(|name| *name != "tailwart-edge");
+    let linked: Vec<&str> = modules.chain(crates).collect();
+    assert!(linked.contains(&"tailscale.com") && linked.contains(&"tokio"), "{linked:?}");
+    for name in linked {
+        assert!(words.contains(&name), "{name} is not in THIRD-PARTY-NOTICES.md");
+    }
+}
+
+#[test]
+fn it_relays_where_there_is_nothing_but_itself() {
+    common::require_root("changing the root directory");
+    let stub = Stub::start(stub::echo_after_header);
+    let tailnet = TestTailnet::start();
+    tailnet.add_node("stalwart", &["tag:stalwart"], &[(25, stub.addr)]);
+    let listen = free_addr();
+    let root = empty_root(&config(&tailnet, listen));
+
+    let mut edge = Daemon::spawn("edge", &mut chrooted(root.path()));
+    edge.wait_ready(LIMIT, None, || edge.output().text().contains(" ready name="));
+    assert_eq!(names_in(root.path()), ["config.toml", "proc", "state", "tailwart-edge"]);
+    assert_eq!(names_in(&edge_root(&edge)), ["config.toml", "proc", "state", "tailwart-edge"]);
+    assert_eq!(names_in(&root.path().join("proc")), [""; 0], "/proc is mounted for the edge alone");
+    let sent = stub::pattern(MIB);
+    assert!(echo(listen, &sent) == sent, "what came back is not what was sent");
+
+    edge.signal("TERM");
+    let status =
+        edge.wait_exit(LIMIT).unwrap_or_else(|| panic!("it does not stop\n{}", edge.output().tail()));
+    assert_eq!(status.code(), Some(0), "{}", edge.output().tail());
+}
+
+fn config(tailnet: &TestTailnet, listen: SocketAddr) -> String {
+    let smtp = Listener::new("smtp", "smtp", 25).set("listen", &format!("[\"{listen}\"]"));
+    let edge = Edge::builder("").control_url(tailnet.control_url()).upstream("stalwart");
+    edge.state_dir(Path::new("/state")).listener(smtp).config()
+}
+
+/// A directory with the program and its configuration, and two empty ones: for its state, and to
+/// mount /proc on, without which Tailscale does not start.
+fn empty_root(config: &str) -> tempfile::TempDir {
+    let root = common::temp_dir("root");
+    let at = |name: &str| root.path().join(name);
+    fs::copy(release_binary(), at("tailwart-edge")).expect("the program can be copied");
+    fs::write(at("config.toml"), config).expect("the configuration can be written");
+    fs::create_dir(at("state")).and_then(|()| fs::create_dir(at("proc"))).expect("directories can be made");
+    root
+}
+
+/// The program with `root` as its root directory, in a mount namespace of its own that ends with it.
+fn chrooted(root: &Path) -> Command {
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--mount-proc=/proc"]).arg(format!("--root={}", root.display()));
+    command.args(["/tailwart-edge", "run", "--config", "/config.toml"]);
+    command.env_clear().env("TS_AUTHKEY", "tskey-auth-test");
+    command
+}
+
+/// The root directory as the running program sees it.
+fn edge_root(edge: &Daemon) -> PathBuf {
+    PathBuf::from(format!("/proc/{}/root", edge.pid()))
+}
+
+fn names_in(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
+    let mut names: Vec<String> =
+        entries.flatten().map(|it| it.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+/// Sends everything while it reads, ends its direction, and returns what came.
+fn echo(server: SocketAddr, bytes: &[u8]) -> Vec<u8> {
+    let stream = client_from("127.0.0.77", server);
+    stream.set_read_timeout(Some(LIMIT)).expect("the deadline is not zero");
+    let mut answer = Vec::new();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut stream = &stream;
+            stream
+                .write_all(bytes)
+                .and_then(|()| stream.shutdown(Shutdown::Write))
+                .expect("the edge takes it");
+        });
+        (&stream).read_to_end(&mut answer).expect("the edge ends in order");
+    });
+    answer
+}
