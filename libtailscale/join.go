@@ -110,13 +110,25 @@ func (n *node) explainTimeout() error {
 		return n.report(codeControlUnreachable, probe)
 	case probe != nil:
 		return n.report(codeUpTimedOut, probe)
+	case state == ipn.NeedsLogin && !enrolled:
+		// A proxy in front of the control server may pass the question for
+		// its key and nothing else.
+		return n.report(codeControlUnreachable, fmt.Errorf("it answers, but registering fails: %s", n.complaints()))
 	default:
-		reasons := strings.Join(n.backend.StatusWithoutPeers().Health, "; ")
-		if reasons == "" {
-			reasons = "no reason is known"
-		}
-		return n.report(codeUpTimedOut, fmt.Errorf("state %v: %s", state, reasons))
+		return n.report(codeUpTimedOut, fmt.Errorf("state %v: %s", state, n.complaints()))
 	}
+}
+
+// complaints is what Tailscale itself finds wrong, as one part of a sentence.
+func (n *node) complaints() string {
+	var parts []string
+	for _, sentence := range n.backend.StatusWithoutPeers().Health {
+		parts = append(parts, strings.TrimRight(sentence, "."))
+	}
+	if len(parts) == 0 {
+		return "no reason is known"
+	}
+	return strings.Join(parts, "; ")
 }
 
 // probeControl asks the control server for its public key, as every client

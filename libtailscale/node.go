@@ -49,14 +49,26 @@ var credentialVariables = []string{
 	"TS_ID_TOKEN", "TS_AUDIENCE", "TS_CONTROL_URL",
 }
 
+// forgetEnvironment leaves Tailscale no credentials to find. It also settles,
+// while the caller promises that nobody else reads the environment, what every
+// node of the process wants settled there.
 func forgetEnvironment() {
 	for _, name := range credentialVariables {
 		os.Unsetenv(name)
 	}
+	settleEnvironment()
 }
 
-// noLogUpload keeps Tailscale's log upload off for every node of the process.
-var noLogUpload = sync.OnceFunc(envknob.SetNoLogsNoSupport)
+// settleEnvironment keeps Tailscale's log upload off, and its hands off
+// /var/lib/tailscale, which is the host's tailscaled's: there it would make a
+// directory of logs (logpolicy.LogsDir), and panic where it cannot. Nothing is
+// written to it: those logs are of sockstats, which the archive lacks.
+var settleEnvironment = sync.OnceFunc(func() {
+	envknob.SetNoLogsNoSupport()
+	if os.Getenv("TS_LOGS_DIR") == "" {
+		os.Setenv("TS_LOGS_DIR", "/")
+	}
+})
 
 // node is one tailnet node.
 type node struct {
@@ -137,7 +149,7 @@ func (n *node) start() error {
 	if n.server.Dir == "" {
 		return n.report(codeBadState, errors.New("no state directory is set"))
 	}
-	noLogUpload()
+	settleEnvironment()
 	// The bind to a physical interface that netns does is for a host whose
 	// routes a TUN has taken over; there is no TUN here.
 	netns.SetEnabled(false)

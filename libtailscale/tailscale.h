@@ -107,7 +107,9 @@ enum tailscale_ready {
 // from which tsnet would take credentials or a control server behind the
 // caller's back: TS_AUTHKEY, TS_AUTH_KEY, TS_CLIENT_SECRET, TS_CLIENT_ID,
 // TS_ID_TOKEN, TS_AUDIENCE, TS_CONTROL_URL. Call it once, after reading them
-// and before other threads read the environment: it uses unsetenv(3).
+// and before other threads read the environment: it uses unsetenv(3), and
+// setenv(3) for what would otherwise be set by the first tailscale_start (no
+// log upload, no log directory in /var/lib/tailscale).
 void tailscale_forget_environment(void);
 
 // Sets the one function that is called when a connection became ready.

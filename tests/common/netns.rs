@@ -12,9 +12,11 @@ use super::tools::run;
 
 const COMMAND_LIMIT: Duration = Duration::from_secs(20);
 
-/// Addresses from 198.18.0.0/15, which is set aside for tests of networks (RFC 2544), in pairs.
-const FIRST_ADDRESS: u32 = 0xC612_0000;
-const PAIRS: u32 = 1 << 15;
+/// Addresses from 10.198.0.0/16, in pairs. They are private ones because of the control server: when
+/// a plain http URL names a public address, Tailscale insists on port 443 of it for two minutes after
+/// a connection that was cut (tailscale.com/control/ts2021/client.go, isPrivateHost).
+const FIRST_ADDRESS: u32 = 0x0AC6_0000;
+const PAIRS: u32 = 1 << 14;
 
 /// The name server in the namespace's resolv.conf. It does not exist (RFC 5737): a query goes out
 /// on the cable and is never answered.

@@ -125,6 +125,29 @@ fn a_control_server_that_never_answers_is_given_up() {
     tells(&line, &["cannot reach the control server", &url, "deadline exceeded"]);
 }
 
+/// Gives out a public key as a control server does, and lets nobody register.
+fn key_and_nothing_else(mut conn: stub::Conn) {
+    let mut request = [0; 8];
+    if conn.read_exact(&mut request).is_ok() && &request == b"GET /key" {
+        let body = format!(r#"{{"publicKey":"mkey:{}"}}"#, "1f".repeat(32));
+        let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n";
+        conn.send(format!("{head}Content-Length: {}\r\n\r\n{body}", body.len()).as_bytes());
+    }
+    conn.half_close();
+    conn.read_to_end();
+}
+
+#[test]
+fn a_control_server_that_lets_nobody_register_is_given_up() {
+    let control = Stub::start(key_and_nothing_else);
+    let url = format!("http://{}", control.addr);
+    let edge = Edge::builder(env!("CARGO_BIN_EXE_tailwart-edge")).control_url(&url).upstream(MAILBOX);
+    let edge = edge.auth_key("tskey-auth-good-1").listener(tcp("mail"));
+    let edge = edge.set("tailnet", "join_timeout", r#""2s""#);
+    let line = fails(edge.spawn(), 3, Duration::from_secs(2) + AFTER_JOIN);
+    tells(&line, &["cannot reach the control server", &url, "it answers, but registering fails: "]);
+}
+
 #[test]
 fn a_node_that_waits_for_approval_ends_and_says_so() {
     let tailnet = TestTailnet::start();
