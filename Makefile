@@ -25,7 +25,7 @@ export CC_aarch64_unknown_linux_gnu ?= aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER ?= aarch64-linux-gnu-gcc
 
 # The Go code is built for release with these tags, and for the test tailnet without.
-GO_TAGS = $$(grep -v '^\#' libtailscale/build-tags | paste -sd, -)
+GO_TAGS = $$(grep -v '^\#' $(CURDIR)/libtailscale/build-tags | paste -sd, -)
 
 step = @printf '\n==> %s\n' '$(1)'
 

@@ -5,6 +5,8 @@ import (
 	"context"
 	"encoding/json"
 	"net/netip"
+	"os"
+	"syscall"
 	"time"
 
 	"tailscale.com/ipn"
@@ -30,13 +32,18 @@ type status struct {
 // notInMapPollWarnable).
 const lookInterval = time.Second
 
-// follow keeps self up to date and writes status lines until the node closes.
+// follow keeps self up to date and passes status lines on until the node
+// closes.
 func (n *node) follow() {
 	changed := make(chan struct{}, 1)
-	go n.watch(changed)
+	n.pending.Go(func() { n.watch(changed) })
+	lines := make(chan []byte, 1)
+	defer close(lines)
+	if n.events != nil {
+		go writeLines(n.events, lines)
+	}
 	look := time.NewTicker(lookInterval)
 	defer look.Stop()
-	var last []byte
 	for {
 		select {
 		case <-changed:
@@ -44,7 +51,7 @@ func (n *node) follow() {
 		case <-n.ctx.Done():
 			return
 		}
-		last = n.publish(last)
+		n.publish(lines)
 	}
 }
 
@@ -63,16 +70,53 @@ func (n *node) watch(changed chan<- struct{}) {
 	}
 }
 
-// publish refreshes self and writes a status line if it differs from last.
-func (n *node) publish(last []byte) []byte {
+// publish refreshes self and leaves the newest status line in lines, in place
+// of one that still waits for room: what the node believes of itself must not
+// depend on a reader.
+func (n *node) publish(lines chan []byte) {
 	current := n.backend.StatusWithoutPeers()
 	n.refreshSelf(current.BackendState)
 	line, err := json.Marshal(statusOf(current))
-	if err != nil || bytes.Equal(line, last) || n.events == nil {
-		return last
+	if err != nil {
+		return
 	}
-	n.events.Write(append(line, '\n')) // fails once the reader is gone
-	return line
+	select {
+	case <-lines:
+	default:
+	}
+	lines <- append(line, '\n') // never waits: this is the only sender
+}
+
+// writeLines writes each line that differs from the one before. It ends when
+// lines is closed, or with the write that fails because events was.
+func writeLines(events *os.File, lines <-chan []byte) {
+	var last []byte
+	for line := range lines {
+		if bytes.Equal(line, last) {
+			continue
+		}
+		if _, err := events.Write(line); err != nil {
+			return
+		}
+		last = line
+	}
+}
+
+// openEvents takes fd over, in place of an earlier one; -1 is none. Being
+// non-blocking, it can be closed beneath a write that waits for room.
+func (n *node) openEvents(fd int) error {
+	if n.events != nil {
+		n.events.Close()
+		n.events = nil
+	}
+	if fd < 0 {
+		return nil
+	}
+	if err := syscall.SetNonblock(fd, true); err != nil {
+		return err
+	}
+	n.events = os.NewFile(uintptr(fd), "events")
+	return nil
 }
 
 func statusOf(current *ipnstate.Status) status {

@@ -14,9 +14,8 @@ import "C"
 import (
 	"encoding/json"
 	"errors"
-	"fmt"
 	"log"
-	"os"
+	"math"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -70,6 +69,17 @@ func text(s *C.char) (string, bool) {
 	}
 	str := C.GoString(s)
 	return str, utf8.ValidString(str)
+}
+
+// slice is C's memory as bytes, unless it is NULL or longer than memory can be.
+func slice(buf unsafe.Pointer, buflen C.size_t) ([]byte, bool) {
+	if buflen == 0 {
+		return nil, true
+	}
+	if buf == nil || buflen > math.MaxInt {
+		return nil, false
+	}
+	return unsafe.Slice((*byte)(buf), buflen), true
 }
 
 // fill writes s with a NUL, cut to the buffer; false if it had to be cut.
@@ -194,17 +204,7 @@ func TsSetLogFD(sd, fd C.int) (ret C.int) {
 	if n == nil {
 		return C.int(codeBadHandle)
 	}
-	if fd < 0 {
-		return 0
-	}
-	var failed error
-	if err := n.configure(func() { failed = n.logs.open(int(fd)) }); err != nil {
-		return result(err)
-	}
-	if failed != nil {
-		return result(n.report(codeBadArgument, fmt.Errorf("log descriptor: %w", failed)))
-	}
-	return 0
+	return result(n.takeDescriptor(func() error { return n.logs.open(int(fd)) }))
 }
 
 //export TsSetEventFD
@@ -214,10 +214,7 @@ func TsSetEventFD(sd, fd C.int) (ret C.int) {
 	if n == nil {
 		return C.int(codeBadHandle)
 	}
-	if fd < 0 {
-		return 0
-	}
-	return result(n.configure(func() { n.events = os.NewFile(uintptr(fd), "events") }))
+	return result(n.takeDescriptor(func() error { return n.openEvents(int(fd)) }))
 }
 
 //export TsStart
@@ -324,6 +321,10 @@ func TsConnOpen(sd C.int, host *C.char, port C.uint16_t, token C.uintptr_t, out 
 	if !ok || out == nil {
 		return C.int(codeBadArgument)
 	}
+	if !n.begin() {
+		return C.int(codeNotRunning)
+	}
+	defer n.pending.Done()
 	c, err := n.open(name, uint16(port), uintptr(token))
 	if err != nil {
 		return result(err)
@@ -349,7 +350,11 @@ func TsConnRead(h C.uint64_t, buf unsafe.Pointer, buflen C.size_t) (ret C.int64_
 	if c == nil {
 		return C.int64_t(codeBadHandle)
 	}
-	n, err := c.read(unsafe.Slice((*byte)(buf), buflen))
+	p, ok := slice(buf, buflen)
+	if !ok {
+		return C.int64_t(codeBadArgument)
+	}
+	n, err := c.read(p)
 	if err != nil {
 		return C.int64_t(result(err))
 	}
@@ -363,7 +368,11 @@ func TsConnWrite(h C.uint64_t, buf unsafe.Pointer, buflen C.size_t) (ret C.int64
 	if c == nil {
 		return C.int64_t(codeBadHandle)
 	}
-	n, err := c.write(unsafe.Slice((*byte)(buf), buflen))
+	p, ok := slice(buf, buflen)
+	if !ok {
+		return C.int64_t(codeBadArgument)
+	}
+	n, err := c.write(p)
 	if err != nil {
 		return C.int64_t(result(err))
 	}

@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
 	"tailscale.com/ipn"
+	"tailscale.com/net/tlsdial"
 )
 
 const (
@@ -30,32 +32,53 @@ func (n *node) up() error {
 	}
 	defer n.pending.Done()
 
-	ctx, cancel := n.ctx, context.CancelFunc(func() {})
+	n.keyUsed.Store(false) // a second try may offer it again
+	ctx := n.ctx
 	if limit := n.upTimeout.Load(); limit > 0 {
-		ctx, cancel = context.WithTimeout(n.ctx, time.Duration(limit)*time.Millisecond)
+		limited, cancel := context.WithTimeout(ctx, time.Duration(limit)*time.Millisecond)
+		defer cancel()
+		ctx = limited
 	}
-	defer cancel()
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
 
-	var outcome error
-	decided := false
-	n.backend.WatchNotifications(ctx, ipn.NotifyInitialState, nil, func(notify *ipn.Notify) bool {
-		outcome, decided = n.decide(ctx, notify)
-		return !decided
-	})
+	outcome, decided := error(nil), false
+	for !decided && ctx.Err() == nil { // the bus cuts off a slow watcher
+		n.backend.WatchNotifications(ctx, ipn.NotifyInitialState, nil, func(notify *ipn.Notify) bool {
+			outcome, decided = n.decide(notify, fail)
+			return !decided
+		})
+	}
+	var failed loginError
 	switch {
 	case decided:
 		return outcome
 	case n.ctx.Err() != nil:
 		return n.report(codeCancelled, errors.New("the node was closed while joining"))
+	case errors.As(context.Cause(ctx), &failed):
+		return n.report(codeError, failed)
 	default:
 		return n.explainTimeout()
 	}
 }
 
+// loginError is a login that failed before the control server was asked.
+type loginError struct{ error }
+
+// passing are messages after which Tailscale goes on by itself: the control
+// server's rate limit (control/controlclient/direct.go, tryRegister), and a
+// watcher that was cut off (ipn/ipnlocal/local.go,
+// watchIPNBusFellBehindMessage).
+var passing = []string{"rate limited", "fell behind"}
+
 // decide says whether a notification settles the joining, and how.
-func (n *node) decide(ctx context.Context, notify *ipn.Notify) (outcome error, decided bool) {
-	if notify.ErrMessage != nil {
-		return n.report(codeAuthRefused, errors.New(*notify.ErrMessage)), true
+func (n *node) decide(notify *ipn.Notify, fail context.CancelCauseFunc) (outcome error, decided bool) {
+	if message := notify.ErrMessage; message != nil {
+		if slices.ContainsFunc(passing, func(text string) bool { return strings.Contains(*message, text) }) {
+			n.logs.printf("joining: %s", *message)
+			return nil, false
+		}
+		return n.report(codeAuthRefused, errors.New(*message)), true
 	}
 	if notify.State == nil {
 		return nil, false
@@ -65,7 +88,7 @@ func (n *node) decide(ctx context.Context, notify *ipn.Notify) (outcome error, d
 		n.refreshSelf(ipn.Running.String())
 		return nil, true
 	case ipn.NeedsLogin:
-		return n.login(ctx)
+		return n.login(fail)
 	default:
 		return nil, false
 	}
@@ -74,26 +97,25 @@ func (n *node) decide(ctx context.Context, notify *ipn.Notify) (outcome error, d
 // login hands the auth key over, now that the control server wants one. A
 // second demand after that is answered by the error message that comes with
 // it, or by the time limit.
-func (n *node) login(ctx context.Context) (outcome error, decided bool) {
+func (n *node) login(fail context.CancelCauseFunc) (outcome error, decided bool) {
 	if n.authKey == "" {
 		return n.report(codeNeedsLogin, errors.New("the node is not enrolled and there is no auth key")), true
 	}
 	if !n.keyUsed.CompareAndSwap(false, true) {
 		return nil, false
 	}
-	// Not from this callback: Start sends notifications itself and would
-	// wait for this watcher if its queue filled up.
-	n.pending.Add(1) // begin has counted up already, so close is waiting
-	go func() {
-		defer n.pending.Done()
-		if err := n.backend.Start(ipn.Options{AuthKey: n.authKey}); err != nil {
-			n.logs.printf("login: %v", err)
-			return
+	// Not from the watcher's callback: Start sends notifications itself and
+	// would wait for this watcher if its queue filled up. begin has counted
+	// up's call in pending, so close is not waiting for zero yet.
+	n.pending.Go(func() {
+		err := n.backend.Start(ipn.Options{AuthKey: n.authKey})
+		if err == nil {
+			err = n.backend.StartLoginInteractive(n.ctx)
 		}
-		if err := n.backend.StartLoginInteractive(ctx); err != nil {
-			n.logs.printf("login: %v", err)
+		if err != nil {
+			fail(loginError{err})
 		}
-	}()
+	})
 	return nil, false
 }
 
@@ -144,9 +166,14 @@ func (n *node) probeControl() error {
 	if err != nil {
 		return err
 	}
-	response, err := http.DefaultClient.Do(request)
+	// As Tailscale's own client: the baked-in roots serve where the machine
+	// has none.
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	transport.TLSClientConfig = tlsdial.Config(nil, nil)
+	transport.DisableKeepAlives = true
+	response, err := transport.RoundTrip(request)
 	if err != nil {
-		return err
+		return fmt.Errorf("%s: %w", request.URL, err)
 	}
 	defer response.Body.Close()
 	io.Copy(io.Discard, io.LimitReader(response.Body, 1<<16))

@@ -27,6 +27,7 @@ import (
 	"tailscale.com/envknob"
 	"tailscale.com/ipn/ipnlocal"
 	"tailscale.com/net/netns"
+	"tailscale.com/tailcfg"
 	"tailscale.com/tsnet"
 	"tailscale.com/wgengine/netstack"
 )
@@ -40,6 +41,8 @@ const (
 	// flushLimit bounds how long close waits for the peers to acknowledge
 	// what was written.
 	flushLimit = 2 * time.Second
+	// resetLimit bounds how long close waits for resets to reach the peers.
+	resetLimit = time.Second
 )
 
 // credentialVariables are those that tsnet reads by itself
@@ -95,12 +98,12 @@ type node struct {
 	// self is set while the node is running.
 	self  atomic.Pointer[addresses]
 	known sync.Map // name -> netip.Addr last seen in the map
-	// pending counts calls in progress that close must wait for.
+	// pending counts calls and goroutines in progress that close must wait for.
 	pending sync.WaitGroup
 }
 
 func newNode() *node {
-	n := &node{server: new(tsnet.Server), logs: new(logPipe)}
+	n := &node{server: new(tsnet.Server), logs: &logPipe{fd: -1}}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	n.server.Logf = n.logs.printf
 	n.server.UserLogf = n.logs.printf
@@ -115,6 +118,18 @@ func (n *node) configure(set func()) error {
 		return n.report(codeBadState, errors.New("settings cannot change after start"))
 	}
 	set()
+	return nil
+}
+
+// takeDescriptor is configure for a setting that can be refused.
+func (n *node) takeDescriptor(take func() error) error {
+	var refused error
+	if err := n.configure(func() { refused = take() }); err != nil {
+		return err
+	}
+	if refused != nil {
+		return n.report(codeBadArgument, fmt.Errorf("the descriptor cannot be used: %w", refused))
+	}
 	return nil
 }
 
@@ -162,7 +177,7 @@ func (n *node) start() error {
 		n.closed = true
 		return n.report(codeError, err)
 	}
-	go n.follow()
+	n.pending.Go(n.follow)
 	return nil
 }
 
@@ -221,8 +236,8 @@ func (n *node) close() {
 	n.mu.Unlock()
 
 	n.cancel()
+	n.pending.Wait() // nobody opens a connection or sets self any more
 	n.self.Store(nil)
-	n.pending.Wait()
 	if started {
 		n.flush()
 		n.abortAll()
@@ -249,9 +264,36 @@ func (n *node) flush() {
 // 513th on, block for ever on the sender's queue
 // (wgengine/netstack/link_endpoint.go, queue.Write).
 func (n *node) abortAll() {
+	peers := make(map[netip.Addr]bool)
 	for _, registered := range n.stack.RegisteredEndpoints() {
+		if ep, ok := registered.(*tcp.Endpoint); ok && ep.EndpointState() != tcp.StateTimeWait {
+			if remote, err := ep.GetRemoteAddress(); err == nil {
+				ip, _ := netip.AddrFromSlice(remote.Addr.AsSlice())
+				peers[ip] = true
+			}
+		}
 		registered.Abort()
 	}
+	n.awaitSent(peers)
+}
+
+// awaitSent waits, up to resetLimit, for the resets to have left: what is still
+// on its way through WireGuard when the node closes is lost, and the peer would
+// keep half a message until its own time-out. A ping inside WireGuard takes the
+// same way and is answered. Two of them, since the first may overtake packets
+// that the stack has yet to hand over.
+func (n *node) awaitSent(peers map[netip.Addr]bool) {
+	ctx, cancel := context.WithTimeout(context.Background(), resetLimit)
+	defer cancel()
+	var pings sync.WaitGroup
+	for ip := range peers {
+		pings.Go(func() {
+			for range 2 {
+				n.backend.Ping(ctx, ip, tailcfg.PingTSMP, 0)
+			}
+		})
+	}
+	pings.Wait()
 }
 
 // ending counts the endpoints that nobody has a handle of and that still have
@@ -293,16 +335,20 @@ func (n *node) ips() []string {
 // Tailscale logs under its own locks, so a log line must never wait.
 type logPipe struct {
 	mu sync.Mutex
-	fd int // 0 = none
+	fd int // -1 = none
 }
 
+// open takes fd over, in place of an earlier one; -1 is none.
 func (l *logPipe) open(fd int) error {
-	if err := syscall.SetNonblock(fd, true); err != nil {
-		return err
+	if fd >= 0 {
+		if err := syscall.SetNonblock(fd, true); err != nil {
+			return err
+		}
 	}
+	l.close()
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.fd = fd
+	l.fd = max(fd, -1)
 	return nil
 }
 
@@ -310,7 +356,7 @@ func (l *logPipe) printf(format string, args ...any) {
 	line := strings.TrimRight(fmt.Sprintf(format, args...), "\n") + "\n"
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.fd != 0 {
+	if l.fd >= 0 {
 		syscall.Write(l.fd, []byte(line)) // a full or closed pipe drops it
 	}
 }
@@ -318,8 +364,8 @@ func (l *logPipe) printf(format string, args ...any) {
 func (l *logPipe) close() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.fd != 0 {
+	if l.fd >= 0 {
 		syscall.Close(l.fd)
-		l.fd = 0
+		l.fd = -1
 	}
 }

@@ -154,8 +154,9 @@ int tailscale_set_up_timeout(tailscale sd, int64_t timeout_ms);
 // and closes it in tailscale_close; lines are dropped while it is full.
 int tailscale_set_logfd(tailscale sd, int fd);
 // Where the node's state goes: one line of JSON for every change, beginning
-// with the state at start. Ownership as for tailscale_set_logfd, but a line
-// waits for room rather than being dropped. (Not in upstream.)
+// with the state at start. Ownership as for tailscale_set_logfd. While there
+// is no room, the newest line waits and replaces the one before: each line is
+// the whole state. (Not in upstream.)
 //   {"state":"Running","name":"edge.example.ts.net","ips":["100.64.0.1"],
 //    "tags":["tag:reverse-proxy"],"in_map_poll":true,
 //    "key_expiry":"2027-01-01T00:00:00Z","login_url":"","health":[]}

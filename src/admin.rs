@@ -54,23 +54,9 @@ impl Readiness {
         }
         match &*self.node.borrow() {
             None => reasons.push("the tailnet node is not started".to_owned()),
-            Some(node) => self.judge(&node.borrow(), &mut reasons),
+            Some(node) => reasons.extend(node.borrow().shortcomings(&self.tags)),
         }
         reasons
-    }
-
-    fn judge(&self, node: &NodeStatus, reasons: &mut Vec<String>) {
-        if !node.is_running() {
-            let state = if node.state.is_empty() { "starting" } else { &node.state };
-            reasons.push(format!("the tailnet node is not running (state {state})"));
-            return;
-        }
-        if !node.in_map_poll {
-            reasons.push("the control server is out of reach or has removed this node".to_owned());
-        }
-        for tag in self.tags.iter().filter(|tag| !node.tags.contains(tag)) {
-            reasons.push(format!("the node does not hold {tag}"));
-        }
     }
 }
 

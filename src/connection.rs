@@ -18,7 +18,7 @@ use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use crate::config::ProxyProtocol;
 use crate::proxy_header::proxy_header;
@@ -66,11 +66,15 @@ pub async fn serve<D: Dial>(service: &Service<D>, mut client: TcpStream, peer: S
     };
     let connected = accepted.elapsed();
     let outcome = relay(&mut client, &mut upstream, service.timeouts, service.drain.cancelled()).await;
-    if let End::Failed { side, .. } = outcome.end {
-        match side {
-            Side::Client => upstream.reset(),
-            Side::Upstream => client.reset(),
+    match outcome.end {
+        End::Failed { side: Side::Client, .. } => upstream.reset(),
+        End::Failed { side: Side::Upstream, .. } => client.reset(),
+        // A cut stream must not look like a finished one.
+        _ if outcome.unfinished => {
+            client.reset();
+            upstream.reset();
         }
+        _ => {}
     }
     log_outcome(service, id, peer, accepted, connected, &outcome);
 }
@@ -114,7 +118,7 @@ fn log_refusal<D: Dial>(
     let total_ms = millis(accepted.elapsed());
     match refusal {
         Refusal::ClientGone => {
-            debug!(id, listener, %client, %upstream, total_ms, end = "client reset while connecting", "connection");
+            info!(id, listener, %client, %upstream, total_ms, end = "client reset while connecting", "connection");
         }
         Refusal::Upstream(error) => {
             warn!(id, listener, %client, %upstream, total_ms, "connection closed: cannot reach {upstream}: {error}");
@@ -194,7 +198,7 @@ mod tests {
             name: "smtp".into(),
             upstream: Upstream::new(Arc::new(dialler), "mailbox".into(), 25, second),
             proxy_protocol,
-            timeouts: Timeouts { idle: second, half_close: second, drain: second },
+            timeouts: Timeouts { idle: second, half_close: second, quiet: second },
             drain: CancellationToken::new(),
         }
     }

@@ -26,12 +26,16 @@ use crate::listener::{self, Admission, BindError};
 use crate::relay::Timeouts;
 use crate::secret::Secret;
 use crate::state_dir::{self, StateDirError};
-use crate::tailnet::{JoinError, Node, linked_version};
+use crate::tailnet::{JoinError, Node, NodeStatus, linked_version};
 use crate::upstream::Upstream;
 
-/// While draining, a connection without progress for this long is closed; the
-/// others have until the drain time-out.
+/// While draining, a connection that waits for its client this long is closed;
+/// the others have until the drain time-out.
 const QUIET: Duration = Duration::from_secs(1);
+
+/// How long the node may take to close: two seconds for the peers, the rest for
+/// Tailscale itself.
+const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long the look at the upstreams after joining may take.
 const GREETING_PING_LIMIT: Duration = Duration::from_secs(5);
@@ -106,8 +110,18 @@ pub async fn run(config: Config, auth_key: Option<Secret>) -> Result<(), RunErro
         Some(Err(refused)) => Err(RunError::Join(refused)),
         None => Ok(()),
     };
-    node.close().await;
+    close(&node, &mut signals).await;
     outcome
+}
+
+/// Closes the node, within a limit and unless a signal says at once: whatever
+/// holds it up, the process has to end.
+async fn close(node: &Node, signals: &mut StopSignals) {
+    tokio::select! {
+        () = node.close() => {}
+        () = tokio::time::sleep(CLOSE_LIMIT) => warn!("the tailnet node did not close within {CLOSE_LIMIT:?}"),
+        signal = signals.stop() => warn!(signal, "stopping at once: the tailnet node is not closed"),
+    }
 }
 
 /// Binds every address. A default `[::]` on a machine without IPv6 is only
@@ -183,12 +197,13 @@ async fn serve(
             accepting.spawn(listener::accept(socket, Arc::clone(&service), admission.clone()));
         }
     }
-    let greeting = tokio::spawn(greet_upstreams(Arc::clone(node), hosts(&config.listeners)));
-    let status = node.status().borrow().clone();
-    info!(name = status.name, ips = ?status.ips, tags = ?status.tags, "ready");
+    let mut background = tokio::task::JoinSet::new();
+    background.spawn(greet_upstreams(Arc::clone(node), hosts(&config.listeners)));
+    background.spawn(log_node_changes(node.status(), config.tailnet.tags.clone()));
+    announce_node(&node.status().borrow(), &config.tailnet.hostname);
 
     let signal = signals.stop().await;
-    greeting.abort();
+    background.abort_all();
     drain.cancel();
     while accepting.join_next().await.is_some() {} // the ports are closed
     stop(&admission.tasks, signal, config.timeouts.drain, signals).await;
@@ -208,7 +223,7 @@ fn service(
         timeouts: Timeouts {
             idle: listener.idle_timeout,
             half_close: config.timeouts.half_close,
-            drain: QUIET,
+            quiet: QUIET,
         },
         drain: drain.clone(),
     }
@@ -216,6 +231,35 @@ fn service(
 
 fn hosts(listeners: &[config::Listener]) -> BTreeSet<String> {
     listeners.iter().map(|listener| listener.upstream.host.clone()).collect()
+}
+
+fn announce_node(status: &NodeStatus, wanted: &str) {
+    info!(name = status.name, ips = ?status.ips, tags = ?status.tags, "ready");
+    let name = status.name.split('.').next().unwrap_or_default();
+    if !name.eq_ignore_ascii_case(wanted) {
+        warn!(
+            "the tailnet calls this node {name} and not {wanted}, which is taken; remove the other node, or set tailnet.hostname"
+        );
+    }
+}
+
+/// One line when the tailnet is lost, or anything that readiness depends on,
+/// and one when all is well again.
+async fn log_node_changes(mut status: watch::Receiver<NodeStatus>, tags: Vec<String>) {
+    let mut last = status.borrow_and_update().shortcomings(&tags);
+    while status.changed().await.is_ok() {
+        let current = status.borrow_and_update().clone();
+        let reasons = current.shortcomings(&tags);
+        if reasons == last {
+            continue;
+        }
+        if reasons.is_empty() {
+            info!(ips = ?current.ips, "on the tailnet again");
+        } else {
+            warn!(tailscale = ?current.health, "trouble on the tailnet: {}", reasons.join("; "));
+        }
+        last = reasons;
+    }
 }
 
 /// Looks at each upstream once, so that a wrong name shows at start and not

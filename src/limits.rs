@@ -50,9 +50,11 @@ fn limit_for(configured: Option<usize>, listeners: usize, descriptors: u64) -> C
                 "max_connections = {wanted} lowered to what the descriptor limit of {descriptors} allows"
             ),
         },
-        Some(wanted) => {
-            ConnectionLimit { connections: wanted.max(listeners), reason: "max_connections".into() }
-        }
+        Some(wanted) if wanted < listeners => ConnectionLimit {
+            connections: listeners,
+            reason: format!("max_connections = {wanted} raised to one for each listening socket"),
+        },
+        Some(wanted) => ConnectionLimit { connections: wanted, reason: "max_connections".into() },
         None if free > DEFAULT_CEILING => ConnectionLimit {
             connections: DEFAULT_CEILING,
             reason: "default ceiling; max_connections can raise it".into(),
@@ -66,7 +68,23 @@ fn limit_for(configured: Option<usize>, listeners: usize, descriptors: u64) -> C
 pub struct ClientLimit {
     /// 0 is no limit.
     max: usize,
-    open: Mutex<HashMap<IpAddr, usize>>,
+    open: Mutex<HashMap<IpAddr, Share>>,
+}
+
+/// What one client has.
+#[derive(Debug, Default)]
+struct Share {
+    connections: usize,
+    /// Whether it was turned away already since its first connection.
+    refused: bool,
+}
+
+/// A client has as many connections as it may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// Whether this is the first time since the client came, so that a log can
+    /// tell it once.
+    pub first: bool,
 }
 
 /// A client's place; dropping it gives the place back.
@@ -82,16 +100,16 @@ impl ClientLimit {
         Arc::new(ClientLimit { max, open: Mutex::default() })
     }
 
-    /// A place for the client, or `None` if it has as many as it may.
-    pub fn admit(self: &Arc<Self>, client: IpAddr) -> Option<ClientPermit> {
+    /// A place for the client, unless it has as many as it may.
+    pub fn admit(self: &Arc<Self>, client: IpAddr) -> Result<ClientPermit, Refused> {
         let client = network_of(client);
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = open.entry(client).or_default();
-        if self.max != 0 && *count >= self.max {
-            return None;
+        let share = open.entry(client).or_default();
+        if self.max != 0 && share.connections >= self.max {
+            return Err(Refused { first: !std::mem::replace(&mut share.refused, true) });
         }
-        *count += 1;
-        Some(ClientPermit { limit: Arc::clone(self), client })
+        share.connections += 1;
+        Ok(ClientPermit { limit: Arc::clone(self), client })
     }
 }
 
@@ -99,8 +117,8 @@ impl Drop for ClientPermit {
     fn drop(&mut self) {
         let mut open = self.limit.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Entry::Occupied(mut entry) = open.entry(self.client) {
-            *entry.get_mut() -= 1;
-            if *entry.get() == 0 {
+            entry.get_mut().connections -= 1;
+            if entry.get().connections == 0 {
                 entry.remove();
             }
         }
@@ -154,21 +172,26 @@ mod tests {
         let limit = ClientLimit::new(2);
         let client = "192.0.2.7".parse().unwrap();
         let first = limit.admit(client).unwrap();
-        let _second = limit.admit(client).unwrap();
-        assert!(limit.admit(client).is_none());
-        assert!(limit.admit("192.0.2.8".parse().unwrap()).is_some());
+        let second = limit.admit(client).unwrap();
+        assert_eq!(limit.admit(client).unwrap_err(), Refused { first: true });
+        assert_eq!(limit.admit(client).unwrap_err(), Refused { first: false });
+        assert!(limit.admit("192.0.2.8".parse().unwrap()).is_ok());
         drop(first);
-        assert!(limit.admit(client).is_some());
+        let third = limit.admit(client).unwrap();
+        assert_eq!(limit.admit(client).unwrap_err(), Refused { first: false });
+        drop((second, third));
+        let _again = (limit.admit(client).unwrap(), limit.admit(client).unwrap());
+        assert_eq!(limit.admit(client).unwrap_err(), Refused { first: true }, "after it had left");
     }
 
     #[test]
     fn an_ipv6_client_is_its_64_and_a_mapped_one_its_ipv4_address() {
         let limit = ClientLimit::new(1);
         let _one = limit.admit("2001:db8::1".parse().unwrap()).unwrap();
-        assert!(limit.admit("2001:db8::2".parse().unwrap()).is_none());
-        assert!(limit.admit("2001:db8:0:1::1".parse().unwrap()).is_some());
+        assert!(limit.admit("2001:db8::2".parse().unwrap()).is_err());
+        assert!(limit.admit("2001:db8:0:1::1".parse().unwrap()).is_ok());
         let _four = limit.admit("192.0.2.7".parse().unwrap()).unwrap();
-        assert!(limit.admit("::ffff:192.0.2.7".parse().unwrap()).is_none());
+        assert!(limit.admit("::ffff:192.0.2.7".parse().unwrap()).is_err());
     }
 
     #[test]

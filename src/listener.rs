@@ -22,7 +22,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
 use crate::connection::{self, Service};
-use crate::limits::ClientLimit;
+use crate::limits::{ClientLimit, Refused};
 use crate::upstream::Dial;
 
 /// Connections that wait for a permit in the kernel; capped by
@@ -135,15 +135,22 @@ pub async fn accept<D: Dial>(listener: TcpListener, service: Arc<Service<D>>, ad
                 trouble.over(&service.name);
                 admit(&service, &admission, permit, client, peer);
             }
-            // The client gave up while it waited in the backlog.
-            Err(e)
-                if matches!(e.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {}
+            Err(error) if !is_shortage(&error) => {
+                debug!(listener = service.name, "a client was lost before it was accepted: {error}");
+            }
             Err(error) => {
                 drop(permit);
                 tokio::time::sleep(trouble.with(&service.name, &error)).await;
             }
         }
     }
+}
+
+/// Whether accept(2) failed for want of descriptors or memory, which is ours to
+/// wait out. Its other errors are of the one connection that it would have
+/// returned, and the next may be good.
+fn is_shortage(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
 }
 
 /// The errors of one listener. One line tells when they begin and one when they
@@ -186,9 +193,9 @@ fn admit<D: Dial>(
     client: TcpStream,
     peer: SocketAddr,
 ) {
-    let Some(place) = admission.clients.admit(peer.ip()) else {
-        debug!(listener = service.name, client = %peer, "refused: this client has max_connections_per_client already");
-        return;
+    let place = match admission.clients.admit(peer.ip()) {
+        Ok(place) => place,
+        Err(refused) => return log_refusal(&service.name, peer, refused),
     };
     prepare(&client);
     let service = Arc::clone(service);
@@ -196,6 +203,16 @@ fn admit<D: Dial>(
         connection::serve(&*service, client, peer).await;
         drop((permit, place));
     });
+}
+
+/// Once for each client that reaches its limit; the rest is noise.
+fn log_refusal(listener: &str, client: SocketAddr, refused: Refused) {
+    const REASON: &str = "refused: this client has as many connections as max_connections_per_client allows";
+    if refused.first {
+        warn!(listener, %client, "{REASON}; more of its connections will be refused");
+    } else {
+        debug!(listener, %client, "{REASON}");
+    }
 }
 
 /// Keepalive, and no delay: mail protocols are conversations of short lines,

@@ -14,7 +14,9 @@
 //! - The outcome names the side that ended it.
 //!
 //! It does not dial, does not know the PROXY header, and closes neither side:
-//! the caller owns both streams and decides between FIN and RST.
+//! the caller owns both streams and decides between FIN and RST. A reset of a
+//! side that had already ended its own direction is noticed with the next byte
+//! for it, or by the half-close time-out.
 
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
@@ -76,8 +78,8 @@ pub struct Timeouts {
     pub idle: Duration,
     /// After one direction has ended.
     pub half_close: Duration,
-    /// After draining began.
-    pub drain: Duration,
+    /// After draining began, for a connection that waits for its client.
+    pub quiet: Duration,
 }
 
 /// What a relay did, and why it ended.
@@ -89,6 +91,9 @@ pub struct Outcome {
     pub received: u64,
     /// When the first byte from the upstream arrived.
     pub first_byte: Option<Instant>,
+    /// Whether bytes or an end of stream were taken from one side that the
+    /// other has not got.
+    pub unfinished: bool,
     /// Why it ended.
     pub end: End,
 }
@@ -116,7 +121,7 @@ pub enum End {
         /// Whose end of stream had come.
         first: Side,
     },
-    /// The edge is stopping and the connection had gone quiet.
+    /// The edge is stopping, and the connection was waiting for its client.
     Drained,
 }
 
@@ -139,18 +144,18 @@ where
     let mut drain = pin!(drain);
     let mut draining = false;
     poll_fn(|cx| {
-        let moved = relay.sent.bytes + relay.received.bytes;
-        let open = relay.first;
+        let before = relay.progress();
         let both = relay.poll(cx, client, upstream);
-        if relay.sent.bytes + relay.received.bytes != moved || relay.first != open {
+        if relay.progress() != before {
             timer.as_mut().progressed();
+            relay.awaits_reply = relay.sent.bytes != before.0;
         }
         if let Poll::Ready(end) = both {
             return Poll::Ready(end);
         }
         draining = draining || drain.as_mut().poll(cx).is_ready();
         let (limit, end) = match relay.first {
-            _ if draining => (timeouts.drain, End::Drained),
+            _ if draining && relay.is_quiet() => (timeouts.quiet, End::Drained),
             Some(first) => (timeouts.half_close, End::HalfClosed { first }),
             None => (timeouts.idle, End::Idle),
         };
@@ -166,6 +171,7 @@ impl End {
             sent: relay.sent.bytes,
             received: relay.received.bytes,
             first_byte: relay.received.first_byte,
+            unfinished: !relay.sent.is_settled() || !relay.received.is_settled(),
             end: self,
         }
     }
@@ -178,9 +184,24 @@ struct Relay {
     received: Direction,
     /// Whose end of stream came first.
     first: Option<Side>,
+    /// Whether the client's bytes were the last to move: the upstream may be
+    /// at work on them. Closing between the end of a message and its reply
+    /// would make the client send it again.
+    awaits_reply: bool,
 }
 
 impl Relay {
+    /// What changes whenever anything moved.
+    fn progress(&self) -> (u64, u64, Option<Side>) {
+        (self.sent.bytes, self.received.bytes, self.first)
+    }
+
+    /// Whether the connection waits for nothing but its client, as one in IMAP
+    /// IDLE or between two commands.
+    fn is_quiet(&self) -> bool {
+        !self.awaits_reply && self.sent.is_settled() && self.received.is_settled()
+    }
+
     fn poll<C, U>(&mut self, cx: &mut Context<'_>, client: &mut C, upstream: &mut U) -> Poll<End>
     where
         C: AsyncRead + AsyncWrite + Unpin,
@@ -240,6 +261,11 @@ enum State {
 impl Direction {
     fn ended(&self) -> bool {
         self.state == State::Ended
+    }
+
+    /// Whether the sink has all that the source gave.
+    fn is_settled(&self) -> bool {
+        self.kept.is_empty() && self.state != State::Ending
     }
 
     /// Moves what can be moved. Ready once the sink has had everything and the

@@ -21,6 +21,7 @@ use thiserror::Error;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, BufReader, ReadBuf};
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use crate::config;
 use crate::relay::Reset;
@@ -55,6 +56,19 @@ impl NodeStatus {
     pub fn is_running(&self) -> bool {
         self.state == "Running"
     }
+
+    /// What keeps the node from being what it should, each in words; empty
+    /// when all is well.
+    pub fn shortcomings(&self, tags: &[String]) -> Vec<String> {
+        if !self.is_running() {
+            let state = if self.state.is_empty() { "starting" } else { &self.state };
+            return vec![format!("the tailnet node is not running (state {state})")];
+        }
+        let control = (!self.in_map_poll)
+            .then(|| "the control server is out of reach or has removed this node".to_owned());
+        let missing = tags.iter().filter(|tag| !self.tags.contains(tag));
+        control.into_iter().chain(missing.map(|tag| format!("the node does not hold {tag}"))).collect()
+    }
 }
 
 /// Go writes an empty list as `null`.
@@ -79,7 +93,7 @@ pub enum JoinError {
     },
     /// The control server said no; the reason is in its own words.
     #[error(
-        "the control server {control} refused this node: {reason}; create a new auth key that may use {tags} and set TS_AUTHKEY"
+        "the control server {control} refused this node: {reason}; if that is about the auth key, create a new one that may use {tags} and set TS_AUTHKEY"
     )]
     Refused {
         /// The control server.
@@ -252,7 +266,7 @@ impl Node {
         let joined =
             tokio::task::spawn_blocking(move || handle.up(limit).map_err(|c| (c, failure(&handle, c))));
         match joined.await {
-            Ok(Ok(())) => self.check_tags().await,
+            Ok(Ok(())) => self.check_tags(limit).await,
             Ok(Err((code, reason))) => Err(self.join_error(code, reason, limit)),
             Err(panic) => Err(JoinError::Start(panic.to_string())),
         }
@@ -273,12 +287,16 @@ impl Node {
 
     /// The tag is a promise: access rules and the node's key expiry depend on
     /// it.
-    async fn check_tags(&self) -> Result<(), JoinError> {
+    async fn check_tags(&self, limit: Duration) -> Result<(), JoinError> {
         let mut status = self.status.clone();
-        // The report follows the join at once; only a closed node ends it.
-        let status = match status.wait_for(NodeStatus::is_running).await {
-            Ok(status) => status.clone(),
-            Err(_) => return Err(JoinError::Start("the node was closed".into())),
+        // The report follows the join at once, unless the node has left again.
+        let status = match timeout(limit, status.wait_for(NodeStatus::is_running)).await {
+            Ok(Ok(status)) => status.clone(),
+            Ok(Err(_)) => return Err(JoinError::Start("the node was closed".into())),
+            Err(_) => {
+                let reason = "the node joined and left again".to_owned();
+                return Err(JoinError::TimedOut { after: limit, reason });
+            }
         };
         let missing: Vec<&str> =
             self.tags.iter().filter(|tag| !status.tags.contains(tag)).map(String::as_str).collect();
@@ -356,9 +374,10 @@ fn follow(handle: &NodeHandle, status: watch::Sender<NodeStatus>) -> Result<(), 
     let log = sink(handle, LineSink::Log).map_err(|e| format!("cannot make a pipe for the log: {e}"))?;
     let events = sink(handle, LineSink::Events).map_err(|e| format!("cannot make a pipe for events: {e}"))?;
     tokio::spawn(async move {
-        let mut lines = BufReader::new(log).lines();
-        while let Ok(Some(line)) = lines.next_line().await {
-            tracing::debug!(target: "tailscale", "{line}");
+        // A line that was cut in the middle of a character is a line too.
+        let mut lines = BufReader::new(log).split(b'\n');
+        while let Ok(Some(line)) = lines.next_segment().await {
+            tracing::debug!(target: "tailscale", "{}", String::from_utf8_lossy(&line));
         }
     });
     tokio::spawn(async move {

@@ -96,8 +96,8 @@ pub enum Silence {
         /// When it last did, if it does not (RFC 3339), else empty.
         last_seen: String,
     },
-    /// The peer has left the tailnet's map meanwhile, or we have.
-    Gone,
+    /// The peer could not even be asked.
+    Unknown(ConnectError),
 }
 
 impl fmt::Display for Silence {
@@ -116,7 +116,7 @@ impl fmt::Display for Silence {
             Silence::Peer { online: false, last_seen } => {
                 write!(f, "the peer is offline, last seen {last_seen}; start it or its Tailscale")
             }
-            Silence::Gone => f.write_str("the peer is no longer on the tailnet's map"),
+            Silence::Unknown(reason) => write!(f, "and now the peer cannot be asked: {reason}"),
         }
     }
 }
@@ -149,7 +149,8 @@ impl<D: Dial> Upstream<D> {
         let silence = match self.dialler.ping(&self.host, PING_LIMIT).await {
             Ok(report) if report.answered => Silence::Port,
             Ok(report) => Silence::Peer { online: report.online, last_seen: report.last_seen },
-            Err(_) => Silence::Gone,
+            // Nothing was found out, so there is nothing to tell others.
+            Err(reason) => return Silence::Unknown(reason),
         };
         *finding = Some((Instant::now(), silence.clone()));
         silence
@@ -223,7 +224,10 @@ mod tests {
         let never_seen = message(Ok(report(false, false, ""))).await;
         assert!(never_seen.contains("the peer is offline; start it"), "{never_seen}");
         let gone = message(Err(ConnectError::NoSuchPeer)).await;
-        assert!(gone.contains("no longer on the tailnet's map"), "{gone}");
+        assert!(
+            gone.contains("and now the peer cannot be asked: the tailnet shows this edge no peer"),
+            "{gone}"
+        );
     }
 
     #[tokio::test(start_paused = true)]

@@ -12,7 +12,7 @@ use super::*;
 const TIMEOUTS: Timeouts = Timeouts {
     idle: Duration::from_secs(35 * 60),
     half_close: Duration::from_secs(60),
-    drain: Duration::from_secs(1),
+    quiet: Duration::from_secs(1),
 };
 
 /// What a pipe holds before its writer has to wait.
@@ -148,21 +148,49 @@ async fn a_half_closed_connection_ends_after_the_half_close_time_out_without_pro
 }
 
 #[tokio::test(start_paused = true)]
-async fn draining_ends_a_quiet_connection_and_spares_a_busy_one() {
+async fn draining_ends_a_connection_that_waits_for_its_client() {
     let drain = CancellationToken::new();
     let (mut client, mut upstream, relay) = start(drain.clone().cancelled_owned());
     upstream.write_all(b"220\r\n").await.unwrap();
     read_exactly(&mut client, b"220\r\n").await;
     drain.cancel();
     for _ in 0..20 {
-        sleep(TIMEOUTS.drain / 2).await;
-        client.write_all(b"data").await.unwrap();
-        read_exactly(&mut upstream, b"data").await;
+        sleep(TIMEOUTS.quiet / 2).await;
+        client.write_all(b"NOOP\r\n").await.unwrap();
+        read_exactly(&mut upstream, b"NOOP\r\n").await;
+        upstream.write_all(b"250\r\n").await.unwrap();
+        read_exactly(&mut client, b"250\r\n").await;
     }
     let last = Instant::now();
     let outcome = relay.await.unwrap();
     assert!(matches!(outcome.end, End::Drained), "{outcome:?}");
-    assert_eq!(last.elapsed().as_secs(), TIMEOUTS.drain.as_secs());
+    assert!(!outcome.unfinished);
+    assert_eq!(last.elapsed().as_secs(), TIMEOUTS.quiet.as_secs());
+}
+
+#[tokio::test(start_paused = true)]
+async fn draining_waits_for_the_reply_to_a_message() {
+    let drain = CancellationToken::new();
+    let (mut client, mut upstream, relay) = start(drain.clone().cancelled_owned());
+    client.write_all(b".\r\n").await.unwrap();
+    read_exactly(&mut upstream, b".\r\n").await;
+    drain.cancel();
+    sleep(30 * TIMEOUTS.quiet).await;
+    assert!(!relay.is_finished(), "closed although the mailbox is at work");
+    upstream.write_all(b"250 queued\r\n").await.unwrap();
+    read_exactly(&mut client, b"250 queued\r\n").await;
+    let outcome = relay.await.unwrap();
+    assert!(matches!(outcome.end, End::Drained), "{outcome:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cut_with_bytes_on_their_way_is_told() {
+    let (_client, mut upstream, relay) = start(pending());
+    // The client reads nothing; its pipe fills up, and then the relay keeps.
+    upstream.write_all(&pattern(2 * PIPE_BYTES)).await.unwrap();
+    let outcome = relay.await.unwrap();
+    assert!(matches!(outcome.end, End::Idle), "{outcome:?}");
+    assert!(outcome.unfinished);
 }
 
 /// Two connected sockets.

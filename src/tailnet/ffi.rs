@@ -16,7 +16,7 @@
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::io;
 use std::os::fd::{IntoRawFd, OwnedFd};
-use std::sync::Once;
+use std::sync::{Arc, Once};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -232,12 +232,12 @@ impl NodeHandle {
     /// Begins to connect; see [`Conn::poll_connected`].
     pub fn open(&self, host: &str, port: u16) -> Result<Conn, Code> {
         let host = CString::new(host).map_err(|_| Code::BadArgument)?;
-        let wakers = Box::new(Wakers::default());
-        let token = std::ptr::from_ref(&*wakers).expose_provenance();
+        let wakers = Arc::new(Wakers::default());
+        let token = Arc::as_ptr(&wakers).expose_provenance();
         let mut handle = 0;
         // SAFETY: the string outlives the call and `handle` is writable. The
-        // token stays valid until the handle is closed, because `Conn` owns
-        // the box and closes first; on failure no handle and no wake exist.
+        // token stays valid until the handle is closed, because `Conn` keeps
+        // the wakers and closes first; on failure no handle and no wake exist.
         check(unsafe { tailscale_conn_open(self.0, host.as_ptr(), port, token, &mut handle) })?;
         Ok(Conn { handle, wakers })
     }
@@ -287,7 +287,7 @@ extern "C" fn wake(token: usize, ready: u32) {
 #[derive(Debug)]
 pub struct Conn {
     handle: tailscale_conn,
-    wakers: Box<Wakers>,
+    wakers: Arc<Wakers>,
 }
 
 impl Conn {
