@@ -156,10 +156,12 @@ type pingReport struct {
 	LastSeen  string     `json:"last_seen"`
 }
 
-// ping asks a peer for a sign of life beneath TCP. A disco ping needs neither
-// an open port nor an ACL, so it tells a silent port from a silent peer; the
-// first answer may come over a relay although a direct path exists, so a
-// relayed answer is asked for once more.
+// ping asks a peer for a sign of life beneath TCP, which needs neither an open
+// port nor an ACL and so tells a silent port from a silent peer. A disco ping
+// finds the path; the first answer may come over a relay although a direct
+// path exists, so a relayed answer is asked for again. Whether the peer can be
+// reached is told by a TSMP ping, which is answered inside WireGuard: disco
+// alone would blame the port for a handshake that was lost.
 func (n *node) ping(host string, limit time.Duration) (pingReport, error) {
 	if n.self.Load() == nil {
 		return pingReport{}, codeNotRunning
@@ -179,7 +181,6 @@ func (n *node) ping(host string, limit time.Duration) (pingReport, error) {
 		if err != nil || result.Err != "" {
 			break
 		}
-		report.Answered = true
 		report.LatencyMS = result.LatencySeconds * 1000
 		report.Direct, report.Relay = result.Endpoint, result.DERPRegionCode
 		if result.PeerRelay != "" {
@@ -189,8 +190,10 @@ func (n *node) ping(host string, limit time.Duration) (pingReport, error) {
 			break
 		}
 	}
-	if !report.Answered {
+	result, err := n.backend.Ping(ctx, p.ip, tailcfg.PingTSMP, 0)
+	if err != nil || result.Err != "" {
 		return report, codeTimedOut
 	}
+	report.Answered = true
 	return report, nil
 }

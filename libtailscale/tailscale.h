@@ -71,7 +71,7 @@ enum tailscale_code {
     TAILSCALE_TIMED_OUT = -24,
     // The peer reset the connection.
     TAILSCALE_RESET = -25,
-    // Writing after tailscale_conn_shutdown, or on an aborted connection.
+    // Writing after tailscale_conn_shutdown.
     TAILSCALE_CLOSED = -26,
     // Every local port towards that peer and port is taken.
     TAILSCALE_NO_PORTS = -27,

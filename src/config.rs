@@ -120,7 +120,8 @@ pub struct Upstream {
 /// `[timeouts]`
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timeouts {
-    /// `connect`: one attempt to reach the upstream. Default: 5 seconds.
+    /// `connect`: one attempt to reach the upstream. Default: 8 seconds, in which WireGuard can
+    /// repeat a handshake whose first packet was lost (after 5 s).
     pub connect: Duration,
     /// `half_close`: how long a connection closed in one direction may go without progress.
     /// Default: 60 seconds.

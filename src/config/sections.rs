@@ -88,7 +88,7 @@ fn timeouts(mut table: Table, mistakes: &mut Mistakes) -> Timeouts {
     let drain = table.get("drain", &values::DURATION_OR_ZERO, mistakes).map(value);
     table.finish(mistakes);
     Timeouts {
-        connect: connect.unwrap_or(Duration::from_secs(5)),
+        connect: connect.unwrap_or(Duration::from_secs(8)),
         half_close: half_close.unwrap_or(Duration::from_secs(60)),
         drain: drain.unwrap_or(Duration::from_secs(30)),
     }

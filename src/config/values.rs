@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{Env, Protocol, ProxyProtocol};
+use crate::secret::looks_like_key;
 
 /// The longest duration taken: no time-out of this program makes sense beyond a week, and sums with
 /// the clock cannot overflow.
@@ -64,7 +65,9 @@ pub(super) const PATH: Kind<PathBuf> = Kind { expected: "the path of a directory
 pub(super) const KEY_FILE: Kind<PathBuf> = Kind {
     expected: "the path of a file that holds the key",
     parse: |text| {
-        if text.starts_with("tskey-") { Err("is an auth key itself") } else { path(text) }
+        // A file may well be named for what it holds; a key has no slash.
+        let is_key = looks_like_key(text) && !text.contains('/');
+        if is_key { Err("is an auth key itself") } else { path(text) }
     },
 };
 

@@ -1,13 +1,15 @@
 //! Ports and sockets on loopback.
 
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 
 pub const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// The edge may have to look for its upstream first.
+const ECHO_LIMIT: Duration = Duration::from_secs(30);
 
 /// A port of 127.0.0.1 and ::1 that is nobody else's for the life of this process.
 ///
@@ -104,4 +106,27 @@ pub fn try_client_from(source: IpAddr, addr: SocketAddr) -> io::Result<TcpStream
     socket.bind(&SocketAddr::new(source, 0).into())?;
     socket.connect_timeout(&addr.into(), CONNECT_LIMIT)?;
     Ok(socket.into())
+}
+
+/// Sends a word to an echo, and hears it.
+#[track_caller]
+pub fn echoes(addr: SocketAddr) -> TcpStream {
+    let mut client = connect(addr);
+    hears_itself(&mut client);
+    client
+}
+
+/// The same on a connection that is there already.
+#[track_caller]
+pub fn hears_itself(client: &mut TcpStream) {
+    client.set_read_timeout(Some(ECHO_LIMIT)).expect("the deadline is not zero");
+    client.write_all(b"hello").expect("the server takes it");
+    let mut answer = [0; 5];
+    client.read_exact(&mut answer).expect("the server answers");
+    assert_eq!(&answer, b"hello");
+}
+
+/// Closes with a reset.
+pub fn reset(client: TcpStream) {
+    SockRef::from(&client).set_linger(Some(Duration::ZERO)).expect("a socket option");
 }

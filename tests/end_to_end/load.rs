@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::common::edge::{Builder, Edge, Listener};
-use crate::common::net::{backlog, connect};
+use crate::common::net::{backlog, connect, echoes};
 use crate::common::stub::{self, Stub};
 use crate::common::tools::run;
 use crate::common::wait::eventually;
@@ -28,23 +28,13 @@ fn unlimited(edge: Builder) -> Builder {
     edge.set("limits", "max_connections_per_client", "0")
 }
 
-#[track_caller]
-fn echoes(edge: SocketAddr) {
-    let mut client = connect(edge);
-    client.set_read_timeout(Some(LIMIT)).expect("the deadline is not zero");
-    client.write_all(b"hello").expect("the edge takes it");
-    let mut answer = [0; 5];
-    client.read_exact(&mut answer).expect("the mailbox answers");
-    assert_eq!(&answer, b"hello");
-}
-
 #[test]
 fn running_out_of_descriptors_costs_no_listener_and_few_words() {
     const FREE: usize = 40;
     let stub = Stub::start(stub::echo_after_header);
     let setup = start_with(&[(2525, stub.addr)], &[listener("first"), listener("second")], unlimited);
     let addresses = [setup.edge.addr("first"), setup.edge.addr("second")];
-    addresses.into_iter().for_each(echoes);
+    addresses.into_iter().for_each(|address| drop(echoes(address)));
     // Lowered while it runs: at start it would only lower the connection limit.
     let limit = format!("--nofile={}:", setup.edge.fds() + FREE);
     let pid = setup.edge.pid().to_string();
@@ -58,7 +48,7 @@ fn running_out_of_descriptors_costs_no_listener_and_few_words() {
         assert!(line.contains("descriptor limit") && line.contains("Too many open files"), "{line}");
     }
     drop(flood);
-    addresses.into_iter().for_each(echoes);
+    addresses.into_iter().for_each(|address| drop(echoes(address)));
     // Clients come and go at the limit: each that leaves lets another in, and the next is one too
     // many again.
     let mut clients: VecDeque<TcpStream> = VecDeque::new();
@@ -70,7 +60,7 @@ fn running_out_of_descriptors_costs_no_listener_and_few_words() {
     }
     drop(clients);
     let over = eventually(LIMIT, || {
-        addresses.into_iter().for_each(echoes);
+        addresses.into_iter().for_each(|address| drop(echoes(address)));
         setup.edge.log().count("accepting again") == 2
     });
     assert!(over, "{}", setup.edge.log().tail());

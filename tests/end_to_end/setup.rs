@@ -36,12 +36,13 @@ pub fn edge_on(tailnet: &TestTailnet) -> Builder {
         .upstream(MAILBOX)
 }
 
-/// An edge that serves the listeners, once it is ready.
+/// An edge that serves the listeners, once it is ready, for tests of what
+/// happens on connections.
 pub fn start(forwards: &[(u16, SocketAddr)], listeners: &[Listener]) -> Setup {
     start_with(forwards, listeners, |builder| builder)
 }
 
-/// The same with more settings.
+/// The same with settings of one's own, and all others at their default.
 pub fn start_with(
     forwards: &[(u16, SocketAddr)],
     listeners: &[Listener],

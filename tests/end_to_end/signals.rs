@@ -12,7 +12,7 @@ use crate::common::edge::{Builder, Listener};
 use crate::common::net::connect;
 use crate::common::process::Daemon;
 use crate::common::stub::{self, MIB, Stub, pattern};
-use crate::common::wait::eventually;
+use crate::common::wait::{eventually, wait_for};
 use crate::common::{http, proxy_header};
 use crate::setup::{LIMIT, Setup, start_with, stops, tells};
 
@@ -52,19 +52,32 @@ impl Upload {
 }
 
 fn upload(mut client: TcpStream, finish: &AtomicBool) -> std::io::Result<(Vec<u8>, Vec<u8>)> {
-    const PIECE: usize = 4096;
+    const NUMBERS: u32 = 1024;
     const PAUSE: Duration = Duration::from_millis(10);
-    let mut bytes = pattern(64 * MIB);
-    let mut sent = 0;
-    while !eventually(PAUSE, || finish.load(Ordering::SeqCst)) {
-        client.write_all(&bytes[sent..sent + PIECE])?;
-        sent += PIECE;
+    let mut sent = Vec::new();
+    for piece in 0.. {
+        if eventually(PAUSE, || finish.load(Ordering::SeqCst)) {
+            break;
+        }
+        // Bytes in which a lost or doubled piece shows, as in `pattern`.
+        let numbers = NUMBERS * piece..NUMBERS * (piece + 1);
+        let bytes: Vec<u8> = numbers.flat_map(u32::to_le_bytes).collect();
+        client.write_all(&bytes)?;
+        sent.extend(bytes);
     }
     client.shutdown(Shutdown::Write)?;
     let mut answer = Vec::new();
     client.read_to_end(&mut answer)?;
-    bytes.truncate(sent);
-    Ok((bytes, answer))
+    Ok((sent, answer))
+}
+
+/// Waits until a good part of an upload has come; the number of its connection,
+/// which is not the first if a dial had to be made again.
+#[track_caller]
+fn under_way(stub: &Stub) -> usize {
+    let large = |index: &usize| stub.record(*index).is_some_and(|record| record.bytes.len() > 64 << 10);
+    let found = wait_for(LIMIT, || (0..stub.accepted()).find(large));
+    found.unwrap_or_else(|| panic!("no upload has come so far: {:?}", stub.record(0)))
 }
 
 #[track_caller]
@@ -84,7 +97,7 @@ fn a_signal_closes_the_ports_and_idle_connections_and_lets_transfers_finish() {
         let mut idle = connect(addresses[0]);
         stub.wait_record(0, LIMIT, |record| !record.bytes.is_empty());
         let upload = Upload::start(addresses[1]);
-        stub.wait_record(1, LIMIT, |record| record.bytes.len() > 64 << 10);
+        let message = under_way(&stub);
 
         setup.edge.signal(signal);
         tells(&setup.edge.wait_log(" stopping ", LIMIT), &[name, "connections="]);
@@ -95,11 +108,11 @@ fn a_signal_closes_the_ports_and_idle_connections_and_lets_transfers_finish() {
         assert_eq!(idle.read(&mut [0]).expect("an orderly end"), 0);
 
         // The upload goes on after all that.
-        let so_far = stub.record(1).map_or(0, |record| record.bytes.len());
-        stub.wait_record(1, LIMIT, |record| record.bytes.len() > so_far + (64 << 10));
+        let so_far = stub.record(message).map_or(0, |record| record.bytes.len());
+        stub.wait_record(message, LIMIT, |record| record.bytes.len() > so_far + (64 << 10));
         let (sent, answer) = upload.finish().expect("the upload is left alone");
         assert_eq!(answer, pattern(ANSWER));
-        let record = stub.wait_record(1, LIMIT, |record| record.finished);
+        let record = stub.wait_record(message, LIMIT, |record| record.finished);
         let mut received = record.bytes.as_slice();
         proxy_header::read(&mut received).expect("the header comes first");
         assert!(received == sent, "{} bytes sent, other {} received", sent.len(), received.len());
@@ -122,7 +135,7 @@ fn without_connections_a_signal_ends_it_promptly() {
 fn the_drain_time_out_cuts_what_goes_on_for_ever() {
     let (mut setup, stub) = edge("1s");
     let upload = Upload::start(setup.edge.addr("mail"));
-    stub.wait_record(0, LIMIT, |record| record.bytes.len() > 64 << 10);
+    let message = under_way(&stub);
     setup.edge.signal("TERM");
     stops(&mut setup.edge, Duration::from_secs(1) + AFTER_DRAIN);
     let warning = setup.edge.wait_log(" WARN ", LIMIT);
@@ -130,7 +143,7 @@ fn the_drain_time_out_cuts_what_goes_on_for_ever() {
     assert_eq!(setup.edge.log().count(" WARN "), 1, "{}", setup.edge.log().tail());
     // The client does not take it for a success.
     assert!(!matches!(upload.finish(), Ok((_, answer)) if answer == pattern(ANSWER)));
-    let record = stub.wait_record(0, LIMIT, |record| record.finished);
+    let record = stub.wait_record(message, LIMIT, |record| record.finished);
     assert!(
         matches!(record.end, Some(Err(_))),
         "the mailbox took half a message for a whole one: {record:?}"
@@ -142,7 +155,7 @@ fn a_second_signal_ends_it_at_once() {
     for second in ["TERM", "INT"] {
         let (mut setup, stub) = edge("10m");
         let upload = Upload::start(setup.edge.addr("mail"));
-        stub.wait_record(0, LIMIT, |record| record.bytes.len() > 64 << 10);
+        under_way(&stub);
         setup.edge.signal("TERM");
         setup.edge.wait_log(" stopping ", LIMIT);
         setup.edge.signal(second);

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::common::cert::Certificate;
 use crate::common::edge::{Builder, Edge, Listener};
-use crate::common::net::{connect, free_port, is_listening_beside};
+use crate::common::net::{connect, echoes, free_port, is_listening_beside};
 use crate::common::netns::Namespace;
 use crate::common::process::Daemon;
 use crate::common::stub::{self, Stub};
@@ -68,17 +68,6 @@ fn enrol(edge: &Builder) {
     edge.wait_ready(LIMIT);
     edge.signal("TERM");
     stops(&mut edge, LIMIT);
-}
-
-/// Sends a word through the edge to an echoing stub.
-#[track_caller]
-fn echoes(edge: SocketAddr) {
-    let mut client = connect(edge);
-    client.set_read_timeout(Some(LIMIT)).expect("the deadline is not zero");
-    client.write_all(b"hello").expect("the edge takes it");
-    let mut answer = [0; 5];
-    client.read_exact(&mut answer).expect("the mailbox answers");
-    assert_eq!(&answer, b"hello");
 }
 
 #[test]
