@@ -10,11 +10,15 @@
 //! - An abrupt end on one side becomes one on the other; an orderly end stays
 //!   orderly.
 
-use std::net::SocketAddr;
+use std::io;
+use std::net::{Shutdown, SocketAddr};
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use tokio::io::{AsyncWriteExt, Interest};
+use socket2::SockRef;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
@@ -51,7 +55,7 @@ enum Refusal {
     /// The upstream could not be reached.
     Upstream(UpstreamError),
     /// The upstream failed before it had the header.
-    Header(std::io::Error),
+    Header(io::Error),
 }
 
 /// Serves one accepted connection to its end. Never fails: whatever happens is
@@ -65,7 +69,14 @@ pub async fn serve<D: Dial>(service: &Service<D>, mut client: TcpStream, peer: S
         Err(refusal) => return log_refusal(service, id, peer, accepted, &refusal),
     };
     let connected = accepted.elapsed();
-    let outcome = relay(&mut client, &mut upstream, service.timeouts, service.drain.cancelled()).await;
+    let outcome = relay(
+        &mut SharedTcp(&client),
+        &mut upstream,
+        service.timeouts,
+        service.drain.cancelled(),
+        reset(&client),
+    )
+    .await;
     match outcome.end {
         End::Failed { side: Side::Client, .. } => upstream.reset(),
         End::Failed { side: Side::Upstream, .. } => client.reset(),
@@ -90,20 +101,57 @@ async fn open<D: Dial>(
     let header = proxy_header(service.proxy_protocol, peer, local);
     let mut upstream = tokio::select! {
         upstream = service.upstream.connect() => upstream.map_err(Refusal::Upstream)?,
-        () = reset(client) => return Err(Refusal::ClientGone),
+        _ = reset(client) => return Err(Refusal::ClientGone),
     };
     if let Some(header) = header {
         let written = timeout(HEADER_LIMIT, upstream.write_all(&header)).await;
-        written.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())).map_err(Refusal::Header)?;
+        written.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(Refusal::Header)?;
     }
     Ok(upstream)
 }
 
 /// Completes when the client has reset the connection. A FIN is no reason to
 /// give up: a client may have said all it wanted and wait for the reply.
-async fn reset(client: &TcpStream) {
-    if client.ready(Interest::ERROR).await.is_err() {
-        std::future::pending::<()>().await; // the runtime is going away
+async fn reset(client: &TcpStream) -> io::Error {
+    match client.ready(Interest::ERROR).await {
+        Ok(_) => client.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+        Err(_) => std::future::pending().await, // the runtime is going away
+    }
+}
+
+/// A socket that is read and written through a shared reference, so that it can
+/// be watched for a reset meanwhile.
+struct SharedTcp<'a>(&'a TcpStream);
+
+impl AsyncRead for SharedTcp<'_> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            ready!(self.0.poll_read_ready(cx))?;
+            match self.0.try_read(buf.initialize_unfilled()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {} // readiness was stale
+                read => return Poll::Ready(read.map(|count| buf.advance(count))),
+            }
+        }
+    }
+}
+
+impl AsyncWrite for SharedTcp<'_> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(self.0.poll_write_ready(cx))?;
+            match self.0.try_write(bytes) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {} // readiness was stale
+                written => return Poll::Ready(written),
+            }
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(())) // the kernel sends at once
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(SockRef::from(self.0).shutdown(Shutdown::Write))
     }
 }
 
@@ -260,6 +308,37 @@ mod tests {
         let started = Instant::now();
         serve(&service, accepted, peer).await;
         assert_eq!(started.elapsed().as_secs(), 60, "the whole connect time-out");
+    }
+
+    #[tokio::test]
+    async fn a_reset_is_noticed_while_the_mailbox_takes_nothing() {
+        let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let service = service(Loopback(Some(mailbox.local_addr().unwrap())), ProxyProtocol::V2);
+        let (mut client, accepted, peer) = client().await;
+        let serving = tokio::spawn(async move { serve(&service, accepted, peer).await });
+        let (mut stalled, _) = mailbox.accept().await.unwrap();
+        // Until every buffer on the way is full.
+        while timeout(Duration::from_millis(200), client.write_all(&[0; 65536])).await.is_ok() {}
+        client.reset();
+        drop(client);
+        timeout(Duration::from_secs(20), serving).await.expect("the reset goes unnoticed").unwrap();
+        let mut rest = Vec::new();
+        let end = stalled.read_to_end(&mut rest).await.map_err(|error| error.kind());
+        assert_eq!(end, Err(io::ErrorKind::ConnectionReset));
+    }
+
+    #[tokio::test]
+    async fn a_reset_after_the_clients_end_of_stream_is_noticed() {
+        let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let service = service(Loopback(Some(mailbox.local_addr().unwrap())), ProxyProtocol::Off);
+        let (mut client, accepted, peer) = client().await;
+        let serving = tokio::spawn(async move { serve(&service, accepted, peer).await });
+        let (mut waiting, _) = mailbox.accept().await.unwrap();
+        client.shutdown().await.unwrap();
+        assert_eq!(waiting.read(&mut [0]).await.unwrap(), 0);
+        client.reset();
+        drop(client);
+        timeout(Duration::from_secs(20), serving).await.expect("the reset goes unnoticed").unwrap();
     }
 
     #[tokio::test]

@@ -37,8 +37,9 @@ const QUIET: Duration = Duration::from_secs(1);
 /// Tailscale itself.
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 
-/// How long the look at the upstreams after joining may take.
-const GREETING_PING_LIMIT: Duration = Duration::from_secs(5);
+/// How long the first contact with the upstreams may hold up the first client:
+/// enough for WireGuard to repeat a handshake, after 5 to 5.4 seconds.
+const GREETING_LIMIT: Duration = Duration::from_secs(7);
 
 /// Why the edge could not run; [`RunError::exit_code`] tells scripts.
 #[derive(Debug, Error)]
@@ -96,9 +97,9 @@ pub async fn run(config: Config, auth_key: Option<Secret>) -> Result<(), RunErro
     node_sender.send_replace(Some(node.status()));
 
     let joined = tokio::select! {
-        joined = join(&node, config.tailnet.join_timeout) => Some(joined),
+        joined = reach_tailnet(&node, &config) => Some(joined),
         signal = signals.stop() => {
-            info!(signal, "stopping before the tailnet was joined");
+            info!(signal, "stopping before anything was served");
             None
         }
     };
@@ -155,6 +156,23 @@ fn announce(listener: &str, socket: &TcpListener) {
     }
 }
 
+/// Joins the tailnet and makes contact with the upstreams.
+///
+/// The contact comes before the first client, because the first packets to a
+/// peer may be lost: it may not have heard of this node yet, and WireGuard asks
+/// again only after five seconds.
+async fn reach_tailnet(node: &Arc<Node>, config: &Config) -> Result<(), JoinError> {
+    join(node, config.tailnet.join_timeout).await?;
+    let hosts: BTreeSet<&str> =
+        config.listeners.iter().map(|listener| listener.upstream.host.as_str()).collect();
+    let mut greetings = tokio::task::JoinSet::new();
+    for host in hosts {
+        greetings.spawn(greet_upstream(Arc::clone(node), host.to_owned()));
+    }
+    greetings.join_all().await;
+    Ok(())
+}
+
 /// Joins the tailnet. An enrolled node goes on trying for as long as it takes;
 /// one that is not gets one try.
 async fn join(node: &Node, limit: Duration) -> Result<(), JoinError> {
@@ -197,13 +215,11 @@ async fn serve(
             accepting.spawn(listener::accept(socket, Arc::clone(&service), admission.clone()));
         }
     }
-    let mut background = tokio::task::JoinSet::new();
-    background.spawn(greet_upstreams(Arc::clone(node), hosts(&config.listeners)));
-    background.spawn(log_node_changes(node.status(), config.tailnet.tags.clone()));
+    let watch = tokio::spawn(log_node_changes(node.status(), config.tailnet.tags.clone()));
     announce_node(&node.status().borrow(), &config.tailnet.hostname);
 
     let signal = signals.stop().await;
-    background.abort_all();
+    watch.abort();
     drain.cancel();
     while accepting.join_next().await.is_some() {} // the ports are closed
     stop(&admission.tasks, signal, config.timeouts.drain, signals).await;
@@ -227,10 +243,6 @@ fn service(
         },
         drain: drain.clone(),
     }
-}
-
-fn hosts(listeners: &[config::Listener]) -> BTreeSet<String> {
-    listeners.iter().map(|listener| listener.upstream.host.clone()).collect()
 }
 
 fn announce_node(status: &NodeStatus, wanted: &str) {
@@ -262,19 +274,18 @@ async fn log_node_changes(mut status: watch::Receiver<NodeStatus>, tags: Vec<Str
     }
 }
 
-/// Looks at each upstream once, so that a wrong name shows at start and not
-/// with the first mail.
-async fn greet_upstreams(node: Arc<Node>, hosts: BTreeSet<String>) {
-    for host in hosts {
-        match node.ping(&host, GREETING_PING_LIMIT).await {
-            Ok(report) if report.answered => {
-                info!(upstream = host, ip = %report.ip, path = report.path(), latency_ms = report.latency_ms, "upstream reached");
-            }
-            Ok(report) => {
-                warn!(upstream = host, ip = %report.ip, online = report.online, "upstream does not answer a ping; check that it is running")
-            }
-            Err(reason) => warn!(upstream = host, "upstream cannot be reached: {reason}"),
+/// Looks at an upstream once, so that a wrong name shows at start and not with
+/// the first mail.
+async fn greet_upstream(node: Arc<Node>, host: String) {
+    match node.ping(&host, GREETING_LIMIT).await {
+        Ok(report) if report.answered => {
+            let latency_ms = (report.latency_ms * 1e3).round() / 1e3;
+            info!(upstream = host, ip = %report.ip, path = report.path(), latency_ms, "upstream reached");
         }
+        Ok(report) => {
+            warn!(upstream = host, ip = %report.ip, online = report.online, "upstream does not answer a ping; check that it is running");
+        }
+        Err(reason) => warn!(upstream = host, "upstream cannot be reached: {reason}"),
     }
 }
 

@@ -22,6 +22,16 @@ use crate::config::ProxyProtocol;
 
 /// The header for a client that connected to `local`, as seen on our own
 /// socket. `None` if the listener wants none.
+///
+/// ```
+/// use tailwart_edge::config::ProxyProtocol;
+/// use tailwart_edge::proxy_header::proxy_header;
+///
+/// let (client, local) = ("192.0.2.7:50123".parse()?, "198.51.100.1:25".parse()?);
+/// let header = proxy_header(ProxyProtocol::V1, client, local);
+/// assert_eq!(header.as_deref(), Some(&b"PROXY TCP4 192.0.2.7 198.51.100.1 50123 25\r\n"[..]));
+/// # Ok::<(), std::net::AddrParseError>(())
+/// ```
 pub fn proxy_header(protocol: ProxyProtocol, client: SocketAddr, local: SocketAddr) -> Option<Vec<u8>> {
     let pair = same_family(client, local);
     match protocol {

@@ -14,9 +14,9 @@
 //! - The outcome names the side that ended it.
 //!
 //! It does not dial, does not know the PROXY header, and closes neither side:
-//! the caller owns both streams and decides between FIN and RST. A reset of a
-//! side that had already ended its own direction is noticed with the next byte
-//! for it, or by the half-close time-out.
+//! the caller owns both streams and decides between FIN and RST. A reset of an
+//! upstream that had already ended its own direction is noticed with the next
+//! byte for it, or by the half-close time-out.
 
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
@@ -126,7 +126,9 @@ pub enum End {
 }
 
 /// Relays until both directions ended, one side failed, or a time-out. `drain`
-/// completes when the edge begins to stop.
+/// completes when the edge begins to stop, `client_gone` when the client has
+/// reset its connection: reading does not tell while the upstream takes nothing,
+/// nor after the client's end of stream.
 ///
 /// Cancellation drops bytes that were read but not yet written.
 pub async fn relay<C, U>(
@@ -134,6 +136,7 @@ pub async fn relay<C, U>(
     upstream: &mut U,
     timeouts: Timeouts,
     drain: impl Future<Output = ()>,
+    client_gone: impl Future<Output = io::Error>,
 ) -> Outcome
 where
     C: AsyncRead + AsyncWrite + Unpin,
@@ -142,6 +145,7 @@ where
     let mut relay = Relay::default();
     let mut timer = pin!(Timer::start(timeouts.idle));
     let mut drain = pin!(drain);
+    let mut client_gone = pin!(client_gone);
     let mut draining = false;
     poll_fn(|cx| {
         let before = relay.progress();
@@ -152,6 +156,9 @@ where
         }
         if let Poll::Ready(end) = both {
             return Poll::Ready(end);
+        }
+        if let Poll::Ready(error) = client_gone.as_mut().poll(cx) {
+            return Poll::Ready(End::Failed { side: Side::Client, error });
         }
         draining = draining || drain.as_mut().poll(cx).is_ready();
         let (limit, end) = match relay.first {

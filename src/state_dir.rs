@@ -5,7 +5,7 @@
 
 use std::fs::{DirBuilder, File, TryLockError};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
@@ -55,6 +55,7 @@ pub fn lock(path: &Path) -> Result<StateDir, StateDirError> {
         .create(true)
         .truncate(false)
         .write(true)
+        .mode(0o600) // or anyone could hold the lock
         .open(path.join("edge.lock"))
         .map_err(|error| StateDirError::Write { path: named(), error })?;
     match file.try_lock() {

@@ -25,7 +25,8 @@ fn start(
 ) -> (DuplexStream, DuplexStream, JoinHandle<Outcome>) {
     let (client, mut near_client) = duplex(PIPE_BYTES);
     let (upstream, mut near_upstream) = duplex(PIPE_BYTES);
-    let relayed = async move { relay(&mut near_client, &mut near_upstream, TIMEOUTS, drain).await };
+    let relayed =
+        async move { relay(&mut near_client, &mut near_upstream, TIMEOUTS, drain, pending()).await };
     (client, upstream, tokio::spawn(relayed))
 }
 
@@ -208,8 +209,9 @@ async fn reset_by(side: Side) -> Outcome {
         Side::Upstream => (upstream, client),
     };
     failing.write_all(b"before").await.unwrap();
-    let relay =
-        tokio::spawn(async move { relay(&mut near_client, &mut near_upstream, TIMEOUTS, pending()).await });
+    let relay = tokio::spawn(async move {
+        relay(&mut near_client, &mut near_upstream, TIMEOUTS, pending(), pending()).await
+    });
     let mut got = [0; 6];
     other.read_exact(&mut got).await.unwrap();
     assert_eq!(&got, b"before");

@@ -451,7 +451,7 @@ fn a_signal_while_joining_ends_it_promptly_and_in_order() {
         edge.addr("admin");
         edge.signal(signal);
         stops(&mut edge, AT_ONCE);
-        tells(&edge.log().text(), &["stopping before the tailnet was joined"]);
+        tells(&edge.log().text(), &["stopping before anything was served"]);
     }
 }
 
