@@ -12,7 +12,7 @@
 
 use std::io;
 use std::net::{Shutdown, SocketAddr};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -69,14 +69,12 @@ pub async fn serve<D: Dial>(service: &Service<D>, mut client: TcpStream, peer: S
         Err(refusal) => return log_refusal(service, id, peer, accepted, &refusal),
     };
     let connected = accepted.elapsed();
-    let outcome = relay(
-        &mut SharedTcp(&client),
-        &mut upstream,
-        service.timeouts,
-        service.drain.cancelled(),
-        reset(&client),
-    )
-    .await;
+    let outcome = {
+        // By reference, since an idle connection would otherwise hold each
+        // twice: as an argument and as what is polled.
+        let (drain, client_gone) = (pin!(service.drain.cancelled()), pin!(reset(&client)));
+        relay(&mut SharedTcp(&client), &mut upstream, service.timeouts, drain, client_gone).await
+    };
     match outcome.end {
         End::Failed { side: Side::Client, .. } => upstream.reset(),
         End::Failed { side: Side::Upstream, .. } => client.reset(),
