@@ -10,6 +10,7 @@ import (
 
 	"libtailscale/testnet"
 
+	"tailscale.com/ipn"
 	"tailscale.com/tsnet"
 )
 
@@ -89,6 +90,25 @@ func TestUpThatNeedsApproval(t *testing.T) {
 	n := unstarted(t, tailnet)
 	n.upTimeout.Store(2000)
 	wantCode(t, n.up(), codeNeedsApproval)
+}
+
+// The control server's rate limit and a watcher that was cut off pass; any
+// other message is a refusal.
+func TestMessagesThatDoNotEndTheJoin(t *testing.T) {
+	n := unstarted(t, startNet(t, testnet.Options{}))
+	for message, ends := range map[string]bool{
+		"node registration rate limited; will retry after 5s": false,
+		"IPN bus consumer fell behind; closing watch":         false,
+		"invalid key: API key kX not valid":                   true,
+	} {
+		outcome, decided := n.decide(&ipn.Notify{ErrMessage: &message}, nil)
+		if decided != ends {
+			t.Errorf("%q: decided %v, want %v", message, decided, ends)
+		}
+		if ends {
+			wantCode(t, outcome, codeAuthRefused)
+		}
+	}
 }
 
 func TestCloseCancelsUp(t *testing.T) {

@@ -111,9 +111,15 @@ async fn open<D: Dial>(
 /// Completes when the client has reset the connection. A FIN is no reason to
 /// give up: a client may have said all it wanted and wait for the reply.
 async fn reset(client: &TcpStream) -> io::Error {
-    match client.ready(Interest::ERROR).await {
-        Ok(_) => client.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
-        Err(_) => std::future::pending().await, // the runtime is going away
+    loop {
+        if client.ready(Interest::ERROR).await.is_err() {
+            return std::future::pending().await; // the runtime is going away
+        }
+        if let Ok(Some(error)) = client.take_error() {
+            return error;
+        }
+        // Nothing to it, or reading has found it first: wait for the next.
+        let _ = client.try_io(Interest::ERROR, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
     }
 }
 

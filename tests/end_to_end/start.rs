@@ -481,12 +481,24 @@ fn readiness_follows_the_tailnet_and_liveness_the_process() {
     edge.wait_ready(LIMIT);
     tailnet.stop_control();
     becomes(&edge, 503, "the control server is out of reach");
+    edge.wait_log("trouble on the tailnet: the control server is out of reach", LIMIT);
     tailnet.start_control();
     becomes(&edge, 200, r#""reasons":[]"#);
+    edge.wait_log("on the tailnet again", LIMIT);
     tailnet.remove_node(EDGE);
     becomes(&edge, 503, "has removed this node");
     assert_eq!(http::get(edge.addr("admin"), "/elsewhere").code, 404);
     no_crash(edge.log());
+}
+
+#[test]
+fn a_name_that_is_taken_is_a_warning() {
+    let tailnet = TestTailnet::start();
+    tailnet.add_node(EDGE, &[], &[]);
+    let edge = edge_on(&tailnet).listener(tcp("mail")).spawn();
+    edge.wait_ready(LIMIT);
+    let line = edge.wait_log("which is taken", LIMIT);
+    tells(&line, &[" WARN ", "tailwart-edge-1 and not tailwart-edge", "set tailnet.hostname"]);
 }
 
 /// The five ports of the quick start.
