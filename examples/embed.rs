@@ -10,8 +10,8 @@
 use std::error::Error;
 
 use tailwart_edge::config::{self, Config};
-use tailwart_edge::secret::{Secret, auth_key};
-use tailwart_edge::tailnet::{Node, forget_environment};
+use tailwart_edge::credential::Sources;
+use tailwart_edge::tailnet::{JoinError, Node, forget_environment};
 use tokio::io::AsyncReadExt;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -20,30 +20,36 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err("usage: embed STATE_DIR HOST PORT".into());
     };
     let environment = |name: &str| std::env::var(name).ok();
-    let key = auth_key(&environment, None)?;
+    let sources = Sources::capture(&environment, None);
 
-    let mut settings = Config::without_file(Some(host))?.tailnet;
+    let mut settings = Config::without_file(Some(host), &environment)?.tailnet;
     settings.state_dir = state_dir.into();
     settings.hostname = "tailwart-embed".into();
-    settings.control_url = environment("TS_CONTROL_URL");
 
     // Tailscale would take a key from there by itself. Only safe while there is a single thread, so
     // before the runtime.
     forget_environment();
     let runtime = tokio::runtime::Runtime::new()?;
-    print!("{}", runtime.block_on(greeting(settings, key, host, port.parse()?))?);
+    print!("{}", runtime.block_on(greeting(settings, sources, host, port.parse()?))?);
     Ok(())
 }
 
 /// Joins, and reads what a port of a peer sends before it is spoken to.
 async fn greeting(
     settings: config::Tailnet,
-    key: Option<Secret>,
+    sources: Sources,
     host: &str,
     port: u16,
 ) -> Result<String, Box<dyn Error>> {
-    let node = Node::start(&settings, key.as_ref())?;
-    node.up(settings.join_timeout).await?;
+    let node = Node::start(&settings)?;
+    match node.up(settings.join_timeout).await {
+        // The first time: with what the environment has.
+        Err(JoinError::NotEnrolled { .. }) => {
+            let credential = sources.read()?.ok_or_else(|| node.not_enrolled())?;
+            node.enrol(&credential, settings.join_timeout).await?;
+        }
+        outcome => outcome?,
+    }
     // A `TailnetStream` is an `AsyncRead` and `AsyncWrite` as any other.
     let mut stream = node.connect(host, port).await?;
     let mut buffer = [0; 512];

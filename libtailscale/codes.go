@@ -39,6 +39,10 @@ const (
 	codeControlUnreachable = code(C.TAILSCALE_CONTROL_UNREACHABLE)
 	codeUpTimedOut         = code(C.TAILSCALE_UP_TIMED_OUT)
 	codeCancelled          = code(C.TAILSCALE_CANCELLED)
+	codeTagsRefused        = code(C.TAILSCALE_TAGS_REFUSED)
+	codeNeedsLogUpload     = code(C.TAILSCALE_NEEDS_LOG_UPLOAD)
+	codeClockWrong         = code(C.TAILSCALE_CLOCK_WRONG)
+	codeBadStateFile       = code(C.TAILSCALE_BAD_STATE_FILE)
 )
 
 const (

@@ -6,12 +6,16 @@ import (
 	"encoding/json"
 	"net/netip"
 	"os"
+	"strings"
 	"syscall"
 	"time"
 
+	"tailscale.com/health"
 	"tailscale.com/ipn"
 	"tailscale.com/ipn/ipnstate"
+	"tailscale.com/net/netmon"
 	"tailscale.com/tailcfg"
+	"tailscale.com/tsconst"
 )
 
 // status is one line on the event descriptor (tailscale_set_eventfd).
@@ -24,6 +28,13 @@ type status struct {
 	KeyExpiry *time.Time   `json:"key_expiry,omitempty"`
 	LoginURL  string       `json:"login_url"`
 	Health    []string     `json:"health"`
+
+	Enrolled       bool   `json:"enrolled"` // it holds a key, good or not
+	Removed        bool   `json:"removed"`
+	NeedsLogUpload bool   `json:"needs_log_upload"`
+	Relay          string `json:"relay"` // what is wrong with it
+	NetworkChanges int64  `json:"network_changes"`
+	WakeUps        int64  `json:"wake_ups"`
 }
 
 // lookInterval is how late what the bus does not tell may be. Losing the
@@ -37,6 +48,7 @@ const lookInterval = time.Second
 func (n *node) follow() {
 	changed := make(chan struct{}, 1)
 	n.pending.Go(func() { n.watch(changed) })
+	defer n.server.Sys().NetMon.Get().RegisterChangeCallback(n.networkChanged)()
 	lines := make(chan []byte, 1)
 	defer close(lines)
 	if n.events != nil {
@@ -60,7 +72,10 @@ func (n *node) follow() {
 func (n *node) watch(changed chan<- struct{}) {
 	const mask = ipn.NotifyInitialState | ipn.NotifyInitialHealthState | ipn.NotifyPeerChanges
 	for n.ctx.Err() == nil {
-		n.backend.WatchNotifications(n.ctx, mask, nil, func(*ipn.Notify) bool {
+		n.backend.WatchNotifications(n.ctx, mask, nil, func(notify *ipn.Notify) bool {
+			if notify.ErrMessage != nil && strings.Contains(*notify.ErrMessage, demandsLogs) {
+				n.needsLogUpload.Store(true)
+			}
 			select {
 			case changed <- struct{}{}:
 			default: // one is waiting already
@@ -70,13 +85,36 @@ func (n *node) watch(changed chan<- struct{}) {
 	}
 }
 
+// log passes a line on and learns from it what the backend tells nobody else:
+// that the control server has removed this node. It answers the request for a
+// map with 404 then (tailscale/tailscale#12032), which the backend takes for an
+// outage (control/controlclient/direct.go, PollNetMap; ipn/ipnlocal/local.go,
+// setControlClientStatusLocked).
+func (n *node) log(format string, args ...any) {
+	if format == "Received error: %v" && len(args) == 1 {
+		if err, ok := args[0].(error); ok && strings.Contains(err.Error(), "initial fetch failed 404: node not found") {
+			n.removed.Store(true)
+		}
+	}
+	n.logs.printf(format, args...)
+}
+
+func (n *node) networkChanged(delta *netmon.ChangeDelta) {
+	if delta.TimeJumped() {
+		n.wakeUps.Add(1)
+	}
+	if delta.RebindLikelyRequired {
+		n.networkChanges.Add(1)
+	}
+}
+
 // publish refreshes self and leaves the newest status line in lines, in place
 // of one that still waits for room: what the node believes of itself must not
 // depend on a reader.
 func (n *node) publish(lines chan []byte) {
 	current := n.backend.StatusWithoutPeers()
 	n.refreshSelf(current.BackendState)
-	line, err := json.Marshal(statusOf(current))
+	line, err := json.Marshal(n.statusOf(current))
 	if err != nil {
 		return
 	}
@@ -119,8 +157,25 @@ func (n *node) openEvents(fd int) error {
 	return nil
 }
 
-func statusOf(current *ipnstate.Status) status {
-	s := status{State: current.BackendState, LoginURL: current.AuthURL, Health: current.Health}
+func (n *node) statusOf(current *ipnstate.Status) status {
+	health := n.server.Sys().HealthTracker.Get()
+	if health.GetInPollNetMap() {
+		n.removed.Store(false)
+	}
+	if current.BackendState == ipn.Running.String() {
+		n.needsLogUpload.Store(false)
+	}
+	s := status{
+		State:          current.BackendState,
+		LoginURL:       current.AuthURL,
+		Health:         current.Health,
+		Enrolled:       current.HaveNodeKey,
+		Removed:        n.removed.Load(),
+		NeedsLogUpload: n.needsLogUpload.Load(),
+		Relay:          relayTrouble(health.CurrentState()),
+		NetworkChanges: n.networkChanges.Load(),
+		WakeUps:        n.wakeUps.Load(),
+	}
 	if self := current.Self; self != nil {
 		s.Name = trimDot(self.DNSName)
 		s.IPs = self.TailscaleIPs
@@ -131,6 +186,22 @@ func statusOf(current *ipnstate.Status) status {
 		}
 	}
 	return s
+}
+
+// relayTrouble is the sentence about the first of the warnings that mean that no
+// relay can be used (health/warnings.go); empty when there is none.
+func relayTrouble(state *health.State) string {
+	for _, code := range []health.WarnableCode{
+		tsconst.HealthWarnableNetworkStatus,
+		tsconst.HealthWarnableNoDERPHome,
+		tsconst.HealthWarnableNoDERPConnection,
+		tsconst.HealthWarnableDERPTimedOut,
+	} {
+		if warning, ok := state.Warnings[code]; ok {
+			return warning.Text
+		}
+	}
+	return ""
 }
 
 // refreshSelf makes the node's addresses known while it is running, and
@@ -197,3 +268,5 @@ func (n *node) ping(host string, limit time.Duration) (pingReport, error) {
 	report.Answered = true
 	return report, nil
 }
+
+func trimDot(name string) string { return strings.TrimSuffix(name, ".") }

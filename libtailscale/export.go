@@ -2,6 +2,8 @@ package main
 
 /*
 #include <errno.h>
+#include <stdlib.h>
+#include <string.h>
 #include "tailscale.h"
 
 typedef void (*tailscale_wake_fn)(uintptr_t token, uint32_t ready);
@@ -94,7 +96,25 @@ func fill(s string, buf *C.char, buflen C.size_t) bool {
 }
 
 //export TsForgetEnvironment
-func TsForgetEnvironment() { forgetEnvironment() }
+func TsForgetEnvironment() {
+	for _, name := range credentialVariables {
+		overwriteVariable(name)
+	}
+	forgetEnvironment()
+}
+
+// overwriteVariable blanks a variable's value where it is, which after exec(2)
+// is the memory that /proc/PID/environ shows.
+func overwriteVariable(name string) {
+	variable := C.CString(name)
+	defer C.free(unsafe.Pointer(variable))
+	if value := C.getenv(variable); value != nil {
+		C.memset(unsafe.Pointer(value), 0, C.strlen(value))
+	}
+}
+
+//export TsSetLogUpload
+func TsSetLogUpload(on C.int) { setLogUpload(on != 0) }
 
 //export TsSetWake
 func TsSetWake(f C.tailscale_wake_fn) {
@@ -156,11 +176,6 @@ func TsSetHostname(sd C.int, hostname *C.char) C.int {
 	return setText(sd, hostname, func(n *node, s string) { n.server.Hostname = s })
 }
 
-//export TsSetAuthkey
-func TsSetAuthkey(sd C.int, authkey *C.char) C.int {
-	return setText(sd, authkey, func(n *node, s string) { n.authKey = s })
-}
-
 //export TsSetControlURL
 func TsSetControlURL(sd C.int, url *C.char) C.int {
 	return setText(sd, url, func(n *node, s string) { n.server.ControlURL = s })
@@ -181,6 +196,57 @@ func TsSetEphemeral(sd C.int, ephemeral C.int) (ret C.int) {
 		return C.int(codeBadHandle)
 	}
 	return result(n.configure(func() { n.server.Ephemeral = ephemeral != 0 }))
+}
+
+// setCredential applies a string of the credential.
+func setCredential(sd C.int, value *C.char, set func(*credential, string)) (ret C.int) {
+	defer guard(&ret)
+	n := nodeOf(sd)
+	if n == nil {
+		return C.int(codeBadHandle)
+	}
+	s, ok := text(value)
+	if !ok {
+		return result(n.report(codeBadArgument, errors.New("the value is NULL or not UTF-8")))
+	}
+	n.setCredential(func(c *credential) { set(c, s) })
+	return 0
+}
+
+//export TsSetAuthkey
+func TsSetAuthkey(sd C.int, authkey *C.char) C.int {
+	return setCredential(sd, authkey, func(c *credential, s string) { c.authKey = s })
+}
+
+//export TsSetClientID
+func TsSetClientID(sd C.int, id *C.char) C.int {
+	return setCredential(sd, id, func(c *credential, s string) { c.clientID = s })
+}
+
+//export TsSetClientSecret
+func TsSetClientSecret(sd C.int, secret *C.char) C.int {
+	return setCredential(sd, secret, func(c *credential, s string) { c.clientSecret = s })
+}
+
+//export TsSetIDToken
+func TsSetIDToken(sd C.int, token *C.char) C.int {
+	return setCredential(sd, token, func(c *credential, s string) { c.idToken = s })
+}
+
+//export TsSetAudience
+func TsSetAudience(sd C.int, audience *C.char) C.int {
+	return setCredential(sd, audience, func(c *credential, s string) { c.audience = s })
+}
+
+//export TsSetPreauthorized
+func TsSetPreauthorized(sd C.int, preauthorized C.int) (ret C.int) {
+	defer guard(&ret)
+	n := nodeOf(sd)
+	if n == nil {
+		return C.int(codeBadHandle)
+	}
+	n.setCredential(func(c *credential) { c.preauthorized = preauthorized != 0 })
+	return 0
 }
 
 //export TsSetUpTimeout
@@ -247,8 +313,7 @@ func TsClose(sd C.int) (ret C.int) {
 	if n == nil {
 		return C.int(codeBadHandle)
 	}
-	n.close()
-	return 0
+	return result(n.close())
 }
 
 //export TsGetIPs

@@ -183,10 +183,15 @@ func unstarted(t *testing.T, net *testnet.Net) *node {
 	n.server.Dir = t.TempDir()
 	n.server.Hostname = "edge"
 	n.server.ControlURL = net.ControlURL()
-	n.authKey = "tskey-auth-test"
+	giveKey(n, "tskey-auth-test")
 	n.upTimeout.Store(testTimeout.Milliseconds())
-	t.Cleanup(n.close)
+	t.Cleanup(func() { n.close() })
 	return n
+}
+
+// giveKey leaves the node with this auth key and nothing else to enrol with.
+func giveKey(n *node, key string) {
+	n.setCredential(func(c *credential) { *c = credential{authKey: key} })
 }
 
 // startEdge starts a tailnet whose mailbox forwards port 25 to serve, and

@@ -4,25 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net/http"
 	"slices"
 	"strings"
 	"time"
 
 	"tailscale.com/ipn"
-	"tailscale.com/net/tlsdial"
 )
 
-const (
-	defaultControlURL = ipn.DefaultControlURL
-	// probeLimit bounds the look at a control server that did not answer.
-	probeLimit = 2 * time.Second
-)
-
-// up joins the tailnet: nil once the node is running, else a code with the
-// reason kept for tailscale_errmsg. tsnet's own Up waits for ever where a
-// person would have to act.
+// up joins the tailnet, again if the node was thrown out: nil once the node is
+// running, else a code with the reason kept for tailscale_errmsg. tsnet's own Up
+// waits for ever where a person would have to act.
 func (n *node) up() error {
 	if err := n.start(); err != nil {
 		return err
@@ -32,38 +23,73 @@ func (n *node) up() error {
 	}
 	defer n.pending.Done()
 
-	n.keyUsed.Store(false) // a second try may offer it again
-	ctx := n.ctx
-	if limit := n.upTimeout.Load(); limit > 0 {
-		limited, cancel := context.WithTimeout(ctx, time.Duration(limit)*time.Millisecond)
+	limited, waiting := n.ctx, n.ctx
+	if limit := time.Duration(n.upTimeout.Load()) * time.Millisecond; limit > 0 {
+		end := time.Now().Add(limit)
+		var cancel context.CancelFunc
+		limited, cancel = context.WithDeadline(n.ctx, end)
 		defer cancel()
-		ctx = limited
+		// The rest is for finding out why it took so long.
+		waiting, cancel = context.WithDeadline(n.ctx, end.Add(-min(probeLimit, limit/4)))
+		defer cancel()
 	}
-	ctx, fail := context.WithCancelCause(ctx)
+	ctx, fail := context.WithCancelCause(waiting)
 	defer fail(nil)
-
-	outcome, decided := error(nil), false
-	for !decided && ctx.Err() == nil { // the bus cuts off a slow watcher
-		n.backend.WatchNotifications(ctx, ipn.NotifyInitialState, nil, func(notify *ipn.Notify) bool {
-			outcome, decided = n.decide(notify, fail)
-			return !decided
-		})
+	j := &join{node: n, ctx: ctx, fail: fail}
+	outcome, decided := j.resume()
+	for !decided && ctx.Err() == nil {
+		outcome, decided = j.watch()
 	}
-	var failed loginError
+	var failed credentialError
 	switch {
 	case decided:
 		return outcome
 	case n.ctx.Err() != nil:
 		return n.report(codeCancelled, errors.New("the node was closed while joining"))
 	case errors.As(context.Cause(ctx), &failed):
-		return n.report(codeError, failed)
+		return n.report(failed.code, failed)
 	default:
-		return n.explainTimeout()
+		return j.explainTimeout(limited)
 	}
 }
 
-// loginError is a login that failed before the control server was asked.
-type loginError struct{ error }
+// join is one call of up.
+type join struct {
+	node *node
+	ctx  context.Context // ends with the time for joining
+	fail context.CancelCauseFunc
+	// offered is set once the credential was used: a second demand after that
+	// is answered by the error message that comes with it, or by the time limit.
+	offered bool
+}
+
+// resume gets a node going again that has been running before.
+func (j *join) resume() (outcome error, decided bool) {
+	switch {
+	case j.node.removed.Load():
+		// The backend knows nothing of it and believes itself to be running.
+		return j.login()
+	case j.node.backend.State() == ipn.Stopped:
+		// It has stopped itself, because the tailnet wants logs (decide).
+		prefs := &ipn.MaskedPrefs{Prefs: ipn.Prefs{WantRunning: true}, WantRunningSet: true}
+		if _, err := j.node.backend.EditPrefs(prefs); err != nil {
+			return j.node.report(codeError, err), true
+		}
+	}
+	return nil, false
+}
+
+// watch follows the notifications for a while: the bus cuts off a slow watcher,
+// and not everything that decides is notified.
+func (j *join) watch() (outcome error, decided bool) {
+	ctx, cancel := context.WithTimeout(j.ctx, lookInterval)
+	defer cancel()
+	j.node.backend.WatchNotifications(ctx, ipn.NotifyInitialState, nil, func(notify *ipn.Notify) bool {
+		outcome, decided = j.decide(notify)
+		return !decided
+	})
+	return outcome, decided
+}
 
 // passing are messages after which Tailscale goes on by itself: the control
 // server's rate limit (control/controlclient/direct.go, tryRegister), and a
@@ -72,66 +98,102 @@ type loginError struct{ error }
 var passing = []string{"rate limited", "fell behind"}
 
 // decide says whether a notification settles the joining, and how.
-func (n *node) decide(notify *ipn.Notify, fail context.CancelCauseFunc) (outcome error, decided bool) {
+func (j *join) decide(notify *ipn.Notify) (outcome error, decided bool) {
+	n := j.node
 	if message := notify.ErrMessage; message != nil {
 		if slices.ContainsFunc(passing, func(text string) bool { return strings.Contains(*message, text) }) {
 			n.logs.printf("joining: %s", *message)
 			return nil, false
 		}
-		return n.report(codeAuthRefused, errors.New(*message)), true
+		return n.report(codeOfRefusal(*message), errors.New(*message)), true
 	}
 	if notify.State == nil {
 		return nil, false
 	}
 	switch *notify.State {
 	case ipn.Running:
+		// Before the first map of this try, that is news from an earlier one.
+		if !n.server.Sys().HealthTracker.Get().GetInPollNetMap() || n.removed.Load() {
+			return nil, false
+		}
 		n.refreshSelf(ipn.Running.String())
 		return nil, true
 	case ipn.NeedsLogin:
-		return n.login(fail)
+		return j.login()
 	default:
 		return nil, false
 	}
 }
 
-// login hands the auth key over, now that the control server wants one. A
-// second demand after that is answered by the error message that comes with
-// it, or by the time limit.
-func (n *node) login(fail context.CancelCauseFunc) (outcome error, decided bool) {
-	if n.authKey == "" {
+// codeOfRefusal classifies the texts whose source is known. The rest is about
+// the credential.
+func codeOfRefusal(message string) code {
+	switch {
+	case strings.Contains(message, "requested tags [") && strings.Contains(message, "invalid or not permitted"):
+		// The control server's and the API's: hassio-addons/app-tailscale#642,
+		// masterpointio/terraform-aws-tailscale#9.
+		return codeTagsRefused
+	case strings.Contains(message, demandsLogs):
+		return codeNeedsLogUpload
+	default:
+		return codeAuthRefused
+	}
+}
+
+// demandsLogs is Tailscale's answer to a tailnet with network flow logs when log
+// upload is off (ipn/ipnlocal/local.go, setControlClientStatusLocked).
+const demandsLogs = "tailnet requires logging"
+
+// login uses the credential, now that the control server wants one.
+func (j *join) login() (outcome error, decided bool) {
+	n := j.node
+	credential := n.credential()
+	if !credential.isGiven() {
 		return n.report(codeNeedsLogin, errors.New("the node is not enrolled and there is no auth key")), true
 	}
-	if !n.keyUsed.CompareAndSwap(false, true) {
+	if j.offered {
 		return nil, false
 	}
+	j.offered = true
 	// Not from the watcher's callback: Start sends notifications itself and
 	// would wait for this watcher if its queue filled up. begin has counted
 	// up's call in pending, so close is not waiting for zero yet.
 	n.pending.Go(func() {
-		err := n.backend.Start(ipn.Options{AuthKey: n.authKey})
+		key, err := n.obtainKey(j.ctx)
 		if err == nil {
+			err = n.backend.Start(ipn.Options{AuthKey: key})
+		}
+		if err == nil {
+			n.removed.Store(false) // the poll that found out belongs to the past
 			err = n.backend.StartLoginInteractive(n.ctx)
 		}
+		if err != nil && !errors.As(err, new(credentialError)) {
+			err = credentialError{codeError, err}
+		}
 		if err != nil {
-			fail(loginError{err})
+			j.fail(err)
 		}
 	})
 	return nil, false
 }
 
 // explainTimeout names what the node was waiting for when time ran out.
-func (n *node) explainTimeout() error {
+func (j *join) explainTimeout(ctx context.Context) error {
+	n := j.node
 	state := n.backend.State()
 	if state == ipn.NeedsMachineAuth {
 		return n.report(codeNeedsApproval, errors.New("the node waits for an admin's approval"))
 	}
-	enrolled := n.backend.StatusWithoutPeers().HaveNodeKey && !n.keyUsed.Load()
-	probe := n.probeControl()
+	enrolled := n.backend.StatusWithoutPeers().HaveNodeKey && !j.offered
+	probe := n.probeControl(ctx)
+	var wrong clockError
 	switch {
-	case probe != nil && !enrolled:
-		return n.report(codeControlUnreachable, probe)
-	case probe != nil:
+	case probe != nil && enrolled:
 		return n.report(codeUpTimedOut, probe)
+	case errors.As(probe, &wrong):
+		return n.report(codeClockWrong, probe)
+	case probe != nil:
+		return n.report(codeControlUnreachable, probe)
 	case state == ipn.NeedsLogin && !enrolled:
 		// A proxy in front of the control server may pass the question for
 		// its key and nothing else.
@@ -152,35 +214,3 @@ func (n *node) complaints() string {
 	}
 	return strings.Join(parts, "; ")
 }
-
-// probeControl asks the control server for its public key, as every client
-// does first, and returns why that failed.
-func (n *node) probeControl() error {
-	url := n.server.ControlURL
-	if url == "" {
-		url = defaultControlURL
-	}
-	ctx, cancel := context.WithTimeout(n.ctx, probeLimit)
-	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(url, "/")+"/key?v=1", nil)
-	if err != nil {
-		return err
-	}
-	// As Tailscale's own client: the baked-in roots serve where the machine
-	// has none.
-	transport := http.DefaultTransport.(*http.Transport).Clone()
-	transport.TLSClientConfig = tlsdial.Config(nil, nil)
-	transport.DisableKeepAlives = true
-	response, err := transport.RoundTrip(request)
-	if err != nil {
-		return fmt.Errorf("%s: %w", request.URL, err)
-	}
-	defer response.Body.Close()
-	io.Copy(io.Discard, io.LimitReader(response.Body, 1<<16))
-	if response.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s answered %s", url, response.Status)
-	}
-	return nil
-}
-
-func trimDot(name string) string { return strings.TrimSuffix(name, ".") }

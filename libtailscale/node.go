@@ -2,18 +2,22 @@
 // a C interface, for hosts that are not written in Go. tailscale.h is the
 // contract; README.md says what matches upstream libtailscale and what not.
 //
-// export.go and tailscale.c are the C side. node.go, join.go and events.go
-// are a node's life; dial.go and conn.go its connections. Nothing here ever
+// export.go and tailscale.c are the C side. node.go, join.go, credential.go,
+// probe.go and events.go are a node's life; dial.go and conn.go its
+// connections. Nothing here ever
 // uses the host's resolver or network on behalf of a connection.
 package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"reflect"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -25,7 +29,10 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"tailscale.com/envknob"
+	"tailscale.com/ipn/ipnauth"
 	"tailscale.com/ipn/ipnlocal"
+	"tailscale.com/ipn/store"
+	"tailscale.com/ipn/store/mem"
 	"tailscale.com/net/netns"
 	"tailscale.com/tailcfg"
 	"tailscale.com/tsnet"
@@ -43,6 +50,9 @@ const (
 	flushLimit = 2 * time.Second
 	// resetLimit bounds how long close waits for resets to reach the peers.
 	resetLimit = time.Second
+	// logoutLimit bounds how long close waits for the control server to forget
+	// an ephemeral node.
+	logoutLimit = 2 * time.Second
 )
 
 // credentialVariables are those that tsnet reads by itself
@@ -60,6 +70,13 @@ func forgetEnvironment() {
 		os.Unsetenv(name)
 	}
 	settleEnvironment()
+}
+
+// setLogUpload changes whether Tailscale's logs go to Tailscale. It is a setting
+// of the process, read when a node starts.
+func setLogUpload(on bool) {
+	settleEnvironment()
+	envknob.Setenv("TS_NO_LOGS_NO_SUPPORT", strconv.FormatBool(!on))
 }
 
 // settleEnvironment keeps Tailscale's log upload off, and its hands off
@@ -81,19 +98,28 @@ type node struct {
 	// mu guards the settings, the start and the close.
 	mu      sync.Mutex
 	server  *tsnet.Server // its fields are the settings until started
-	authKey string        // not given to tsnet before it is needed
 	logs    *logPipe
 	events  *os.File
 	started bool
 	closed  bool
+	scratch string // the directory of an ephemeral node, removed at close
 
 	upTimeout atomic.Int64 // milliseconds, 0 = none
 	lastError atomic.Pointer[string]
-	keyUsed   atomic.Bool // the auth key was handed to the backend
+
+	// enrolWith is not given to tsnet, which would use it before it is needed.
+	credentialMu sync.Mutex
+	enrolWith    credential
 
 	// Set by start, before any connection, and then constant.
 	backend *ipnlocal.LocalBackend
 	stack   *stack.Stack
+
+	// What the backend knows and does not tell; see events.go.
+	removed        atomic.Bool  // the control server has no such node
+	needsLogUpload atomic.Bool  // the tailnet refuses nodes without it
+	networkChanges atomic.Int64 // major ones of this machine's network
+	wakeUps        atomic.Int64 // of this machine, from sleep
 
 	// self is set while the node is running.
 	self  atomic.Pointer[addresses]
@@ -105,9 +131,23 @@ type node struct {
 func newNode() *node {
 	n := &node{server: new(tsnet.Server), logs: &logPipe{fd: -1}}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
-	n.server.Logf = n.logs.printf
+	n.server.Logf = n.log
 	n.server.UserLogf = n.logs.printf
 	return n
+}
+
+// setCredential changes what the node may enrol with, also while it is running:
+// the next tailscale_up uses it.
+func (n *node) setCredential(set func(*credential)) {
+	n.credentialMu.Lock()
+	defer n.credentialMu.Unlock()
+	set(&n.enrolWith)
+}
+
+func (n *node) credential() credential {
+	n.credentialMu.Lock()
+	defer n.credentialMu.Unlock()
+	return n.enrolWith
 }
 
 // configure changes a setting of a node that is not started.
@@ -161,14 +201,15 @@ func (n *node) start() error {
 	if n.started {
 		return nil
 	}
-	if n.server.Dir == "" {
-		return n.report(codeBadState, errors.New("no state directory is set"))
+	if err := n.openStore(); err != nil {
+		return err
 	}
 	settleEnvironment()
 	// The bind to a physical interface that netns does is for a host whose
 	// routes a TUN has taken over; there is no TUN here.
 	netns.SetEnabled(false)
 	if err := n.server.Start(); err != nil {
+		os.RemoveAll(n.scratch)
 		return n.report(codeError, err)
 	}
 	n.started = true
@@ -179,6 +220,45 @@ func (n *node) start() error {
 	}
 	n.pending.Go(n.follow)
 	return nil
+}
+
+// openStore makes the place of the node's identity: a file in its directory,
+// or memory for an ephemeral node.
+func (n *node) openStore() error {
+	if n.server.Ephemeral {
+		return n.openScratch()
+	}
+	if n.server.Dir == "" {
+		return n.report(codeBadState, errors.New("no state directory is set"))
+	}
+	path := filepath.Join(n.server.Dir, "tailscaled.state")
+	file, err := store.NewFileStore(n.logs.printf, path)
+	var syntax *json.SyntaxError
+	var mismatch *json.UnmarshalTypeError
+	switch {
+	case errors.As(err, &syntax) || errors.As(err, &mismatch):
+		return n.report(codeBadStateFile, fmt.Errorf("%s: %w", path, err))
+	case err != nil:
+		return n.report(codeError, err)
+	}
+	n.server.Store = file
+	return nil
+}
+
+// openScratch keeps an ephemeral node's identity in memory. tsnet wants a
+// directory all the same, for a log buffer that stays empty.
+func (n *node) openScratch() error {
+	var failed error
+	for _, parent := range []string{os.TempDir(), "/dev/shm"} {
+		dir, err := os.MkdirTemp(parent, "tailscale-")
+		if err == nil {
+			n.scratch, n.server.Dir = dir, dir
+			n.server.Store = new(mem.Store)
+			return nil
+		}
+		failed = errors.Join(failed, err)
+	}
+	return n.report(codeError, fmt.Errorf("no place for temporary files (TMPDIR names one): %w", failed))
 }
 
 // reachInside takes the two parts of tsnet that it does not offer: the TCP/IP
@@ -224,12 +304,13 @@ func field[T any](object any, name string) (T, error) {
 }
 
 // close stops the node once. Calls in progress are cancelled and awaited
-// first, since tsnet must not be closed beneath them.
-func (n *node) close() {
+// first, since tsnet must not be closed beneath them. Its error is that an
+// ephemeral node could not be logged out.
+func (n *node) close() (failed error) {
 	n.mu.Lock()
 	if n.closed {
 		n.mu.Unlock()
-		return
+		return nil
 	}
 	n.closed = true
 	started := n.started
@@ -241,12 +322,30 @@ func (n *node) close() {
 	if started {
 		n.flush()
 		n.abortAll()
+		failed = n.logOut()
 		n.server.Close()
+		os.RemoveAll(n.scratch)
 	}
 	if n.events != nil {
 		n.events.Close()
 	}
 	n.logs.close()
+	return failed
+}
+
+// logOut has the control server forget an ephemeral node. tsnet does so only
+// after it has let go of the key that it takes (tailscale/tailscale#8532).
+func (n *node) logOut() error {
+	if !n.server.Ephemeral {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), logoutLimit)
+	defer cancel()
+	if err := n.backend.Logout(ctx, ipnauth.Self); err != nil {
+		n.logs.printf("logging out: %v", err)
+		return codeControlUnreachable
+	}
+	return nil
 }
 
 // flush waits until the connections whose handles are closed are over, within

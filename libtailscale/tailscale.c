@@ -5,19 +5,25 @@
 #include "_cgo_export.h"
 
 void tailscale_forget_environment(void) { TsForgetEnvironment(); }
+void tailscale_set_log_upload(int on) { TsSetLogUpload(on); }
 void tailscale_set_wake(void (*wake)(uintptr_t, uint32_t)) { TsSetWake(wake); }
 const char* tailscale_version(void) { return TsVersion(); }
 
 tailscale tailscale_new(void) { return TsNew(); }
 int tailscale_set_dir(tailscale sd, const char* dir) { return TsSetDir(sd, (char*)dir); }
 int tailscale_set_hostname(tailscale sd, const char* name) { return TsSetHostname(sd, (char*)name); }
-int tailscale_set_authkey(tailscale sd, const char* key) { return TsSetAuthkey(sd, (char*)key); }
 int tailscale_set_control_url(tailscale sd, const char* url) { return TsSetControlURL(sd, (char*)url); }
 int tailscale_set_ephemeral(tailscale sd, int ephemeral) { return TsSetEphemeral(sd, ephemeral); }
 int tailscale_set_tags(tailscale sd, const char* tags) { return TsSetTags(sd, (char*)tags); }
 int tailscale_set_up_timeout(tailscale sd, int64_t ms) { return TsSetUpTimeout(sd, ms); }
 int tailscale_set_logfd(tailscale sd, int fd) { return TsSetLogFD(sd, fd); }
 int tailscale_set_eventfd(tailscale sd, int fd) { return TsSetEventFD(sd, fd); }
+int tailscale_set_authkey(tailscale sd, const char* key) { return TsSetAuthkey(sd, (char*)key); }
+int tailscale_set_client_id(tailscale sd, const char* id) { return TsSetClientID(sd, (char*)id); }
+int tailscale_set_client_secret(tailscale sd, const char* secret) { return TsSetClientSecret(sd, (char*)secret); }
+int tailscale_set_id_token(tailscale sd, const char* token) { return TsSetIDToken(sd, (char*)token); }
+int tailscale_set_audience(tailscale sd, const char* audience) { return TsSetAudience(sd, (char*)audience); }
+int tailscale_set_preauthorized(tailscale sd, int on) { return TsSetPreauthorized(sd, on); }
 int tailscale_start(tailscale sd) { return TsStart(sd); }
 int tailscale_up(tailscale sd) { return TsUp(sd); }
 int tailscale_close(tailscale sd) { return TsClose(sd); }

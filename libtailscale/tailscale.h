@@ -81,16 +81,29 @@ enum tailscale_code {
     // Joining (tailscale_up).
     // The node is not enrolled and there is no auth key.
     TAILSCALE_NEEDS_LOGIN = -40,
-    // The control server refused the node; the text is its own.
+    // The control server refused the node, or its API the making of a key; the
+    // text is theirs.
     TAILSCALE_AUTH_REFUSED = -41,
     // An admin must approve the node first.
     TAILSCALE_NEEDS_APPROVAL = -42,
-    // The control server could not be reached.
+    // The control server, or its API, could not be reached; the text names it.
     TAILSCALE_CONTROL_UNREACHABLE = -43,
     // The time set by tailscale_set_up_timeout passed for another reason.
     TAILSCALE_UP_TIMED_OUT = -44,
     // tailscale_close was called meanwhile.
     TAILSCALE_CANCELLED = -45,
+    // The control server does not let this node have its tags; the text is
+    // the server's.
+    TAILSCALE_TAGS_REFUSED = -46,
+    // The tailnet has network flow logs and lets nobody in who does not upload
+    // Tailscale's logs, see tailscale_set_log_upload.
+    TAILSCALE_NEEDS_LOG_UPLOAD = -47,
+    // The control server's certificate does not count, because this machine's
+    // clock is wrong; the text has both times.
+    TAILSCALE_CLOCK_WRONG = -48,
+    // The file of the node's identity cannot be understood (tailscale_start
+    // and tailscale_up); the text names it.
+    TAILSCALE_BAD_STATE_FILE = -49,
 };
 
 // What a wake reports. Both bits are set when the connection failed or ended.
@@ -106,11 +119,17 @@ enum tailscale_ready {
 // Removes from the environment, of C and of the Go runtime, every variable
 // from which tsnet would take credentials or a control server behind the
 // caller's back: TS_AUTHKEY, TS_AUTH_KEY, TS_CLIENT_SECRET, TS_CLIENT_ID,
-// TS_ID_TOKEN, TS_AUDIENCE, TS_CONTROL_URL. Call it once, after reading them
-// and before other threads read the environment: it uses unsetenv(3), and
-// setenv(3) for what would otherwise be set by the first tailscale_start (no
-// log upload, no log directory in /var/lib/tailscale).
+// TS_ID_TOKEN, TS_AUDIENCE, TS_CONTROL_URL. The values are overwritten where
+// they are, so that /proc/PID/environ does not show them either. Call it once,
+// after copying them and before other threads read the environment: it uses
+// unsetenv(3), and setenv(3) for what would otherwise be set by the first
+// tailscale_start (no log upload, no log directory in /var/lib/tailscale).
 void tailscale_forget_environment(void);
+
+// Nonzero: the nodes of this process upload Tailscale's own logs to Tailscale,
+// as its own programs do; the default is not to. Call it before the first
+// tailscale_start, and when tailscale_forget_environment may be called.
+void tailscale_set_log_upload(int on);
 
 // Sets the one function that is called when a connection became ready.
 // `token` is what tailscale_conn_open was given, `ready` a set of
@@ -133,16 +152,14 @@ tailscale tailscale_new(void);
 // Settings, all before tailscale_start or tailscale_up; TAILSCALE_BAD_STATE
 // afterwards.
 //
-// The directory of the node's identity; required.
+// The directory of the node's identity; required unless it is ephemeral.
 int tailscale_set_dir(tailscale sd, const char* dir);
 // The name asked for on the tailnet; the control server may append "-1".
 int tailscale_set_hostname(tailscale sd, const char* hostname);
-// Used only when the control server asks for a login, so that an expired key
-// never stops an enrolled node.
-int tailscale_set_authkey(tailscale sd, const char* authkey);
 // Default: Tailscale's own control server.
 int tailscale_set_control_url(tailscale sd, const char* control_url);
-// Nonzero: the node is removed from the tailnet when it goes away.
+// Nonzero: the node's identity is in memory only, whatever tailscale_set_dir
+// says, and the control server forgets the node at tailscale_close.
 int tailscale_set_ephemeral(tailscale sd, int ephemeral);
 // Comma-separated, such as "tag:reverse-proxy". (Not in upstream.)
 int tailscale_set_tags(tailscale sd, const char* tags);
@@ -159,18 +176,47 @@ int tailscale_set_logfd(tailscale sd, int fd);
 // the whole state. (Not in upstream.)
 //   {"state":"Running","name":"edge.example.ts.net","ips":["100.64.0.1"],
 //    "tags":["tag:reverse-proxy"],"in_map_poll":true,
-//    "key_expiry":"2027-01-01T00:00:00Z","login_url":"","health":[]}
+//    "key_expiry":"2027-01-01T00:00:00Z","login_url":"","health":[],
+//    "enrolled":true,"removed":false,"needs_log_upload":false,"relay":"",
+//    "network_changes":0,"wake_ups":0}
+// "enrolled" is that the node holds a key, good or not; "removed" that the
+// control server knows no such node; "needs_log_upload" that the tailnet has
+// stopped the node for the lack of it; "relay" says what is wrong with the
+// relays, empty when nothing is; the last two count what happened to this
+// machine since the start.
 int tailscale_set_eventfd(tailscale sd, int fd);
+
+// What the node may enrol with. Used only when the control server asks for a
+// login, so that neither a key that has expired nor an API that is down ever
+// stops an enrolled node. It may be set at any time, also after
+// TAILSCALE_NEEDS_LOGIN: the next tailscale_up uses it. An empty string takes a
+// value back. In this order:
+// - an auth key;
+int tailscale_set_authkey(tailscale sd, const char* authkey);
+// - the secret of an OAuth client, from which the control server's API makes an
+//   auth key with the node's tags (required then), ephemeral if the node is;
+//   the client's id may be left out with Tailscale;
+int tailscale_set_client_id(tailscale sd, const char* client_id);
+int tailscale_set_client_secret(tailscale sd, const char* client_secret);
+// - a federated identity, for the same: a client id and either a token of its
+//   identity provider or the audience for which this machine's cloud issues one.
+int tailscale_set_id_token(tailscale sd, const char* id_token);
+int tailscale_set_audience(tailscale sd, const char* audience);
+// Nonzero: keys that the API makes go past device approval. (Not in upstream,
+// like the four above.)
+int tailscale_set_preauthorized(tailscale sd, int preauthorized);
 
 // Starts the node without waiting for the tailnet. Optional:
 // tailscale_up does it. Zero or a negative code, see tailscale_errmsg.
 int tailscale_start(tailscale sd);
 
 // Joins the tailnet and returns when the node is running. May be called again
-// after a failure, and from several threads. Fails with one of the joining
-// codes; tailscale_errmsg has the text. A node that is enrolled and cannot
-// reach its control server gets TAILSCALE_UP_TIMED_OUT and goes on trying in
-// the background; TAILSCALE_CONTROL_UNREACHABLE means it was never enrolled.
+// after a failure, from several threads, and for a node that has lost its place
+// (its key expired, it was removed, or stopped for the lack of log upload).
+// Fails with one of the joining codes; tailscale_errmsg has the text. A node
+// that is enrolled and cannot reach its control server gets
+// TAILSCALE_UP_TIMED_OUT and goes on trying in the background;
+// TAILSCALE_CONTROL_UNREACHABLE means it was never enrolled.
 int tailscale_up(tailscale sd);
 
 // Stops the node, cancels a pending tailscale_up, and waits up to two seconds

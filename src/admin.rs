@@ -1,9 +1,10 @@
-//! The admin listener: `/livez` and `/readyz` over HTTP/1.1, for supervisors
-//! and load balancers.
+//! The admin listener: `/livez`, `/readyz` and `/metrics` over HTTP/1.1, for
+//! supervisors, load balancers and Prometheus.
 //!
 //! `/livez` is 200 while the process runs. `/readyz` is 200 when mail can be
-//! accepted: the node is running, the control server sees it, it holds its
-//! tags, and the edge is not stopping; otherwise 503 with the reasons as JSON.
+//! accepted: the node is running, the control server sees it, a relay can be
+//! reached, it holds its tags, and the edge is not stopping; otherwise 503 with
+//! the reasons as JSON. `/metrics` is what [`crate::metrics`] has.
 //!
 //! It is meant for loopback and has no authentication; it shows no secret and
 //! changes nothing.
@@ -14,17 +15,19 @@ use std::time::Duration;
 
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{ALLOW, CONTENT_TYPE};
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use jiff::Timestamp;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
+use crate::metrics;
 use crate::tailnet::NodeStatus;
 
 /// Admin connections at once; more wait in the backlog.
@@ -54,7 +57,10 @@ impl Readiness {
         }
         match &*self.node.borrow() {
             None => reasons.push("the tailnet node is not started".to_owned()),
-            Some(node) => reasons.extend(node.borrow().shortcomings(&self.tags)),
+            Some(node) => {
+                let troubles = node.borrow().troubles(&self.tags, Timestamp::now());
+                reasons.extend(troubles.iter().map(ToString::to_string));
+            }
         }
         reasons
     }
@@ -95,7 +101,7 @@ async fn connection(stream: TcpStream, readiness: &Readiness) {
 fn answer(request: &Request<Incoming>, readiness: &Readiness) -> Response<Full<Bytes>> {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         let mut response = json(StatusCode::METHOD_NOT_ALLOWED, &serde_json::json!({"error": "only GET"}));
-        response.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
+        response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
         return response;
     }
     match request.uri().path() {
@@ -105,20 +111,32 @@ fn answer(request: &Request<Incoming>, readiness: &Readiness) -> Response<Full<B
             let code = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
             json(code, &serde_json::json!({"ready": reasons.is_empty(), "reasons": reasons}))
         }
-        _ => json(StatusCode::NOT_FOUND, &serde_json::json!({"error": "there is /livez and /readyz"})),
+        "/metrics" => {
+            let node = readiness.node.borrow().as_ref().map(|node| node.borrow().clone());
+            body(StatusCode::OK, metrics::CONTENT_TYPE, metrics::text(&node.unwrap_or_default()))
+        }
+        _ => json(
+            StatusCode::NOT_FOUND,
+            &serde_json::json!({"error": "there is /livez, /readyz and /metrics"}),
+        ),
     }
 }
 
-fn json(code: StatusCode, body: &serde_json::Value) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::from(format!("{body}\n")));
+fn json(code: StatusCode, value: &serde_json::Value) -> Response<Full<Bytes>> {
+    body(code, "application/json", format!("{value}\n"))
+}
+
+fn body(code: StatusCode, content_type: &'static str, text: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(text));
     *response.status_mut() = code;
-    response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static("application/json"));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tailnet::Trouble;
 
     fn ready_node() -> NodeStatus {
         NodeStatus {
@@ -147,15 +165,8 @@ mod tests {
     fn every_reason_is_told() {
         assert_eq!(reasons(None, false), ["the tailnet node is not started"]);
         assert_eq!(reasons(Some(ready_node()), true), ["the edge is stopping"]);
-        let node = NodeStatus { state: "NeedsLogin".into(), ..ready_node() };
-        assert_eq!(reasons(Some(node), false), ["the tailnet node is not running (state NeedsLogin)"]);
         let node = NodeStatus { in_map_poll: false, tags: vec![], ..ready_node() };
-        assert_eq!(
-            reasons(Some(node), false),
-            [
-                "the control server is out of reach or has removed this node",
-                "the node does not hold tag:reverse-proxy"
-            ]
-        );
+        let troubles = [Trouble::ControlLost, Trouble::TagMissing("tag:reverse-proxy".into())];
+        assert_eq!(reasons(Some(node), false), troubles.map(|trouble| trouble.to_string()));
     }
 }

@@ -28,13 +28,18 @@ const AFTER_HELP: &str = "Use --help for the environment variables, files and ex
 
 const AFTER_LONG_HELP: &str = "\
 Environment:
-  TS_AUTHKEY       The key to join with, or file:PATH of a file that holds it
-  TS_AUTHKEY_FILE  The path of a file that holds the key
   TAILWART_CONFIG  The configuration file, unless --config is given
+  TS_CONTROL_URL   The control server, unless tailnet.control_url names one
   Any variable can be used in the configuration's strings as ${NAME}.
 
-  The key is taken from TS_AUTHKEY, else TS_AUTHKEY_FILE, else the file named
-  by tailnet.auth_key_file. It is needed to join for the first time only.
+  What to join with, needed for the first time only, from the first of these:
+  TS_AUTHKEY        A key, or file:PATH of a file that holds it (or TS_AUTH_KEY)
+  TS_AUTHKEY_FILE   The path of a file that holds a key
+  (tailnet.auth_key_file, then the systemd credential ts_authkey)
+  TS_CLIENT_SECRET  An OAuth client's secret, or file:PATH (TS_CLIENT_ID its id)
+  TS_CLIENT_ID      A workload identity, with TS_ID_TOKEN (or file:PATH), or
+                    with TS_AUDIENCE where the machine's cloud issues the token
+  Without any, on a terminal, the address to log in with a browser is shown.
 
 Files:
   /etc/tailwart-edge/config.toml  The configuration, if neither --config nor
@@ -146,7 +151,7 @@ mod tests {
     #[test]
     fn long_help_teaches() {
         let help = Cli::command().render_long_help().to_string();
-        let variables = crate::secret::KEY_VARIABLES.into_iter().chain([crate::config::PATH_VARIABLE]);
+        let variables = crate::credential::VARIABLES.into_iter().chain([crate::config::PATH_VARIABLE]);
         let files = [crate::config::DEFAULT_PATH, "/var/lib/tailwart-edge"];
         let codes = ["  0  ", "  1  ", "  2  ", "  3  ", "  4  "];
         let start = ["TS_AUTHKEY=tskey-auth-... tailwart-edge run --upstream stalwart"];

@@ -17,7 +17,7 @@
 //!
 //! Deliberately not here: looking at the network, at `state_dir` or at `auth_key_file` (a file can
 //! be checked on another machine than the one it is for), and reading the auth key (see
-//! [`crate::secret`]).
+//! [`crate::credential`]).
 
 mod clashes;
 mod file;
@@ -78,13 +78,21 @@ pub struct Tailnet {
     pub tags: Vec<String>,
     /// The directory that keeps the node's identity. Default: `/var/lib/tailwart-edge`.
     pub state_dir: PathBuf,
-    /// The control server, for Headscale. Default: `None`, Tailscale's own.
+    /// The control server, for Headscale. Default: `TS_CONTROL_URL`, else `None`, Tailscale's own.
     pub control_url: Option<String>,
     /// A file holding the auth key; the environment goes before it, see
-    /// [`crate::secret::auth_key`]. Default: `None`.
+    /// [`crate::credential::Sources::read`]. Default: `None`.
     pub auth_key_file: Option<PathBuf>,
     /// How long joining may take before the start fails. Default: 15 seconds.
     pub join_timeout: Duration,
+    /// Whether the node keeps no identity on disk and leaves the tailnet when it stops. Default:
+    /// false.
+    pub ephemeral: bool,
+    /// Whether keys made for an OAuth client or a workload identity go past device approval.
+    /// Default: false, as Tailscale's own.
+    pub preauthorized: bool,
+    /// Whether Tailscale's own logs go to Tailscale. Default: false.
+    pub log_upload: bool,
 }
 
 /// One `[[listener]]`: some public addresses and where their connections go.
@@ -196,8 +204,8 @@ impl Config {
 
     /// The configuration without a file: everything at its default, and `upstream`, the value of
     /// `--upstream`.
-    pub fn without_file(upstream: Option<&str>) -> Result<Config, ConfigError> {
-        Config::parse("", upstream, &|_| None)
+    pub fn without_file(upstream: Option<&str>, env: Env) -> Result<Config, ConfigError> {
+        Config::parse("", upstream, env)
     }
 }
 

@@ -20,13 +20,14 @@ use tracing::{error, info, warn};
 use crate::admin::{self, Readiness};
 use crate::config::{self, Config};
 use crate::connection::Service;
+use crate::credential::Sources;
 use crate::drain::StopSignals;
 use crate::limits::{ClientLimit, connection_limit};
 use crate::listener::{self, Admission, BindError};
+use crate::membership::Membership;
 use crate::relay::Timeouts;
-use crate::secret::Secret;
 use crate::state_dir::{self, StateDirError};
-use crate::tailnet::{JoinError, Node, NodeStatus, linked_version};
+use crate::tailnet::{JoinError, Node, linked_version};
 use crate::upstream::Upstream;
 
 /// While draining, a connection that waits for its client this long is closed;
@@ -62,7 +63,9 @@ impl RunError {
     /// The process's exit code: 3 tailnet, 4 cannot bind, 1 anything else.
     pub fn exit_code(&self) -> u8 {
         match self {
-            RunError::Join(JoinError::Start(_)) | RunError::StateDir(_) | RunError::Signals(_) => 1,
+            RunError::Join(JoinError::Start(_) | JoinError::BadStateFile(_))
+            | RunError::StateDir(_)
+            | RunError::Signals(_) => 1,
             RunError::Join(_) => 3,
             RunError::Bind(_) => 4,
         }
@@ -76,28 +79,30 @@ struct Bound<'a> {
 }
 
 /// Runs the edge until a signal stops it. `Ok` is an orderly stop, also when
-/// the drain time-out cut connections.
-pub async fn run(config: Config, auth_key: Option<Secret>) -> Result<(), RunError> {
+/// the drain time-out cut connections. `sources` are asked if the node has to
+/// enrol.
+pub async fn run(config: Config, sources: Sources) -> Result<(), RunError> {
     let mut signals = StopSignals::install().map_err(RunError::Signals)?;
     info!(version = env!("CARGO_PKG_VERSION"), tailscale = linked_version(), "tailwart-edge starts");
     let drain = CancellationToken::new();
     let bound = bind_all(&config.listeners)?;
     let admin = config.admin.map(|address| listener::bind("admin", address)).transpose()?;
-    let _state_dir = state_dir::lock(&config.tailnet.state_dir)?;
+    let settings = &config.tailnet;
+    // An ephemeral node has no identity that two could share.
+    let _state_dir = (!settings.ephemeral).then(|| state_dir::lock(&settings.state_dir)).transpose()?;
 
     let (node_sender, node_receiver) = watch::channel(None);
     if let Some(admin) = admin {
         announce("admin", &admin);
-        let readiness =
-            Readiness { node: node_receiver, tags: config.tailnet.tags.clone(), drain: drain.clone() };
+        let readiness = Readiness { node: node_receiver, tags: settings.tags.clone(), drain: drain.clone() };
         tokio::spawn(admin::serve(admin, Arc::new(readiness)));
     }
-    let node = Arc::new(Node::start(&config.tailnet, auth_key.as_ref())?);
-    drop(auth_key);
+    let node = Arc::new(Node::start(settings)?);
     node_sender.send_replace(Some(node.status()));
+    let membership = Membership { node: Arc::clone(&node), sources, settings: settings.clone() };
 
     let joined = tokio::select! {
-        joined = reach_tailnet(&node, &config) => Some(joined),
+        joined = reach_tailnet(&membership, &config) => Some(joined),
         signal = signals.stop() => {
             info!(signal, "stopping before anything was served");
             None
@@ -105,7 +110,7 @@ pub async fn run(config: Config, auth_key: Option<Secret>) -> Result<(), RunErro
     };
     let outcome = match joined {
         Some(Ok(())) => {
-            serve(&config, bound, &node, drain, &mut signals).await;
+            serve(&config, bound, membership, drain, &mut signals).await;
             Ok(())
         }
         Some(Err(refused)) => Err(RunError::Join(refused)),
@@ -119,7 +124,9 @@ pub async fn run(config: Config, auth_key: Option<Secret>) -> Result<(), RunErro
 /// holds it up, the process has to end.
 async fn close(node: &Node, signals: &mut StopSignals) {
     tokio::select! {
-        () = node.close() => {}
+        gone = node.close() => if !gone {
+            warn!("this ephemeral node could not be taken off the tailnet; the control server drops it later by itself, or remove it in the admin console");
+        },
         () = tokio::time::sleep(CLOSE_LIMIT) => warn!("the tailnet node did not close within {CLOSE_LIMIT:?}"),
         signal = signals.stop() => warn!(signal, "stopping at once: the tailnet node is not closed"),
     }
@@ -161,36 +168,23 @@ fn announce(listener: &str, socket: &TcpListener) {
 /// The contact comes before the first client, because the first packets to a
 /// peer may be lost: it may not have heard of this node yet, and WireGuard asks
 /// again only after five seconds.
-async fn reach_tailnet(node: &Arc<Node>, config: &Config) -> Result<(), JoinError> {
-    join(node, config.tailnet.join_timeout).await?;
+async fn reach_tailnet(membership: &Membership, config: &Config) -> Result<(), JoinError> {
+    membership.join().await?;
     let hosts: BTreeSet<&str> =
         config.listeners.iter().map(|listener| listener.upstream.host.as_str()).collect();
     let mut greetings = tokio::task::JoinSet::new();
     for host in hosts {
-        greetings.spawn(greet_upstream(Arc::clone(node), host.to_owned()));
+        greetings.spawn(greet_upstream(Arc::clone(&membership.node), host.to_owned()));
     }
     greetings.join_all().await;
     Ok(())
-}
-
-/// Joins the tailnet. An enrolled node goes on trying for as long as it takes;
-/// one that is not gets one try.
-async fn join(node: &Node, limit: Duration) -> Result<(), JoinError> {
-    loop {
-        match node.up(limit).await {
-            Err(JoinError::TimedOut { after, reason }) => {
-                warn!("not on the tailnet after {} s: {reason}; trying on, clients wait", after.as_secs());
-            }
-            outcome => return outcome,
-        }
-    }
 }
 
 /// Accepts until a signal, then drains.
 async fn serve(
     config: &Config,
     bound: Vec<Bound<'_>>,
-    node: &Arc<Node>,
+    membership: Membership,
     drain: CancellationToken,
     signals: &mut StopSignals,
 ) {
@@ -209,17 +203,17 @@ async fn serve(
     };
     let mut accepting = tokio::task::JoinSet::new();
     for Bound { listener, sockets } in bound {
-        let service = Arc::new(service(config, listener, node, &drain));
+        let service = Arc::new(service(config, listener, &membership.node, &drain));
         for socket in sockets {
             announce(&listener.name, &socket);
             accepting.spawn(listener::accept(socket, Arc::clone(&service), admission.clone()));
         }
     }
-    let watch = tokio::spawn(log_node_changes(node.status(), config.tailnet.tags.clone()));
-    announce_node(&node.status().borrow(), &config.tailnet.hostname);
+    membership.announce();
+    let keeping = tokio::spawn(async move { membership.keep().await });
 
     let signal = signals.stop().await;
-    watch.abort();
+    keeping.abort();
     drain.cancel();
     while accepting.join_next().await.is_some() {} // the ports are closed
     stop(&admission.tasks, signal, config.timeouts.drain, signals).await;
@@ -242,35 +236,6 @@ fn service(
             quiet: QUIET,
         },
         drain: drain.clone(),
-    }
-}
-
-fn announce_node(status: &NodeStatus, wanted: &str) {
-    info!(name = status.name, ips = ?status.ips, tags = ?status.tags, "ready");
-    let name = status.name.split('.').next().unwrap_or_default();
-    if !name.eq_ignore_ascii_case(wanted) {
-        warn!(
-            "the tailnet calls this node {name} and not {wanted}, which is taken; remove the other node, or set tailnet.hostname"
-        );
-    }
-}
-
-/// One line when the tailnet is lost, or anything that readiness depends on,
-/// and one when all is well again.
-async fn log_node_changes(mut status: watch::Receiver<NodeStatus>, tags: Vec<String>) {
-    let mut last = status.borrow_and_update().shortcomings(&tags);
-    while status.changed().await.is_ok() {
-        let current = status.borrow_and_update().clone();
-        let reasons = current.shortcomings(&tags);
-        if reasons == last {
-            continue;
-        }
-        if reasons.is_empty() {
-            info!(ips = ?current.ips, "on the tailnet again");
-        } else {
-            warn!(tailscale = ?current.health, "trouble on the tailnet: {}", reasons.join("; "));
-        }
-        last = reasons;
     }
 }
 

@@ -5,8 +5,9 @@
 //! The modules in reading order: [`edge`] joins the parts; [`listener`]
 //! accepts; [`connection`] is one client's life: [`upstream`] dials,
 //! [`proxy_header`] writes, [`relay`] moves the bytes. [`tailnet`] is the node
-//! and the C boundary. The rest is what an operator touches: [`cli`],
-//! [`config`], [`secret`], [`state_dir`], [`limits`], [`drain`], [`admin`].
+//! and the C boundary, [`membership`] its life. The rest is what an operator touches: [`cli`],
+//! [`config`], [`credential`], [`secret`], [`state_dir`], [`limits`], [`drain`],
+//! [`admin`], [`metrics`].
 //!
 //! `ARCHITECTURE.md` has the picture and the invariants.
 
@@ -24,9 +25,13 @@ pub mod relay;
 
 pub mod tailnet;
 
+pub mod membership;
+
 pub mod cli;
 
 pub mod config;
+
+pub mod credential;
 
 pub mod secret;
 
@@ -37,3 +42,5 @@ pub mod limits;
 pub mod drain;
 
 pub mod admin;
+
+pub mod metrics;

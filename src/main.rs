@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use tailwart_edge::cli::{Cli, Command, ConfigArgs};
 use tailwart_edge::config::{Config, ConfigError, Upstream, config_path};
-use tailwart_edge::secret::{Secret, auth_key};
+use tailwart_edge::credential::Sources;
 use tailwart_edge::{edge, tailnet};
 use tracing_subscriber::EnvFilter;
 
@@ -33,7 +33,7 @@ fn environment(name: &str) -> Option<String> {
 fn load(args: &ConfigArgs) -> Result<Config, ConfigError> {
     match config_path(args.config.clone(), &environment) {
         Some(path) => Config::load(&path, args.upstream.as_deref(), &environment),
-        None => Config::without_file(args.upstream.as_deref()),
+        None => Config::without_file(args.upstream.as_deref(), &environment),
     }
 }
 
@@ -61,23 +61,19 @@ fn config_mistakes(mistakes: &ConfigError) -> ExitCode {
 }
 
 fn run(args: &ConfigArgs) -> ExitCode {
-    let loaded = load(args);
-    let key = |config: &Config| auth_key(&environment, config.tailnet.auth_key_file.as_deref());
-    let (config, key) = match loaded.map(|config| (key(&config), config)) {
-        Ok((Ok(key), config)) => (config, key),
-        Ok((Err(error), _)) => {
-            eprintln!("{error}");
-            return ExitCode::from(EXIT_CONFIG);
-        }
+    let config = match load(args) {
+        Ok(config) => config,
         Err(mistakes) => return config_mistakes(&mistakes),
     };
+    let sources = Sources::capture(&environment, config.tailnet.auth_key_file.clone());
     start_logging();
     // Before any thread of ours exists.
     tailnet::forget_environment();
+    tailnet::set_log_upload(config.tailnet.log_upload);
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
-    run_edge(config, key)
+    run_edge(config, sources)
 }
 
 /// To standard error: levels and targets by `RUST_LOG`, `info` by default.
@@ -91,7 +87,7 @@ fn start_logging() {
         .init();
 }
 
-fn run_edge(config: Config, key: Option<Secret>) -> ExitCode {
+fn run_edge(config: Config, sources: Sources) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -99,7 +95,7 @@ fn run_edge(config: Config, key: Option<Secret>) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let outcome = runtime.block_on(edge::run(config, key));
+    let outcome = runtime.block_on(edge::run(config, sources));
     // Connections that the drain time-out cut must not hold the exit up.
     runtime.shutdown_background();
     match outcome {

@@ -1,11 +1,12 @@
-//! The state directory: made private, tested for writing, and locked, since
-//! two instances on one identity throw each other off the tailnet.
+//! The state directory: private, tested for writing, and locked, since who can
+//! read it can be this node, and two instances on one identity throw each other
+//! off the tailnet.
 //!
 //! What Tailscale keeps in it is not looked at.
 
 use std::fs::{DirBuilder, File, TryLockError};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
@@ -29,6 +30,14 @@ pub enum StateDirError {
         /// The system's answer.
         error: io::Error,
     },
+    /// Users other than the one that runs the edge can read it.
+    #[error("the state directory {} {problem}, and who can read it can take this node's place on the tailnet; run chmod 700 and chown on it, or set state_dir to a new directory, which is made private", .path.display())]
+    Exposed {
+        /// The directory.
+        path: PathBuf,
+        /// Who can.
+        problem: String,
+    },
     /// Another process holds the lock.
     #[error("the state directory {} is in use by another tailwart-edge; stop it, or give this one a state_dir of its own", .path.display())]
     InUse {
@@ -43,7 +52,8 @@ pub struct StateDir {
     _lock: File,
 }
 
-/// Makes the directory (mode 0700) if need be and locks it.
+/// Makes the directory (mode 0700) if need be and locks it. One that is there is
+/// not made private but refused: what was in it may have been read.
 pub fn lock(path: &Path) -> Result<StateDir, StateDirError> {
     let named = || path.to_owned();
     DirBuilder::new()
@@ -51,6 +61,7 @@ pub fn lock(path: &Path) -> Result<StateDir, StateDirError> {
         .mode(0o700)
         .create(path)
         .map_err(|error| StateDirError::Create { path: named(), error })?;
+    refuse_exposed(path)?;
     let file = File::options()
         .create(true)
         .truncate(false)
@@ -65,15 +76,35 @@ pub fn lock(path: &Path) -> Result<StateDir, StateDirError> {
     }
 }
 
+fn refuse_exposed(path: &Path) -> Result<(), StateDirError> {
+    let named = || path.to_owned();
+    let metadata = path.metadata().map_err(|error| StateDirError::Write { path: named(), error })?;
+    let (owner, we) = (metadata.uid(), rustix::process::geteuid().as_raw());
+    let mode = metadata.mode() & 0o777;
+    let problem = if mode & 0o077 != 0 {
+        format!("is open to other users (mode {mode:04o})")
+    } else if owner != we {
+        format!("belongs to the user {owner}, and the edge runs as {we}")
+    } else {
+        return Ok(());
+    };
+    Err(StateDirError::Exposed { path: named(), problem })
+}
+
 #[cfg(test)]
 mod tests {
+    use std::fs::Permissions;
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
 
+    fn private_dir() -> tempfile::TempDir {
+        tempfile::Builder::new().permissions(Permissions::from_mode(0o700)).tempdir().unwrap()
+    }
+
     #[test]
     fn it_is_made_private() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = private_dir();
         let path = dir.path().join("a/b");
         let _locked = lock(&path).unwrap();
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o700);
@@ -81,7 +112,7 @@ mod tests {
 
     #[test]
     fn a_second_lock_is_refused_until_the_first_is_dropped() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = private_dir();
         let first = lock(dir.path()).unwrap();
         let error = lock(dir.path()).unwrap_err().to_string();
         assert!(error.contains("in use by another tailwart-edge"), "{error}");
@@ -90,8 +121,20 @@ mod tests {
     }
 
     #[test]
+    fn one_that_others_can_read_is_refused() {
+        let dir = private_dir();
+        for mode in [0o755, 0o750, 0o701, 0o1777] {
+            std::fs::set_permissions(dir.path(), Permissions::from_mode(mode)).unwrap();
+            let error = lock(dir.path()).unwrap_err().to_string();
+            assert!(error.contains(&format!("(mode {:04o})", mode & 0o777)), "{error}");
+        }
+        std::fs::set_permissions(dir.path(), Permissions::from_mode(0o700)).unwrap();
+        lock(dir.path()).unwrap();
+    }
+
+    #[test]
     fn a_file_in_its_place_is_named() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = private_dir();
         let path = dir.path().join("file");
         std::fs::write(&path, "").unwrap();
         let error = lock(&path).unwrap_err().to_string();

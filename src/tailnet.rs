@@ -9,6 +9,7 @@
 //! tailnet's map does not hold is an error.
 
 mod ffi;
+mod status;
 
 use std::io;
 use std::pin::Pin;
@@ -24,76 +25,40 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::config;
+use crate::credential::{Credential, CredentialError, Kind, Proof};
 use crate::relay::Reset;
-use crate::secret::Secret;
 use ffi::{Conn, LineSink, NodeHandle, Setting};
 
-pub use ffi::{Code, forget_environment, linked_version, open_connections, run_on_alternate_stack};
+pub use ffi::{
+    Code, forget_environment, linked_version, open_connections, run_on_alternate_stack, set_log_upload,
+};
+pub use status::{NodeStatus, Trouble};
 
-/// The node's state as it last reported it.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
-#[serde(default)]
-pub struct NodeStatus {
-    /// Tailscale's own word: `Running`, `NeedsLogin`, `Starting`, …
-    pub state: String,
-    /// The MagicDNS name, without a final dot.
-    pub name: String,
-    /// The tailnet addresses, IPv4 first.
-    #[serde(deserialize_with = "null_is_empty")]
-    pub ips: Vec<std::net::IpAddr>,
-    /// The tags that the node holds.
-    #[serde(deserialize_with = "null_is_empty")]
-    pub tags: Vec<String>,
-    /// Whether the control server sees us.
-    pub in_map_poll: bool,
-    /// What Tailscale itself finds wrong.
-    #[serde(deserialize_with = "null_is_empty")]
-    pub health: Vec<String>,
-}
-
-impl NodeStatus {
-    /// Whether connections to peers are possible.
-    pub fn is_running(&self) -> bool {
-        self.state == "Running"
-    }
-
-    /// What keeps the node from being what it should, each in words; empty
-    /// when all is well.
-    pub fn shortcomings(&self, tags: &[String]) -> Vec<String> {
-        if !self.is_running() {
-            let state = if self.state.is_empty() { "starting" } else { &self.state };
-            return vec![format!("the tailnet node is not running (state {state})")];
-        }
-        let control = (!self.in_map_poll)
-            .then(|| "the control server is out of reach or has removed this node".to_owned());
-        let missing = tags.iter().filter(|tag| !self.tags.contains(tag));
-        control.into_iter().chain(missing.map(|tag| format!("the node does not hold {tag}"))).collect()
-    }
-}
-
-/// Go writes an empty list as `null`.
-fn null_is_empty<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
-where
-    D: serde::Deserializer<'de>,
-    T: Deserialize<'de>,
-{
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
-}
-
-/// Why the node could not start or join.
+/// Why the node could not start or join; the text of each ends with what to do.
 #[derive(Debug, Error)]
 pub enum JoinError {
-    /// Not enrolled, and no key to enrol with.
+    /// Not enrolled, and nothing to enrol with.
     #[error(
-        "this node is not enrolled on the tailnet and there is no auth key; set TS_AUTHKEY (or auth_key_file) to a key that may use {tags}"
+        "this node is not enrolled on the tailnet and there is no auth key; set TS_AUTHKEY, TS_AUTHKEY_FILE or tailnet.auth_key_file to a key that may use {tags}, or TS_CLIENT_SECRET to an OAuth client that may, or run this once on a terminal to log in with a browser"
     )]
-    NoCredential {
+    NotEnrolled {
         /// The configured tags.
         tags: String,
     },
-    /// The control server said no; the reason is in its own words.
+    /// As [`JoinError::NotEnrolled`], of a node that has been.
     #[error(
-        "the control server {control} refused this node: {reason}; if that is about the auth key, create a new one that may use {tags} and set TS_AUTHKEY"
+        "this node's place on the tailnet is gone (it was removed or logged out, or its key has expired) and there is no auth key to enrol it again; set TS_AUTHKEY, TS_AUTHKEY_FILE or tailnet.auth_key_file to a key that may use {tags}, or TS_CLIENT_SECRET to an OAuth client that may"
+    )]
+    EnrolmentEnded {
+        /// The configured tags.
+        tags: String,
+    },
+    /// There should be something to enrol with, and it is no good.
+    #[error("this node has to enrol on the tailnet: {0}")]
+    Credential(#[from] CredentialError),
+    /// The control server or its API said no; the reason is in its own words.
+    #[error(
+        "the control server {control} refused this node: {reason}; if that is about the key, create a new one that may use {tags} and set TS_AUTHKEY"
     )]
     Refused {
         /// The control server.
@@ -103,14 +68,41 @@ pub enum JoinError {
         /// The configured tags.
         tags: String,
     },
+    /// The tailnet's policy does not let this node have its tags.
+    #[error(
+        "the control server {control} refused this node its tags: {reason}; name an owner for {tags} in the policy's tagOwners, and use a key (or an OAuth client) that carries them all"
+    )]
+    TagsRefused {
+        /// The control server.
+        control: String,
+        /// What it answered.
+        reason: String,
+        /// The configured tags.
+        tags: String,
+    },
     /// Waiting for a person.
     #[error(
-        "this node waits for approval by an admin of the tailnet; approve it in the admin console or use a pre-approved auth key"
+        "this node waits for approval by an admin of the tailnet; approve it in the admin console, or use a pre-approved auth key (tailnet.preauthorized = true for an OAuth client)"
     )]
     NeedsApproval,
+    /// The tailnet has network flow logs.
+    #[error(
+        "this tailnet has network flow logs and admits only nodes that upload Tailscale's logs; set tailnet.log_upload = true, or turn network flow logs off in the admin console"
+    )]
+    NeedsLogUpload,
+    /// Never enrolled, and this machine's clock makes TLS impossible.
+    #[error(
+        "cannot reach the control server {control}: {reason}; set the clock of this machine (timedatectl set-ntp true)"
+    )]
+    ClockWrong {
+        /// The control server.
+        control: String,
+        /// Both times.
+        reason: String,
+    },
     /// Never enrolled, and the control server does not answer.
     #[error(
-        "cannot reach the control server {control}: {reason}; check the network, DNS and clock of this machine, and control_url"
+        "cannot reach the control server {control}: {reason}; check the network and DNS of this machine, and control_url"
     )]
     ControlUnreachable {
         /// The control server.
@@ -136,6 +128,11 @@ pub enum JoinError {
         /// The configured tags it lacks.
         missing: String,
     },
+    /// The identity on disk is damaged.
+    #[error(
+        "cannot read this node's identity: {0}; restore the file, or remove it to enrol as a new node with another tailnet address"
+    )]
+    BadStateFile(String),
     /// Tailscale could not start, for example because of its state directory.
     #[error("cannot start the tailnet node: {0}")]
     Start(String),
@@ -237,28 +234,31 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts a node in `settings.state_dir` without waiting for the tailnet.
-    /// The key is used only if the control server asks for one.
+    /// Starts a node in `settings.state_dir`, or in memory if it is ephemeral, without waiting for
+    /// the tailnet.
     ///
     /// Must be called within a tokio runtime, which then carries the node's
     /// log lines (target `tailscale`, at debug) and its state.
-    pub fn start(settings: &config::Tailnet, auth_key: Option<&Secret>) -> Result<Node, JoinError> {
+    pub fn start(settings: &config::Tailnet) -> Result<Node, JoinError> {
         let handle = Arc::new(NodeHandle::new());
         let (sender, status) = watch::channel(NodeStatus::default());
-        configure(&handle, settings, auth_key)
+        let started = configure(&handle, settings)
             .and_then(|()| follow(&handle, sender))
-            .and_then(|()| handle.start().map_err(|code| failure(&handle, code)))
-            .map_err(|reason| {
-                handle.close();
-                JoinError::Start(reason)
-            })?;
+            .map_err(JoinError::Start)
+            .and_then(|()| handle.start().map_err(|code| start_error(code, failure(&handle, code))));
+        if let Err(error) = started {
+            // Not started, so there is nothing that it could fail to do.
+            let _ = handle.close();
+            return Err(error);
+        }
         let control = settings.control_url.clone().unwrap_or_else(|| "controlplane.tailscale.com".into());
         Ok(Node { handle, status, control, tags: settings.tags.clone() })
     }
 
-    /// Joins the tailnet within `limit` and checks that every configured tag
-    /// is held. After [`JoinError::TimedOut`] the node goes on trying and this
-    /// may be called again; other errors need a person.
+    /// Joins the tailnet within `limit`, with what the node has on disk, and checks that every
+    /// configured tag is held. After [`JoinError::TimedOut`] the node goes on trying and this may be
+    /// called again; after [`JoinError::NotEnrolled`] and [`JoinError::EnrolmentEnded`],
+    /// [`Node::enrol`] may help; other errors need a person.
     ///
     /// Cancelling the future leaves the attempt going on until `limit`.
     pub async fn up(&self, limit: Duration) -> Result<(), JoinError> {
@@ -272,16 +272,67 @@ impl Node {
         }
     }
 
+    /// As [`Node::up`], and enrols with the credential if the control server asks for one. The
+    /// library has forgotten the credential when this returns.
+    pub async fn enrol(&self, credential: &Credential, limit: Duration) -> Result<(), JoinError> {
+        self.offer(Some(&credential.kind))?;
+        let outcome = self.up(limit).await;
+        self.offer(None)?;
+        outcome
+    }
+
+    /// Sets all that makes a credential, so that nothing is left of an earlier one.
+    fn offer(&self, kind: Option<&Kind>) -> Result<(), JoinError> {
+        let (mut key, mut id, mut secret, mut token, mut cloud) = ("", "", "", "", "");
+        match kind {
+            None => {}
+            Some(Kind::AuthKey(auth_key)) => key = auth_key.expose(),
+            Some(Kind::OAuthClient { id: client, secret: s }) => {
+                (id, secret) = (client.as_deref().unwrap_or_default(), s.expose());
+            }
+            Some(Kind::FederatedIdentity { client_id, proof }) => {
+                id = client_id;
+                match proof {
+                    Proof::Token(id_token) => token = id_token.expose(),
+                    Proof::Audience(audience) => cloud = audience,
+                }
+            }
+        }
+        let settings = [
+            (Setting::AuthKey, key),
+            (Setting::ClientId, id),
+            (Setting::ClientSecret, secret),
+            (Setting::IdToken, token),
+            (Setting::Audience, cloud),
+        ];
+        for (setting, value) in settings {
+            self.handle.set(setting, value).map_err(|code| JoinError::Start(failure(&self.handle, code)))?;
+        }
+        Ok(())
+    }
+
+    /// What a node without a credential is told, be it new or not any more on the tailnet.
+    pub fn not_enrolled(&self) -> JoinError {
+        let tags = self.tags.join(", ");
+        match self.status.borrow().enrolled {
+            true => JoinError::EnrolmentEnded { tags },
+            false => JoinError::NotEnrolled { tags },
+        }
+    }
+
     fn join_error(&self, code: Code, reason: String, after: Duration) -> JoinError {
         let control = self.control.clone();
         let tags = self.tags.join(", ");
         match code {
-            Code::NeedsLogin => JoinError::NoCredential { tags },
+            Code::NeedsLogin => self.not_enrolled(),
             Code::AuthRefused => JoinError::Refused { control, reason, tags },
+            Code::TagsRefused => JoinError::TagsRefused { control, reason, tags },
             Code::NeedsApproval => JoinError::NeedsApproval,
+            Code::NeedsLogUpload => JoinError::NeedsLogUpload,
+            Code::ClockWrong => JoinError::ClockWrong { control, reason },
             Code::ControlUnreachable => JoinError::ControlUnreachable { control, reason },
             Code::UpTimedOut => JoinError::TimedOut { after, reason },
-            _ => JoinError::Start(reason),
+            code => start_error(code, reason),
         }
     }
 
@@ -331,12 +382,19 @@ impl Node {
         serde_json::from_str(&report).map_err(|_| ConnectError::Internal(Code::Error))
     }
 
-    /// Leaves the tailnet's network, waiting up to two seconds for bytes on
-    /// their way to be acknowledged. The identity stays on disk.
-    pub async fn close(&self) {
+    /// Leaves the tailnet's network, waiting up to two seconds for bytes on their way to be
+    /// acknowledged. The identity stays on disk; an ephemeral node has none and is taken off the
+    /// tailnet. False if that was not possible.
+    pub async fn close(&self) -> bool {
         let handle = Arc::clone(&self.handle);
-        // A panic is impossible in `close`; there would be nothing to do.
-        let _ = tokio::task::spawn_blocking(move || handle.close()).await;
+        tokio::task::spawn_blocking(move || handle.close().is_ok()).await.unwrap_or(false)
+    }
+}
+
+fn start_error(code: Code, reason: String) -> JoinError {
+    match code {
+        Code::BadStateFile => JoinError::BadStateFile(reason),
+        _ => JoinError::Start(reason),
     }
 }
 
@@ -349,21 +407,18 @@ fn failure(handle: &NodeHandle, code: Code) -> String {
     }
 }
 
-fn configure(
-    handle: &NodeHandle,
-    settings: &config::Tailnet,
-    auth_key: Option<&Secret>,
-) -> Result<(), String> {
+fn configure(handle: &NodeHandle, settings: &config::Tailnet) -> Result<(), String> {
     let state_dir = settings.state_dir.to_str().ok_or("the path of state_dir is not UTF-8")?;
     let texts = [
         (Setting::Dir, Some(state_dir)),
         (Setting::Hostname, Some(settings.hostname.as_str())),
         (Setting::Tags, Some(&*settings.tags.join(","))),
         (Setting::ControlUrl, settings.control_url.as_deref()),
-        (Setting::AuthKey, auth_key.map(Secret::expose)),
     ]
     .map(|(setting, value)| value.map_or(Ok(()), |value| handle.set(setting, value)));
-    match texts.into_iter().find_map(Result::err) {
+    let switches =
+        [handle.set_ephemeral(settings.ephemeral), handle.set_preauthorized(settings.preauthorized)];
+    match texts.into_iter().chain(switches).find_map(Result::err) {
         Some(_) => Err(handle.error_message()),
         None => Ok(()),
     }

@@ -27,7 +27,7 @@ fn policy() -> Value {
 }
 
 fn config() -> Config {
-    Config::without_file(Some("stalwart")).expect("the defaults are good")
+    Config::without_file(Some("stalwart"), &|_| None).expect("the defaults are good")
 }
 
 /// The edge's tag, of which the default configuration has one.

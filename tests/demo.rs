@@ -64,7 +64,7 @@ fn the_embedded_node_prints_a_greeting() {
     let stub = Stub::start(stub::greet("220 mail.example.test ESMTP\r\n"));
     let tailnet = TestTailnet::start();
     tailnet.add_node("stalwart", &["tag:stalwart"], &[(25, stub.addr)]);
-    let state = common::temp_dir("embed");
+    let state = common::private_dir("embed");
     let mut embed = example("embed");
     embed.arg(state.path()).args(["stalwart", "25"]);
     embed.env("TS_AUTHKEY", "tskey-auth-test").env("TS_CONTROL_URL", tailnet.control_url());

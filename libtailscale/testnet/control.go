@@ -29,12 +29,13 @@ type controlConfig struct {
 }
 
 // control is the control server: the protocol's outer layer is here, who may
-// join in register.go, what nodes are told in mapstream.go, and the table of
-// nodes in registry.go.
+// join in register.go, what nodes are told in mapstream.go, the table of nodes in
+// registry.go, and the HTTP API in api.go.
 type control struct {
 	controlConfig
 	noiseKey key.MachinePrivate
 	reg      *registry
+	api      *api
 
 	addr string // host:port, fixed, since nodes keep the URL
 
@@ -49,10 +50,12 @@ func newControl(cfg controlConfig) (*control, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listening for control: %w", err)
 	}
+	reg := newRegistry(cfg.domain, cfg.authKeys)
 	c := &control{
 		controlConfig: cfg,
 		noiseKey:      key.NewMachine(),
-		reg:           newRegistry(cfg.domain, cfg.authKeys),
+		reg:           reg,
+		api:           newAPI(reg),
 		addr:          ln.Addr().String(),
 	}
 	c.serve(ln)
@@ -104,6 +107,7 @@ func (c *control) outerMux() http.Handler {
 	mux.HandleFunc("/ts2021", c.serveNoise)
 	mux.HandleFunc("GET /auth/{id}", c.serveLogin)
 	mux.HandleFunc("/ack/{session}/{gen}", c.serveAck)
+	mux.Handle("/api/", c.api)
 	return mux
 }
 

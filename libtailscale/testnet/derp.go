@@ -11,6 +11,7 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 
 	"tailscale.com/derp/derpserver"
@@ -24,14 +25,20 @@ import (
 // same pieces as tstest/integration.RunDERPAndSTUN, which needs a testing.TB.
 type derpAndSTUN struct {
 	host     string
-	derp     *derpserver.Server
-	http     *http.Server
-	derpAddr *net.TCPAddr
+	logf     logger.Logf
+	derpKey  key.NodePrivate
+	cert     tls.Certificate
+	derpAddr *net.TCPAddr // fixed, since nodes are told once
 	stunAddr *net.UDPAddr
 	stopSTUN context.CancelFunc
+
+	mu      sync.Mutex
+	derp    *derpserver.Server // nil while stopped
+	http    *http.Server
+	tracker *trackingListener
 }
 
-func startDERPAndSTUN(host string, logf logger.Logf) (*derpAndSTUN, error) {
+func newDERPAndSTUN(host string, logf logger.Logf) (*derpAndSTUN, error) {
 	cert, err := selfSignedCert()
 	if err != nil {
 		return nil, fmt.Errorf("making the DERP certificate: %w", err)
@@ -51,19 +58,56 @@ func startDERPAndSTUN(host string, logf logger.Logf) (*derpAndSTUN, error) {
 
 	d := &derpAndSTUN{
 		host:     host,
-		derp:     derpserver.New(key.NewNode(), logf),
+		logf:     logf,
+		derpKey:  key.NewNode(),
+		cert:     cert,
 		derpAddr: ln.Addr().(*net.TCPAddr),
 		stunAddr: stun.LocalAddr().(*net.UDPAddr),
 		stopSTUN: stopSTUN,
 	}
+	d.serve(ln)
+	return d, nil
+}
+
+func (d *derpAndSTUN) serve(ln net.Listener) {
+	d.tracker = &trackingListener{Listener: ln, conns: make(map[net.Conn]struct{})}
+	d.derp = derpserver.New(d.derpKey, d.logf)
 	d.http = &http.Server{
 		Handler:  derpserver.Handler(d.derp),
-		ErrorLog: logger.StdLogger(logf),
+		ErrorLog: logger.StdLogger(d.logf),
 		// DERP takes over the connection, which HTTP/2 does not allow.
 		TLSNextProto: map[string]func(*http.Server, *tls.Conn, http.Handler){},
 	}
-	go d.http.Serve(tls.NewListener(ln, &tls.Config{Certificates: []tls.Certificate{cert}}))
-	return d, nil
+	go d.http.Serve(tls.NewListener(d.tracker, &tls.Config{Certificates: []tls.Certificate{d.cert}}))
+}
+
+// start makes the relay listen again after stop.
+func (d *derpAndSTUN) start() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.derp != nil {
+		return nil
+	}
+	ln, err := net.ListenTCP("tcp", d.derpAddr)
+	if err != nil {
+		return fmt.Errorf("listening for DERP again: %w", err)
+	}
+	d.serve(ln)
+	return nil
+}
+
+// stop ends the relay and its connections, and leaves STUN alone. A connection
+// that the relay is just taking over is known to neither of the two servers.
+func (d *derpAndSTUN) stop() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.derp == nil {
+		return
+	}
+	d.http.Close()
+	d.tracker.closeConns()
+	d.derp.Close()
+	d.derp, d.http, d.tracker = nil, nil, nil
 }
 
 // derpMap is what control tells the nodes: one region with one server.
@@ -91,8 +135,7 @@ func (d *derpAndSTUN) derpMap() *tailcfg.DERPMap {
 }
 
 func (d *derpAndSTUN) close() {
-	d.http.Close()
-	d.derp.Close() // also ends the connections it has taken over from d.http
+	d.stop()
 	d.stopSTUN()
 }
 

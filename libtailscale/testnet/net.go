@@ -94,7 +94,7 @@ func Start(opts Options) (_ *Net, err error) {
 		}
 		n.ownDir = true
 	}
-	if n.relay, err = startDERPAndSTUN(opts.Host, opts.Logf); err != nil {
+	if n.relay, err = newDERPAndSTUN(opts.Host, opts.Logf); err != nil {
 		return nil, err
 	}
 	n.control, err = newControl(controlConfig{
@@ -170,6 +170,14 @@ func (n *Net) StopControl() { n.control.stop() }
 
 // StartControl makes control answer again, on the same URL.
 func (n *Net) StartControl() error { return n.control.start() }
+
+// StopDERP cuts every connection to the relay and refuses new ones. STUN goes
+// on, and so do direct paths between nodes.
+func (n *Net) StopDERP() { n.relay.stop() }
+
+// StartDERP makes the relay answer again, on the same address. Nodes come back
+// to it by themselves, after at most a few seconds.
+func (n *Net) StartDERP() error { return n.relay.start() }
 
 // opContext is the deadline of one command.
 func opContext() (context.Context, context.CancelFunc) {

@@ -6,18 +6,23 @@ import (
 	"slices"
 	"time"
 
+	"tailscale.com/net/tsaddr"
 	"tailscale.com/wgengine/filter"
 )
 
 // Nodes lists all nodes as control sees them, also those of other processes.
 func (n *Net) Nodes() []NodeStatus { return n.control.reg.nodeStatuses() }
 
-// SetAuthKeys replaces the keys control accepts. With nil any key will do, and
-// no key at all; otherwise a node without a key gets a login URL.
-func (n *Net) SetAuthKeys(keys []string) {
+// SetAuthKeys is SetAuthKeyTable with reusable keys.
+func (n *Net) SetAuthKeys(keys []string) { n.SetAuthKeyTable(reusableKeys(keys)) }
+
+// SetAuthKeyTable replaces the keys control accepts, those made by the API
+// included. With nil any key will do, and no key at all; otherwise a node
+// without a key gets a login URL.
+func (n *Net) SetAuthKeyTable(keys []AuthKey) {
 	n.control.reg.change(func() {
 		p := &n.control.reg.policy
-		p.anyKey, p.authKeys = keys == nil, slices.Clone(keys)
+		p.anyKey, p.authKeys = keys == nil, keyTable(keys)
 	})
 }
 
@@ -37,6 +42,25 @@ func (n *Net) Approve(name string) error {
 	return n.changeNode(name, func(rec *record) { rec.node.MachineAuthorized = true })
 }
 
+// RevokeApproval makes an approved node wait for Approve again. Its peers lose
+// it until then.
+func (n *Net) RevokeApproval(name string) error {
+	return n.changeNode(name, func(rec *record) { rec.node.MachineAuthorized = false })
+}
+
+// RequireFlowLogs sets whether the tailnet demands the upload of flow logs from
+// the nodes of other processes. Those of this process, which upload nothing,
+// would stop.
+func (n *Net) RequireFlowLogs(required bool) error {
+	return n.awaitPushed(n.control.reg.change(func() { n.control.reg.flowLogs = required }))
+}
+
+// SetDERPOnly sets whether nodes that join from now on reach each other through
+// the relay only. Direct paths that nodes have found already stay.
+func (n *Net) SetDERPOnly(enabled bool) error {
+	return n.awaitPushed(n.control.reg.change(func() { n.control.reg.derpOnly = enabled }))
+}
+
 // CompleteLogin visits the pending login URLs of the node with that host name.
 func (n *Net) CompleteLogin(hostname string) error {
 	if !n.control.reg.completeLogins(func(_ string, l *login) bool { return l.hostname == hostname }) {
@@ -48,6 +72,29 @@ func (n *Net) CompleteLogin(hostname string) error {
 // SetTags replaces a node's tags, whatever it asked for.
 func (n *Net) SetTags(name string, tags []string) error {
 	return n.changeNode(name, func(rec *record) { rec.setTags(tags) })
+}
+
+// SetIP gives the node another v4 address, which must be free, and the v6
+// address that goes with it.
+func (n *Net) SetIP(name string, v4 netip.Addr) error {
+	if !tsaddr.CGNATRange().Contains(v4) {
+		return fmt.Errorf("%v is no v4 address of a tailnet", v4)
+	}
+	var visible bool
+	err := n.changeNode(name, func(rec *record) {
+		rec.setIP(v4)
+		visible = rec.isMember() && !rec.hidden
+	})
+	if err != nil {
+		return err
+	}
+	return n.awaitNodes(fmt.Sprintf("%q to have the address %v", name, v4), func(rn *runningNode) bool {
+		if rn.name == name {
+			own, _ := rn.TailscaleIPs()
+			return own == v4
+		}
+		return rn.knowsPeer(v4) == visible
+	})
 }
 
 // SetKeyExpiry sets when a node's key expires; zero is never. A time in the past
@@ -139,13 +186,7 @@ func (n *Net) setDenied(name string, port uint16, denied bool) error {
 // RemoveNode deletes the node: its map stream ends, and control does not know
 // its key any more. It may join again, as a new node with another address.
 func (n *Net) RemoveNode(name string) error {
-	return n.changeNode(name, func(rec *record) {
-		if rec.session != nil {
-			close(rec.session.replaced)
-		}
-		rec.goOffline()
-		rec.removed = true
-	})
+	return n.changeNode(name, n.control.reg.removeLocked)
 }
 
 // changeNode changes what control knows about a node and waits until every

@@ -66,7 +66,8 @@ func (c *control) register(req *tailcfg.RegisterRequest, machine key.MachinePubl
 	}
 	// A key that comes along is checked even when it is not needed, as real
 	// control does (tailscale/tailscale#16987): the edge must not send one.
-	if err := r.policy.checkKey(req.Auth, c.masterKey); err != "" {
+	authKey, err := r.policy.findKey(req.Auth, c.masterKey)
+	if err != "" {
 		return &tailcfg.RegisterResponse{Error: err}
 	}
 	if known != nil && !known.loggedOut {
@@ -79,30 +80,44 @@ func (c *control) register(req *tailcfg.RegisterRequest, machine key.MachinePubl
 		return &tailcfg.RegisterResponse{AuthURL: c.newLoginLocked(req.Hostinfo.Hostname)}
 	}
 	if bad := r.policy.refusedTags(req.Hostinfo.RequestTags); len(bad) > 0 {
-		// The text of real control: hassio-addons/app-tailscale#642.
-		return &tailcfg.RegisterResponse{Error: fmt.Sprintf("requested tags [%s] are invalid or not permitted", strings.Join(bad, " "))}
+		return &tailcfg.RegisterResponse{Error: refusedTagsText(bad)}
 	}
-	rec := r.admitLocked(req, machine)
+	rec := r.admitLocked(req, machine, authKey)
+	rec.local = req.Auth != nil && req.Auth.AuthKey == c.masterKey
 	return &tailcfg.RegisterResponse{MachineAuthorized: rec.node.MachineAuthorized}
 }
 
-// checkKey returns real control's text for a key it does not accept:
-// tailscale/tailscale#9715 and #13005 for one that is spent, revoked or
-// expired, where the id stands for the key, and #6215 for one that is no key.
-func (p *policy) checkKey(auth *tailcfg.RegisterResponseAuth, masterKey string) string {
-	if auth == nil || auth.AuthKey == "" || p.anyKey || auth.AuthKey == masterKey ||
-		slices.Contains(p.authKeys, auth.AuthKey) {
-		return ""
+// refusedTagsText is real control's text: hassio-addons/app-tailscale#642.
+func refusedTagsText(tags []string) string {
+	return fmt.Sprintf("requested tags [%s] are invalid or not permitted", strings.Join(tags, " "))
+}
+
+// findKey returns the key that comes along, one without properties if there is
+// none or it is not in the table, or else real control's text for a key it does
+// not accept: tailscale/tailscale#9715 and #13005 for one that is spent, revoked
+// or expired, where the id stands for the key, and #6215 for one that is no key.
+func (p *policy) findKey(auth *tailcfg.RegisterResponseAuth, masterKey string) (_ *AuthKey, err string) {
+	if auth == nil || auth.AuthKey == "" || auth.AuthKey == masterKey {
+		return new(AuthKey), ""
+	}
+	k, listed := p.authKeys[auth.AuthKey]
+	if listed && !k.Expired && !k.spent {
+		return k, ""
+	}
+	if !listed && p.anyKey {
+		return new(AuthKey), ""
 	}
 	if rest, ok := strings.CutPrefix(auth.AuthKey, "tskey-auth-"); ok {
 		id, _, _ := strings.Cut(rest, "-")
-		return fmt.Sprintf("invalid key: API key %s not valid", id)
+		return nil, fmt.Sprintf("invalid key: API key %s not valid", id)
 	}
-	return "invalid key: unable to validate API key"
+	return nil, "invalid key: unable to validate API key"
 }
 
-// admitLocked adds the node, or gives the machine's present node its new key.
-func (r *registry) admitLocked(req *tailcfg.RegisterRequest, machine key.MachinePublic) *record {
+// admitLocked adds the node, or gives the machine's present node its new key. It
+// spends authKey.
+func (r *registry) admitLocked(req *tailcfg.RegisterRequest, machine key.MachinePublic, authKey *AuthKey) *record {
+	authKey.spent = authKey.SingleUse
 	rec := r.byMachineLocked(machine)
 	if rec == nil {
 		rec = r.addLocked(machine, req.Hostinfo)
@@ -111,7 +126,10 @@ func (r *registry) admitLocked(req *tailcfg.RegisterRequest, machine key.Machine
 	rec.node.Key = req.NodeKey
 	rec.node.Hostinfo = req.Hostinfo.View()
 	rec.node.Cap = req.Version
-	rec.ephemeral = req.Ephemeral
+	if authKey.Preauthorized {
+		rec.node.MachineAuthorized = true
+	}
+	rec.ephemeral = req.Ephemeral || authKey.Ephemeral
 	rec.loggedOut = false
 	rec.setTags(req.Hostinfo.RequestTags)
 	r.bumpLocked()
@@ -128,12 +146,16 @@ func (r *record) setTags(tags []string) {
 	}
 }
 
-// logoutLocked notes that the node has ended its own registration. It stays
-// listed, so that tests can see it; real control drops an ephemeral one.
+// logoutLocked notes that the node has ended its own registration. An ephemeral
+// one is removed at once, as real control does
+// (https://tailscale.com/blog/ephemeral-logout); another one stays listed.
 func (r *registry) logoutLocked(rec *record, expiry time.Time) *tailcfg.RegisterResponse {
 	if rec != nil {
 		rec.loggedOut = true
 		rec.node.KeyExpiry = expiry
+		if rec.ephemeral {
+			r.removeLocked(rec)
+		}
 		r.bumpLocked()
 	}
 	return &tailcfg.RegisterResponse{}

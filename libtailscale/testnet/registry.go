@@ -17,9 +17,10 @@ import (
 type record struct {
 	node      *tailcfg.Node // never handed out, only clones of it
 	ephemeral bool
+	local     bool // a node of this process
 
 	loggedOut bool // by the node itself
-	removed   bool // by Net.RemoveNode; kept in the table so that ids stay unique
+	removed   bool // see removeLocked; kept in the table so that ids stay unique
 	hidden    bool // peers are not told about it
 	isolated  bool // it is not told about peers
 	denied    map[uint16]bool
@@ -68,12 +69,15 @@ type registry struct {
 	records   []*record // in order of registration; the index is the node ID - 1
 	logins    map[string]*login
 	policy    policy
+
+	flowLogs bool // nodes of other processes are told to upload flow logs
+	derpOnly bool // nodes are told to send nothing but TCP
 }
 
 // policy is who may join, and as what.
 type policy struct {
-	anyKey       bool // any key, or none, will do
-	authKeys     []string
+	anyKey       bool // a key that is not in authKeys, or none, will do
+	authKeys     map[string]*AuthKey
 	needApproval bool
 	// permittedTags are the tags a node may ask for; nil permits all.
 	permittedTags []string
@@ -85,7 +89,7 @@ func newRegistry(domain string, authKeys []string) *registry {
 		changed:  newBroadcast(),
 		progress: newBroadcast(),
 		logins:   make(map[string]*login),
-		policy:   policy{anyKey: authKeys == nil, authKeys: authKeys},
+		policy:   policy{anyKey: authKeys == nil, authKeys: keyTable(reusableKeys(authKeys))},
 	}
 }
 
@@ -175,11 +179,6 @@ func (r *registry) onlinePeersLocked(rec *record) (addrs []netip.Addr) {
 // with -1, -2 … appended if that is taken, as real control does.
 func (r *registry) addLocked(machine key.MachinePublic, hi *tailcfg.Hostinfo) *record {
 	id := len(r.records) + 1
-	v4 := netip.AddrFrom4([4]byte{100, 64, byte(id >> 8), byte(id)})
-	addrs := []netip.Prefix{
-		netip.PrefixFrom(v4, 32),
-		netip.PrefixFrom(tsaddr.Tailscale4To6(v4), 128),
-	}
 	base := strings.ToLower(hi.Hostname)
 	label := base
 	for i := 1; r.byNameLocked(label) != nil; i++ {
@@ -187,20 +186,38 @@ func (r *registry) addLocked(machine key.MachinePublic, hi *tailcfg.Hostinfo) *r
 	}
 	rec := &record{
 		node: &tailcfg.Node{
-			ID:         tailcfg.NodeID(id),
-			StableID:   tailcfg.StableNodeID(fmt.Sprintf("nTESTNET%06dCNTRL", id)),
-			Name:       label + "." + r.domain + ".",
-			User:       theUser.ID,
-			Machine:    machine,
-			Addresses:  addrs,
-			AllowedIPs: addrs,
-			Hostinfo:   hi.View(),
-			Created:    time.Now(),
+			ID:       tailcfg.NodeID(id),
+			StableID: tailcfg.StableNodeID(fmt.Sprintf("nTESTNET%06dCNTRL", id)),
+			Name:     label + "." + r.domain + ".",
+			User:     theUser.ID,
+			Machine:  machine,
+			Hostinfo: hi.View(),
+			Created:  time.Now(),
 		},
 		denied: make(map[uint16]bool),
 	}
+	rec.setIP(netip.AddrFrom4([4]byte{100, 64, byte(id >> 8), byte(id)}))
 	r.records = append(r.records, rec)
 	return rec
+}
+
+// setIP gives the node a v4 address and the v6 address that goes with it.
+func (r *record) setIP(v4 netip.Addr) {
+	r.node.Addresses = []netip.Prefix{
+		netip.PrefixFrom(v4, 32),
+		netip.PrefixFrom(tsaddr.Tailscale4To6(v4), 128),
+	}
+	r.node.AllowedIPs = r.node.Addresses
+}
+
+// removeLocked ends the node's map stream and forgets its key.
+func (r *registry) removeLocked(rec *record) {
+	if rec.session != nil {
+		close(rec.session.replaced)
+	}
+	rec.goOffline()
+	rec.removed = true
+	r.progress.wake()
 }
 
 // suspend is called before control stops: open map streams no longer count, and
@@ -282,7 +299,12 @@ func (p *policy) refusedTags(tags []string) []string {
 	if p.permittedTags == nil {
 		return nil
 	}
+	return tagsBeyond(tags, p.permittedTags)
+}
+
+// tagsBeyond returns those of tags that are not permitted.
+func tagsBeyond(tags, permitted []string) []string {
 	return slices.DeleteFunc(slices.Clone(tags), func(tag string) bool {
-		return slices.Contains(p.permittedTags, tag)
+		return slices.Contains(permitted, tag)
 	})
 }

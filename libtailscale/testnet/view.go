@@ -20,15 +20,28 @@ func (r *registry) viewFor(rec *record) (*nodeView, uint64, <-chan struct{}) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	v := &nodeView{self: rec.node.Clone(), filter: rec.filter()}
-	v.self.CapMap = tailcfg.NodeCapMap{
-		// Both would look for the internet.
-		tailcfg.NodeAttrDisableUPnP:                   nil,
-		tailcfg.NodeAttrDisableCaptivePortalDetection: nil,
-	}
+	v.self.CapMap = r.capsLocked(rec)
 	for _, p := range r.peersLocked(rec) {
 		v.peers = append(v.peers, p.asPeer())
 	}
 	return v, r.gen, r.changed.ch
+}
+
+// capsLocked is what rec is told about itself beside its own data.
+func (r *registry) capsLocked(rec *record) tailcfg.NodeCapMap {
+	caps := tailcfg.NodeCapMap{
+		// Both would look for the internet.
+		tailcfg.NodeAttrDisableUPnP:                   nil,
+		tailcfg.NodeAttrDisableCaptivePortalDetection: nil,
+	}
+	if r.flowLogs && !rec.local {
+		caps[tailcfg.CapabilityDataPlaneAuditLogs] = nil
+	}
+	if r.derpOnly {
+		// It ends UDP; that the relay has another port than 443 does not matter.
+		caps[tailcfg.NodeAttrOnlyTCP443] = nil
+	}
+	return caps
 }
 
 // asPeer is the node as others are told about it.

@@ -48,7 +48,7 @@ impl ConfigError {
 /// Where something was found; the order is the order of printing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum At {
-    /// On the command line.
+    /// On the command line or in the environment.
     Flag,
     /// In the file as a whole: something missing that no table stands for.
     File,

@@ -129,6 +129,18 @@ impl<'t> Table<'t> {
         None
     }
 
+    /// `true` or `false`.
+    pub fn switch(&mut self, key: &'static str, mistakes: &mut Mistakes) -> Option<bool> {
+        let value = self.raw(key)?;
+        if let DeValue::Boolean(on) = value.get_ref() {
+            return Some(*on);
+        }
+        let place = Place { at: mistakes.line(&value.span()), ..self.place(key) };
+        let (found, kind) = (scalar(value, mistakes.text), type_name(value.get_ref()));
+        mistakes.value(&place, &format!("{found} is {kind}; expected true or false, without quotes"));
+        None
+    }
+
     /// A table below this one; an absent one reads as empty.
     pub fn table(&mut self, key: &'static str, mistakes: &mut Mistakes) -> Table<'t> {
         let mut place = self.place(key);

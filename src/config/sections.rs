@@ -39,10 +39,17 @@ pub(super) fn config(mut mistakes: Mistakes, upstream: Option<&str>) -> Result<C
 fn tailnet(mut table: Table, mistakes: &mut Mistakes) -> Tailnet {
     let hostname = table.get("hostname", &values::HOSTNAME, mistakes).map(value);
     let tags = table.list("tags", &values::TAG, mistakes);
-    let state_dir = table.get("state_dir", &values::PATH, mistakes).map(value);
+    let state_dir = table.get("state_dir", &values::PATH, mistakes);
+    let configured_url = table.has("control_url");
     let control_url = table.get("control_url", &values::CONTROL_URL, mistakes).map(value);
     let auth_key_file = table.get("auth_key_file", &values::KEY_FILE, mistakes).map(value);
     let join_timeout = table.get("join_timeout", &values::DURATION, mistakes).map(value);
+    let ephemeral = table.switch("ephemeral", mistakes).unwrap_or(false);
+    let preauthorized = table.switch("preauthorized", mistakes).unwrap_or(false);
+    let log_upload = table.switch("log_upload", mistakes).unwrap_or(false);
+    if let Some(unused) = state_dir.as_ref().filter(|_| ephemeral) {
+        mistakes.warn(&unused.place, "not used: an ephemeral node keeps no identity on disk");
+    }
     table.finish(mistakes);
     Tailnet {
         hostname: hostname.unwrap_or_else(|| "tailwart-edge".to_owned()),
@@ -50,11 +57,28 @@ fn tailnet(mut table: Table, mistakes: &mut Mistakes) -> Tailnet {
             || vec!["tag:reverse-proxy".to_owned()],
             |tags| tags.into_iter().map(value).collect(),
         ),
-        state_dir: state_dir.unwrap_or_else(|| PathBuf::from("/var/lib/tailwart-edge")),
-        control_url,
+        state_dir: state_dir.map_or_else(|| PathBuf::from("/var/lib/tailwart-edge"), value),
+        control_url: if configured_url { control_url } else { control_url_variable(mistakes) },
         auth_key_file,
         join_timeout: join_timeout.unwrap_or(Duration::from_secs(15)),
+        ephemeral,
+        preauthorized,
+        log_upload,
     }
+}
+
+/// `TS_CONTROL_URL`, which every program with Tailscale inside knows.
+fn control_url_variable(mistakes: &mut Mistakes) -> Option<String> {
+    let text = (mistakes.env)("TS_CONTROL_URL").filter(|text| !text.is_empty())?;
+    let parsed = (values::CONTROL_URL.parse)(&text);
+    if let Err(problem) = parsed {
+        let place = Place { at: At::Flag, key: "TS_CONTROL_URL".to_owned() };
+        mistakes.value(
+            &place,
+            &format!("{} {problem}; expected {}", quoted(&text), values::CONTROL_URL.expected),
+        );
+    }
+    parsed.ok()
 }
 
 /// `[upstream]`: what listeners use that name nothing of their own.

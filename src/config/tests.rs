@@ -36,7 +36,7 @@ fn addresses(texts: &[&str]) -> Vec<SocketAddr> {
 
 #[test]
 fn no_file_and_a_host_give_the_documented_defaults() {
-    let config = Config::without_file(Some("stalwart")).expect("a valid host");
+    let config = Config::without_file(Some("stalwart"), NO_ENV).expect("a valid host");
     let tailnet = Tailnet {
         hostname: "tailwart-edge".to_owned(),
         tags: vec!["tag:reverse-proxy".to_owned()],
@@ -44,6 +44,9 @@ fn no_file_and_a_host_give_the_documented_defaults() {
         control_url: None,
         auth_key_file: None,
         join_timeout: Duration::from_secs(15),
+        ephemeral: false,
+        preauthorized: false,
+        log_upload: false,
     };
     assert_eq!(config.tailnet, tailnet);
     let timeouts = Timeouts {
@@ -60,7 +63,7 @@ fn no_file_and_a_host_give_the_documented_defaults() {
 
 #[test]
 fn the_five_default_listeners() {
-    let config = Config::without_file(Some("stalwart")).expect("a valid host");
+    let config = Config::without_file(Some("stalwart"), NO_ENV).expect("a valid host");
     let expected = [
         ("smtp", 25, 15),
         ("submissions", 465, 15),
@@ -110,6 +113,9 @@ const EVERY_KEY: &str = r#"
     control_url = "http://[fd00::1]:8080/"
     auth_key_file = "/run/key"
     join_timeout = "2m"
+    ephemeral = true
+    preauthorized = true
+    log_upload = true
     [upstream]
     host = "Stalwart.Tail1234.ts.net."
     proxy_protocol = "v1"
@@ -144,6 +150,9 @@ fn every_key_outside_listeners_is_read() {
         control_url: Some("http://[fd00::1]:8080/".to_owned()),
         auth_key_file: Some(PathBuf::from("/run/key")),
         join_timeout: Duration::from_secs(120),
+        ephemeral: true,
+        preauthorized: true,
+        log_upload: true,
     };
     assert_eq!(config.tailnet, tailnet);
     let timeouts = Timeouts {
@@ -255,10 +264,34 @@ fn a_wrong_flag_is_told_as_the_flag() {
 
 #[test]
 fn neither_file_nor_flag_says_what_to_do() {
-    let error = Config::without_file(None).expect_err("no host");
+    let error = Config::without_file(None, NO_ENV).expect_err("no host");
     assert_eq!(
         error.to_string(),
         "upstream.host: missing; set it to the mailbox's name on the tailnet, or give --upstream HOST"
+    );
+}
+
+#[test]
+fn an_ephemeral_node_makes_no_use_of_a_state_directory() {
+    let config = parse("[tailnet]\nephemeral = true\nstate_dir = \"/srv/edge\"\n[upstream]\nhost = \"a\"\n");
+    let expected = "line 3: tailnet.state_dir: not used: an ephemeral node keeps no identity on disk";
+    assert_eq!(config.warnings, [expected]);
+}
+
+#[test]
+fn the_control_url_may_come_from_the_environment() {
+    let env = |name: &str| (name == "TS_CONTROL_URL").then(|| "https://headscale.example.com".to_owned());
+    let url = |text: &str| Config::parse(text, Some("a"), &env).expect("it is valid").tailnet.control_url;
+    assert_eq!(url("").as_deref(), Some("https://headscale.example.com"));
+    let in_file = url("[tailnet]\ncontrol_url = \"https://other.example.com\"\n");
+    assert_eq!(in_file.as_deref(), Some("https://other.example.com"));
+
+    let bad = |name: &str| (name == "TS_CONTROL_URL").then(|| "headscale.example.com".to_owned());
+    let error = Config::without_file(Some("a"), &bad).expect_err("no scheme");
+    assert_eq!(
+        error.to_string(),
+        "TS_CONTROL_URL: \"headscale.example.com\" is not the URL of a control server; expected http:// or \
+         https:// and a host, such as https://headscale.example.com"
     );
 }
 

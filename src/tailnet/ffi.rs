@@ -21,6 +21,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use atomic_waker::AtomicWaker;
+use zeroize::Zeroizing;
 
 #[allow(missing_docs, dead_code, non_upper_case_globals, non_camel_case_types)]
 mod bindings {
@@ -54,6 +55,10 @@ pub enum Code {
     ControlUnreachable,
     UpTimedOut,
     Cancelled,
+    TagsRefused,
+    NeedsLogUpload,
+    ClockWrong,
+    BadStateFile,
 }
 
 impl Code {
@@ -83,6 +88,10 @@ impl Code {
             TAILSCALE_CONTROL_UNREACHABLE => Code::ControlUnreachable,
             TAILSCALE_UP_TIMED_OUT => Code::UpTimedOut,
             TAILSCALE_CANCELLED => Code::Cancelled,
+            TAILSCALE_TAGS_REFUSED => Code::TagsRefused,
+            TAILSCALE_NEEDS_LOG_UPLOAD => Code::NeedsLogUpload,
+            TAILSCALE_CLOCK_WRONG => Code::ClockWrong,
+            TAILSCALE_BAD_STATE_FILE => Code::BadStateFile,
             _ => Code::Error,
         })
     }
@@ -104,7 +113,8 @@ impl From<Code> for io::Error {
 }
 
 /// Removes the variables from which tsnet would take credentials by itself,
-/// from this process's environment and from the copy that Go made at load.
+/// from this process's environment, from the memory that `/proc/PID/environ`
+/// shows, and from the copy that Go made at load.
 ///
 /// Call it once at the start of `main`, after the variables were read and
 /// before any thread of our own exists: it uses `unsetenv(3)`, which must not
@@ -113,6 +123,13 @@ pub fn forget_environment() {
     // SAFETY: no arguments; the caller keeps to the rule on threads above, and
     // Go's own threads read its copy of the environment only.
     unsafe { tailscale_forget_environment() }
+}
+
+/// Whether the nodes of this process upload Tailscale's own logs to Tailscale; the default is not
+/// to. To be called when [`forget_environment`] may be, and before the first node starts.
+pub fn set_log_upload(on: bool) {
+    // SAFETY: no pointers; the caller keeps to the rule on threads.
+    unsafe { tailscale_set_log_upload(on.into()) }
 }
 
 /// The version of Tailscale that is linked in, such as `1.102.5`.
@@ -126,19 +143,27 @@ pub fn linked_version() -> &'static str {
 #[derive(Debug)]
 pub struct NodeHandle(c_int);
 
-/// A text setting of a node that is not started yet.
+/// A text setting. Those of a credential may change at any time, the others before the start.
 #[derive(Clone, Copy, Debug)]
 pub enum Setting {
     /// The directory of the node's identity.
     Dir,
     /// The name asked for on the tailnet.
     Hostname,
-    /// The key given to the control server when it wants a login.
-    AuthKey,
     /// The control server's URL.
     ControlUrl,
     /// Comma-separated tags.
     Tags,
+    /// Of a credential: the key given to the control server when it wants a login.
+    AuthKey,
+    /// Of a credential: the id of an OAuth client or a federated identity.
+    ClientId,
+    /// Of a credential: the secret of an OAuth client.
+    ClientSecret,
+    /// Of a credential: the token of a federated identity.
+    IdToken,
+    /// Of a credential: the audience for which the cloud issues a token.
+    Audience,
 }
 
 /// A descriptor that the node writes lines to, from the start to the close.
@@ -163,16 +188,33 @@ impl NodeHandle {
 
     /// Changes a setting. A NUL inside the value is a bad argument.
     pub fn set(&self, setting: Setting, value: &str) -> Result<(), Code> {
-        let value = CString::new(value).map_err(|_| Code::BadArgument)?;
+        // It may be a secret, so our copy is cleared; the library keeps one until it is replaced.
+        let value = Zeroizing::new(CString::new(value).map_err(|_| Code::BadArgument)?);
         let set = match setting {
             Setting::Dir => tailscale_set_dir,
             Setting::Hostname => tailscale_set_hostname,
-            Setting::AuthKey => tailscale_set_authkey,
             Setting::ControlUrl => tailscale_set_control_url,
             Setting::Tags => tailscale_set_tags,
+            Setting::AuthKey => tailscale_set_authkey,
+            Setting::ClientId => tailscale_set_client_id,
+            Setting::ClientSecret => tailscale_set_client_secret,
+            Setting::IdToken => tailscale_set_id_token,
+            Setting::Audience => tailscale_set_audience,
         };
         // SAFETY: the string outlives the call, which copies it.
         check(unsafe { set(self.0, value.as_ptr()) })
+    }
+
+    /// Whether the identity is in memory only and goes with the node; before the start.
+    pub fn set_ephemeral(&self, on: bool) -> Result<(), Code> {
+        // SAFETY: no pointers.
+        check(unsafe { tailscale_set_ephemeral(self.0, on.into()) })
+    }
+
+    /// Whether keys made for an OAuth client go past device approval.
+    pub fn set_preauthorized(&self, on: bool) -> Result<(), Code> {
+        // SAFETY: no pointers.
+        check(unsafe { tailscale_set_preauthorized(self.0, on.into()) })
     }
 
     /// Gives the node a descriptor to write lines to; the node closes it.
@@ -197,7 +239,7 @@ impl NodeHandle {
     /// Joins the tailnet; blocks until it is done, refused, closed, or `limit`
     /// passed.
     pub fn up(&self, limit: Duration) -> Result<(), Code> {
-        let limit = i64::try_from(limit.as_millis()).unwrap_or(i64::MAX);
+        let limit = i64::try_from(limit.as_millis()).unwrap_or(i64::MAX).max(1); // 0 is for ever
         // SAFETY: no pointers.
         check(unsafe { tailscale_set_up_timeout(self.0, limit) })?;
         // SAFETY: no pointers.
@@ -244,9 +286,13 @@ impl NodeHandle {
 
     /// Stops the node. Blocks for up to several seconds: it waits for the
     /// peers to acknowledge what was sent. Again or later calls do nothing.
-    pub fn close(&self) {
+    /// Fails when the node is closed and, though ephemeral, still on the tailnet.
+    pub fn close(&self) -> Result<(), Code> {
         // SAFETY: no pointers; a stale handle is answered with an error.
-        unsafe { tailscale_close(self.0) };
+        check(unsafe { tailscale_close(self.0) }).or_else(|code| match code {
+            Code::BadHandle => Ok(()), // closed already
+            code => Err(code),
+        })
     }
 }
 

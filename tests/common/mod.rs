@@ -59,6 +59,13 @@ pub fn temp_dir(purpose: &str) -> tempfile::TempDir {
     dir
 }
 
+/// The same that nobody else can look into, as a state directory has to be.
+pub fn private_dir(purpose: &str) -> tempfile::TempDir {
+    let dir = temp_dir(purpose);
+    std::fs::set_permissions(dir.path(), Permissions::from_mode(0o700)).expect("its mode can be set");
+    dir
+}
+
 /// Panics unless this process is root: mail servers switch users. Such a test must not pass by
 /// being skipped.
 pub fn require_root(what: &str) {

@@ -4,7 +4,7 @@
 //! command in and its answer out. It ends when its input closes, so it cannot outlive this process.
 
 use std::io::{BufRead, BufReader, Write};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, ChildStdout, Command};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -67,6 +67,30 @@ impl Node {
             _ => panic!("testnet: not a node: {answer}"),
         }
     }
+}
+
+/// A key that enrols nodes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AuthKey<'a> {
+    pub key: &'a str,
+    /// The first node it admits spends it.
+    pub single_use: bool,
+    pub expired: bool,
+    /// Its nodes are ephemeral, whether they ask for it or not.
+    pub ephemeral: bool,
+    /// Its nodes need no approval.
+    pub preauthorized: bool,
+}
+
+/// A client of control's HTTP API, which proves itself by its secret or, as a workload identity, by
+/// the exact JWT. The other of the two is empty.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OauthClient<'a> {
+    pub id: &'a str,
+    pub secret: &'a str,
+    pub jwt: &'a str,
+    /// Those it may give to the keys it makes.
+    pub tags: &'a [&'a str],
 }
 
 /// How many connections a node has forwarded: those open now, and all since it was added.
@@ -205,6 +229,50 @@ impl TestTailnet {
         self.command("auth_keys", json!({"keys": keys}));
     }
 
+    /// As [`TestTailnet::set_auth_keys`], with keys that are more than reusable.
+    #[track_caller]
+    pub fn set_auth_key_table(&self, keys: &[AuthKey]) {
+        let keys: Vec<Value> = keys
+            .iter()
+            .map(|key| {
+                json!({
+                    "key": key.key,
+                    "single_use": key.single_use,
+                    "expired": key.expired,
+                    "ephemeral": key.ephemeral,
+                    "preauthorized": key.preauthorized,
+                })
+            })
+            .collect();
+        self.command("auth_keys", json!({"keys": keys}));
+    }
+
+    /// Replaces the clients of the HTTP API at [`TestTailnet::control_url`]. Keys that the API makes
+    /// join those that may enrol a node.
+    #[track_caller]
+    pub fn set_oauth_clients(&self, clients: &[OauthClient]) {
+        let clients: Vec<Value> = clients
+            .iter()
+            .map(|client| {
+                json!({"id": client.id, "secret": client.secret, "jwt": client.jwt, "tags": client.tags})
+            })
+            .collect();
+        self.command("oauth_clients", json!({"clients": clients}));
+    }
+
+    /// Whether the HTTP API works, or answers every request with 503.
+    #[track_caller]
+    pub fn set_api(&self, up: bool) {
+        self.command("set_api", json!({"up": up}));
+    }
+
+    /// All requests to the HTTP API so far, those that failed included.
+    #[track_caller]
+    pub fn api_requests(&self) -> u64 {
+        let answer = self.command("api_stats", json!({}));
+        answer["requests"].as_u64().unwrap_or_else(|| panic!("testnet: no requests: {answer}"))
+    }
+
     /// The only tags that nodes joining from now on may ask for; none permits all.
     #[track_caller]
     pub fn permit_tags(&self, tags: Option<&[&str]>) {
@@ -220,6 +288,30 @@ impl TestTailnet {
     #[track_caller]
     pub fn approve(&self, name: &str) {
         self.command("approve", json!({"name": name}));
+    }
+
+    /// The node waits for [`TestTailnet::approve`] again.
+    #[track_caller]
+    pub fn revoke_approval(&self, name: &str) {
+        self.command("revoke_approval", json!({"name": name}));
+    }
+
+    /// Whether the tailnet demands the upload of flow logs from nodes of other processes.
+    #[track_caller]
+    pub fn require_flow_logs(&self, required: bool) {
+        self.command("require_flow_logs", json!({"required": required}));
+    }
+
+    /// Nodes that join from now on reach each other through the relay only.
+    #[track_caller]
+    pub fn derp_only(&self, enabled: bool) {
+        self.command("derp_only", json!({"enabled": enabled}));
+    }
+
+    /// Gives the node another address, and the v6 address that goes with it.
+    #[track_caller]
+    pub fn set_ip(&self, name: &str, ip: Ipv4Addr) {
+        self.command("set_ips", json!({"name": name, "ips": [ip]}));
     }
 
     /// Visits the login URL that was given to the node.
@@ -250,6 +342,18 @@ impl TestTailnet {
     #[track_caller]
     pub fn start_control(&self) {
         self.command("start_control", json!({}));
+    }
+
+    /// The relay cuts its connections and stops answering; STUN and direct paths go on.
+    #[track_caller]
+    pub fn stop_derp(&self) {
+        self.command("stop_derp", json!({}));
+    }
+
+    /// Nodes come back to the relay by themselves, within a few seconds.
+    #[track_caller]
+    pub fn start_derp(&self) {
+        self.command("start_derp", json!({}));
     }
 
     /// The connections which the node has forwarded.

@@ -113,7 +113,8 @@ fn nothing_ever_goes_out_on_the_hosts_network() {
     known.iter().for_each(|listener| turned_away(&host, &edge, listener, &[unknown]));
     tailnet.show_node(MAILBOX);
     known.iter().for_each(|listener| assert_eq!(heard(&host, edge.addr(listener)), "secret\n"));
-    // Nor once the tailnet has dropped us.
+    // Nor once the tailnet has dropped us, for good.
+    tailnet.set_auth_keys(Some(&["another"]));
     tailnet.remove_node("tailwart-edge");
     for listener in ["short", "v4"] {
         assert_eq!(heard(&host, edge.addr(listener)), "", "{listener}");

@@ -20,7 +20,7 @@ use crate::common::stub::{self, Stub};
 use crate::common::tailnet::{Options, TestTailnet};
 use crate::common::tools::{Finished, run};
 use crate::common::wait::eventually;
-use crate::common::{http, temp_dir};
+use crate::common::{http, private_dir, temp_dir};
 use crate::setup::{LIMIT, MAILBOX, edge_on, fails, no_crash, start_with, stops, tailnet_with, tells};
 
 /// Our program's own name on the tailnet.
@@ -74,7 +74,7 @@ fn enrol(edge: &Builder) {
 fn without_a_key_and_without_state_it_ends_at_once_and_asks_for_a_key() {
     let (_tailnet, edge) = closed_tailnet();
     let line = fails(edge.spawn(), 3, AT_ONCE);
-    tells(&line, &["not enrolled", "no auth key", "set TS_AUTHKEY", "tag:reverse-proxy"]);
+    tells(&line, &["not enrolled", "no auth key", "set TS_AUTHKEY", "TS_CLIENT_SECRET", "tag:reverse-proxy"]);
 }
 
 #[test]
@@ -154,14 +154,19 @@ fn a_tag_that_control_does_not_permit_ends_it_and_is_named() {
     let line = fails(edge.spawn(), 3, AT_ONCE);
     tells(
         &line,
-        &["refused this node", "requested tags [tag:mx] are invalid or not permitted", "tag:web, tag:mx"],
+        &[
+            "refused this node its tags",
+            "[tag:mx] are invalid or not permitted",
+            "tag:web, tag:mx",
+            "tagOwners",
+        ],
     );
 }
 
 #[test]
 fn an_enrolled_node_that_has_lost_its_tag_does_not_serve() {
     let tailnet = TestTailnet::start();
-    let state = temp_dir("state");
+    let state = private_dir("state");
     let edge = edge_on(&tailnet).listener(tcp("mail")).state_dir(state.path());
     enrol(&edge);
     tailnet.set_tags(EDGE, &["tag:other"]);
@@ -172,7 +177,7 @@ fn an_enrolled_node_that_has_lost_its_tag_does_not_serve() {
 #[test]
 fn an_enrolled_node_needs_no_key_and_keeps_its_addresses() {
     let (tailnet, edge) = closed_tailnet();
-    let state = temp_dir("state");
+    let state = private_dir("state");
     let edge = edge.state_dir(state.path());
     enrol(&edge.clone().auth_key("tskey-auth-good-1"));
     let before = node(&tailnet);
@@ -190,13 +195,13 @@ fn an_enrolled_node_needs_no_key_and_keeps_its_addresses() {
 #[test]
 fn a_removed_node_wants_a_key_again_and_joins_with_one() {
     let (tailnet, edge) = closed_tailnet();
-    let state = temp_dir("state");
+    let state = private_dir("state");
     let edge = edge.state_dir(state.path());
     let with_key = edge.clone().auth_key("tskey-auth-good-1");
     enrol(&with_key);
     tailnet.remove_node(EDGE);
     let line = fails(edge.spawn(), 3, AT_ONCE);
-    tells(&line, &["not enrolled", "no auth key", "set TS_AUTHKEY"]);
+    tells(&line, &["place on the tailnet is gone", "removed", "no auth key", "set TS_AUTHKEY"]);
     enrol(&with_key);
     assert_eq!(node(&tailnet)["logged_out"], false);
 }
@@ -205,7 +210,7 @@ fn a_removed_node_wants_a_key_again_and_joins_with_one() {
 fn an_enrolled_node_outlasts_a_control_server_that_is_down() {
     let stub = Stub::start(stub::echo_after_header);
     let tailnet = tailnet_with(&[(2525, stub.addr)]);
-    let state = temp_dir("state");
+    let state = private_dir("state");
     let port = free_port();
     let listener = tcp("mail").set("listen", &format!(r#"["127.0.0.1:{port}"]"#));
     let edge = edge_on(&tailnet).listener(listener).state_dir(state.path());
@@ -266,21 +271,28 @@ const AS_NOBODY: [&str; 6] = ["setpriv", "--reuid", "65534", "--regid", "65534",
 #[test]
 fn a_state_directory_that_cannot_be_written_ends_it_and_is_named() {
     let tailnet = TestTailnet::start();
-    let ours = temp_dir("state");
-    let missing = ours.path().join("new");
-    for (dir, attempt) in [(ours.path(), "cannot write to"), (&missing, "cannot create")] {
-        let edge = edge_on(&tailnet).listener(tcp("mail")).state_dir(dir).wrapped(&AS_NOBODY);
-        let line = fails(edge.spawn(), 1, AT_ONCE);
-        let named = format!("{attempt} the state directory {}:", dir.display());
-        tells(&line, &[&named, "Permission denied", "user that runs the edge", "state_dir"]);
-    }
+    let parent = private_dir("parent");
+    let missing = parent.path().join("new");
+    let edge = edge_on(&tailnet).listener(tcp("mail")).state_dir(&missing).wrapped(&AS_NOBODY);
+    let line = fails(edge.spawn(), 1, AT_ONCE);
+    let named = format!("cannot create the state directory {}:", missing.display());
+    tells(&line, &[&named, "Permission denied", "user that runs the edge", "state_dir"]);
+
+    let ours = private_dir("state");
+    let read_only = ["sh", "-c", r#"mount --bind -o ro "$0" "$0" && exec "$@""#];
+    let state = ours.path().to_str().expect("UTF-8");
+    let edge = edge_on(&tailnet).listener(tcp("mail")).state_dir(ours.path());
+    let edge = edge.wrapped(&["unshare", "--mount"]).wrapped(&read_only).wrapped(&[state]);
+    let line = fails(edge.spawn(), 1, AT_ONCE);
+    let named = format!("cannot write to the state directory {state}:");
+    tells(&line, &[&named, "Read-only file system", "user that runs the edge", "state_dir"]);
     assert_eq!(names(&tailnet), [""; 0], "an auth key was used up");
 }
 
 #[test]
 fn it_runs_as_a_user_without_rights() {
     let stub = Stub::start(stub::echo_after_header);
-    let state = temp_dir("state");
+    let state = private_dir("state");
     chown(state.path(), Some(NOBODY), Some(NOBODY)).expect("root may give a directory away");
     let setup = start_with(&[(2525, stub.addr)], &[tcp("mail")], |edge| {
         edge.state_dir(state.path()).wrapped(&AS_NOBODY).wrapped(&[
@@ -297,7 +309,7 @@ fn it_runs_as_a_user_without_rights() {
 fn a_state_directory_in_use_ends_the_second_edge_and_leaves_the_first_alone() {
     let stub = Stub::start(stub::echo_after_header);
     let tailnet = tailnet_with(&[(2525, stub.addr)]);
-    let state = temp_dir("state");
+    let state = private_dir("state");
     let edge = edge_on(&tailnet).listener(tcp("mail")).state_dir(state.path());
     let first = edge.spawn();
     first.wait_ready(LIMIT);
@@ -486,7 +498,7 @@ fn readiness_follows_the_tailnet_and_liveness_the_process() {
     becomes(&edge, 200, r#""reasons":[]"#);
     edge.wait_log("on the tailnet again", LIMIT);
     tailnet.remove_node(EDGE);
-    becomes(&edge, 503, "has removed this node");
+    becomes(&edge, 503, "was removed from the tailnet");
     assert_eq!(http::get(edge.addr("admin"), "/elsewhere").code, 404);
     no_crash(edge.log());
 }

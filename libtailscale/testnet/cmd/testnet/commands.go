@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"time"
 
 	"libtailscale/testnet"
@@ -20,9 +21,14 @@ type command struct {
 	Port     uint16            `json:"port"`
 	To       string            `json:"to"`
 	Online   *bool             `json:"online"` // null ends the override
-	Keys     []string          `json:"keys"`   // null: any key, or none
+	Keys     []testnet.AuthKey `json:"keys"`   // null: any key, or none
 	Required bool              `json:"required"`
+	Enabled  bool              `json:"enabled"`
+	Up       bool              `json:"up"`
 	In       string            `json:"in"` // a Go duration; empty: never
+	IPs      []netip.Addr      `json:"ips"`
+
+	Clients []testnet.OAuthClient `json:"clients"`
 }
 
 // result is the reply's fields beside ok.
@@ -33,29 +39,38 @@ var commands = map[string]func(*testnet.Net, *command) (result, error){
 	"add_node": func(n *testnet.Net, c *command) (result, error) {
 		return nodeInfo(n.AddNode(testnet.NodeConfig{Name: c.Name, Tags: c.Tags, Forward: c.Forward}))
 	},
-	"start_node":       func(n *testnet.Net, c *command) (result, error) { return nodeInfo(n.StartNode(c.Name)) },
-	"stop_node":        func(n *testnet.Net, c *command) (result, error) { return nil, n.StopNode(c.Name) },
-	"remove_node":      func(n *testnet.Net, c *command) (result, error) { return nil, n.RemoveNode(c.Name) },
-	"forward":          func(n *testnet.Net, c *command) (result, error) { return nil, n.Forward(c.Name, c.Port, c.To) },
-	"unforward":        func(n *testnet.Net, c *command) (result, error) { return nil, n.Unforward(c.Name, c.Port) },
-	"deny_port":        func(n *testnet.Net, c *command) (result, error) { return nil, n.DenyPort(c.Name, c.Port) },
-	"allow_port":       func(n *testnet.Net, c *command) (result, error) { return nil, n.AllowPort(c.Name, c.Port) },
-	"hide_node":        func(n *testnet.Net, c *command) (result, error) { return nil, n.HideNode(c.Name) },
-	"show_node":        func(n *testnet.Net, c *command) (result, error) { return nil, n.ShowNode(c.Name) },
-	"isolate_node":     func(n *testnet.Net, c *command) (result, error) { return nil, n.IsolateNode(c.Name) },
-	"rejoin_node":      func(n *testnet.Net, c *command) (result, error) { return nil, n.RejoinNode(c.Name) },
-	"set_online":       func(n *testnet.Net, c *command) (result, error) { return nil, n.SetOnline(c.Name, c.Online) },
-	"set_tags":         func(n *testnet.Net, c *command) (result, error) { return nil, n.SetTags(c.Name, c.Tags) },
-	"set_key_expiry":   setKeyExpiry,
-	"approve":          func(n *testnet.Net, c *command) (result, error) { return nil, n.Approve(c.Name) },
-	"complete_login":   func(n *testnet.Net, c *command) (result, error) { return nil, n.CompleteLogin(c.Name) },
-	"auth_keys":        func(n *testnet.Net, c *command) (result, error) { n.SetAuthKeys(c.Keys); return nil, nil },
-	"permit_tags":      func(n *testnet.Net, c *command) (result, error) { n.PermitTags(c.Tags); return nil, nil },
-	"require_approval": func(n *testnet.Net, c *command) (result, error) { n.RequireApproval(c.Required); return nil, nil },
-	"stop_control":     func(n *testnet.Net, c *command) (result, error) { n.StopControl(); return nil, nil },
-	"start_control":    func(n *testnet.Net, c *command) (result, error) { return nil, n.StartControl() },
-	"nodes":            func(n *testnet.Net, c *command) (result, error) { return result{"nodes": n.Nodes()}, nil },
-	"stats":            stats,
+	"start_node":        func(n *testnet.Net, c *command) (result, error) { return nodeInfo(n.StartNode(c.Name)) },
+	"stop_node":         func(n *testnet.Net, c *command) (result, error) { return nil, n.StopNode(c.Name) },
+	"remove_node":       func(n *testnet.Net, c *command) (result, error) { return nil, n.RemoveNode(c.Name) },
+	"forward":           func(n *testnet.Net, c *command) (result, error) { return nil, n.Forward(c.Name, c.Port, c.To) },
+	"unforward":         func(n *testnet.Net, c *command) (result, error) { return nil, n.Unforward(c.Name, c.Port) },
+	"deny_port":         func(n *testnet.Net, c *command) (result, error) { return nil, n.DenyPort(c.Name, c.Port) },
+	"allow_port":        func(n *testnet.Net, c *command) (result, error) { return nil, n.AllowPort(c.Name, c.Port) },
+	"hide_node":         func(n *testnet.Net, c *command) (result, error) { return nil, n.HideNode(c.Name) },
+	"show_node":         func(n *testnet.Net, c *command) (result, error) { return nil, n.ShowNode(c.Name) },
+	"isolate_node":      func(n *testnet.Net, c *command) (result, error) { return nil, n.IsolateNode(c.Name) },
+	"rejoin_node":       func(n *testnet.Net, c *command) (result, error) { return nil, n.RejoinNode(c.Name) },
+	"set_online":        func(n *testnet.Net, c *command) (result, error) { return nil, n.SetOnline(c.Name, c.Online) },
+	"set_tags":          func(n *testnet.Net, c *command) (result, error) { return nil, n.SetTags(c.Name, c.Tags) },
+	"set_ips":           setIPs,
+	"set_key_expiry":    setKeyExpiry,
+	"approve":           func(n *testnet.Net, c *command) (result, error) { return nil, n.Approve(c.Name) },
+	"revoke_approval":   func(n *testnet.Net, c *command) (result, error) { return nil, n.RevokeApproval(c.Name) },
+	"complete_login":    func(n *testnet.Net, c *command) (result, error) { return nil, n.CompleteLogin(c.Name) },
+	"auth_keys":         func(n *testnet.Net, c *command) (result, error) { n.SetAuthKeyTable(c.Keys); return nil, nil },
+	"permit_tags":       func(n *testnet.Net, c *command) (result, error) { n.PermitTags(c.Tags); return nil, nil },
+	"require_approval":  func(n *testnet.Net, c *command) (result, error) { n.RequireApproval(c.Required); return nil, nil },
+	"require_flow_logs": func(n *testnet.Net, c *command) (result, error) { return nil, n.RequireFlowLogs(c.Required) },
+	"derp_only":         func(n *testnet.Net, c *command) (result, error) { return nil, n.SetDERPOnly(c.Enabled) },
+	"oauth_clients":     func(n *testnet.Net, c *command) (result, error) { n.SetOAuthClients(c.Clients); return nil, nil },
+	"set_api":           func(n *testnet.Net, c *command) (result, error) { n.SetAPI(c.Up); return nil, nil },
+	"api_stats":         func(n *testnet.Net, c *command) (result, error) { return result{"requests": n.APIRequests()}, nil },
+	"stop_control":      func(n *testnet.Net, c *command) (result, error) { n.StopControl(); return nil, nil },
+	"start_control":     func(n *testnet.Net, c *command) (result, error) { return nil, n.StartControl() },
+	"stop_derp":         func(n *testnet.Net, c *command) (result, error) { n.StopDERP(); return nil, nil },
+	"start_derp":        func(n *testnet.Net, c *command) (result, error) { return nil, n.StartDERP() },
+	"nodes":             func(n *testnet.Net, c *command) (result, error) { return result{"nodes": n.Nodes()}, nil },
+	"stats":             stats,
 }
 
 // reply carries out one line and returns what to answer.
@@ -106,6 +121,14 @@ func setKeyExpiry(n *testnet.Net, c *command) (result, error) {
 		return nil, errors.New(`"in" must be a duration such as "-1m" or "48h"`)
 	}
 	return nil, n.SetKeyExpiry(c.Name, time.Now().Add(in))
+}
+
+// setIPs takes a list, as replies have, though the v6 address follows from the v4.
+func setIPs(n *testnet.Net, c *command) (result, error) {
+	if len(c.IPs) != 1 {
+		return nil, errors.New(`"ips" must be one v4 address`)
+	}
+	return nil, n.SetIP(c.Name, c.IPs[0])
 }
 
 func stats(n *testnet.Net, c *command) (result, error) {

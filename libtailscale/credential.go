@@ -1,0 +1,162 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strings"
+
+	"golang.org/x/oauth2"
+	"golang.org/x/oauth2/clientcredentials"
+	api "tailscale.com/client/tailscale/v2"
+	"tailscale.com/ipn"
+	"tailscale.com/wif"
+)
+
+// defaultAPIURL is Tailscale's HTTP API. Headscale has its own at the control
+// server's URL, with the same paths.
+const defaultAPIURL = "https://api.tailscale.com"
+
+// credential is what a node may enrol with: an auth key, or else what proves to
+// the API that it may make one. tsnet has code for the same, but runs it at
+// every start, enrolled or not (tsnet/tsnet.go, resolveAuthKey), so that an
+// outage of the API would stop a node that needs nothing of it.
+type credential struct {
+	authKey      string
+	clientID     string // of an OAuth client or of a federated identity
+	clientSecret string // of an OAuth client
+	idToken      string // of a federated identity
+	audience     string // the same, where the machine's cloud issues the token
+
+	preauthorized bool // keys made by the API go past device approval
+}
+
+func (c *credential) isGiven() bool {
+	return c.authKey != "" || c.clientSecret != "" || c.idToken != "" || c.audience != ""
+}
+
+// credentialError is a credential that did not become an auth key, with the
+// code for it.
+type credentialError struct {
+	code code
+	error
+}
+
+// obtainKey is the auth key, made by the API for one use if only what proves
+// the right to make it was given. Its errors are credentialErrors.
+func (n *node) obtainKey(ctx context.Context) (string, error) {
+	c := n.credential()
+	if c.authKey != "" {
+		return c.authKey, nil
+	}
+	if len(n.server.AdvertiseTags) == 0 {
+		// The API says so too, but only after a look at the credential.
+		return "", credentialError{codeBadArgument, errors.New("a key made by the API needs tags, and none are set")}
+	}
+	base := n.apiURL()
+	client := &http.Client{Transport: apiTransport{newTransport()}}
+	ctx = context.WithValue(ctx, oauth2.HTTPClient, client)
+	token, err := c.accessToken(ctx, base)
+	if err != nil {
+		return "", classifyAPIError(base, err)
+	}
+	key, err := n.createKey(ctx, base, client, token, c.preauthorized)
+	if err != nil {
+		return "", classifyAPIError(base, err)
+	}
+	return key, nil
+}
+
+// apiURL is where the control server's HTTP API is.
+func (n *node) apiURL() string {
+	control := strings.TrimSuffix(n.server.ControlURL, "/")
+	if control == "" || ipn.IsLoginServerSynonym(control) {
+		return defaultAPIURL
+	}
+	return control
+}
+
+// accessToken proves the right to make keys (tailscale.com/kb/1215 and 1581).
+func (c *credential) accessToken(ctx context.Context, base string) (string, error) {
+	if c.clientSecret != "" {
+		config := clientcredentials.Config{
+			ClientID:     c.clientID, // Tailscale reads it from the secret
+			ClientSecret: c.clientSecret,
+			TokenURL:     base + "/api/v2/oauth/token",
+		}
+		token, err := config.Token(ctx)
+		if err != nil {
+			return "", err
+		}
+		return token.AccessToken, nil
+	}
+	idToken := c.idToken
+	if idToken == "" {
+		var err error
+		if idToken, err = wif.ObtainProviderToken(ctx, c.audience); err != nil {
+			return "", credentialError{codeAuthRefused, fmt.Errorf("this machine's cloud issued no identity token for the audience %q: %w", c.audience, err)}
+		}
+	}
+	config := oauth2.Config{Endpoint: oauth2.Endpoint{TokenURL: base + "/api/v2/oauth/token-exchange"}}
+	token, err := config.Exchange(ctx, "", oauth2.SetAuthURLParam("client_id", c.clientID), oauth2.SetAuthURLParam("jwt", idToken))
+	if err != nil {
+		return "", err
+	}
+	return token.AccessToken, nil
+}
+
+// createKey makes a key that works once, for this node.
+func (n *node) createKey(ctx context.Context, base string, client *http.Client, token string, preauthorized bool) (string, error) {
+	baseURL, err := url.Parse(base)
+	if err != nil {
+		return "", err
+	}
+	var request api.CreateKeyRequest
+	create := &request.Capabilities.Devices.Create
+	create.Ephemeral = n.server.Ephemeral
+	create.Preauthorized = preauthorized
+	create.Tags = n.server.AdvertiseTags
+	key, err := (&api.Client{BaseURL: baseURL, APIKey: token, HTTP: client}).Keys().CreateAuthKey(ctx, request)
+	if err != nil {
+		return "", err
+	}
+	if key.Key == "" {
+		return "", errors.New("it answered without a key")
+	}
+	return key.Key, nil
+}
+
+// apiTransport makes an error of an answer that says nothing about the request:
+// what is between us and the API answers in HTML, which nobody wants to read.
+type apiTransport struct{ http.RoundTripper }
+
+func (t apiTransport) RoundTrip(request *http.Request) (*http.Response, error) {
+	response, err := t.RoundTripper.RoundTrip(request)
+	if err == nil && response.StatusCode >= http.StatusInternalServerError {
+		response.Body.Close()
+		return nil, fmt.Errorf("it answered %s", response.Status)
+	}
+	return response, err
+}
+
+// classifyAPIError tells a refusal, in the API's own words, from an API that
+// could not be asked.
+func classifyAPIError(base string, err error) error {
+	var words string
+	var retrieve *oauth2.RetrieveError
+	var refused api.APIError
+	switch {
+	case errors.As(err, new(credentialError)):
+		return err
+	case errors.As(err, &retrieve):
+		words = string(retrieve.Body)
+	case errors.As(err, &refused):
+		words = refused.Message
+	default:
+		return credentialError{codeControlUnreachable, fmt.Errorf("asking %s for an auth key: %w", base, err)}
+	}
+	words = strings.TrimSpace(words)
+	return credentialError{codeOfRefusal(words), fmt.Errorf("%s makes no auth key: %.200s", base, words)}
+}

@@ -1,0 +1,215 @@
+//! What the node says of itself, and what keeps it from being what it should.
+//!
+//! [`Trouble`] is the one place where a node's state becomes words for an operator: the log and
+//! readiness both show it.
+
+use std::net::IpAddr;
+
+use jiff::Timestamp;
+use serde::Deserialize;
+use thiserror::Error;
+
+/// The node's state as it last reported it (`tailscale_set_eventfd` in `tailscale.h`).
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct NodeStatus {
+    /// Tailscale's own word: `Running`, `NeedsLogin`, `Starting`, …
+    pub state: String,
+    /// The MagicDNS name, without a final dot.
+    pub name: String,
+    /// The tailnet addresses, IPv4 first.
+    #[serde(deserialize_with = "null_is_empty")]
+    pub ips: Vec<IpAddr>,
+    /// The tags that the node holds.
+    #[serde(deserialize_with = "null_is_empty")]
+    pub tags: Vec<String>,
+    /// Whether the control server sees us.
+    pub in_map_poll: bool,
+    /// When the node key expires; the keys of tagged nodes usually do not.
+    pub key_expiry: Option<Timestamp>,
+    /// Where a person can log this node in; empty when nothing waits for that.
+    pub login_url: String,
+    /// What Tailscale itself finds wrong.
+    #[serde(deserialize_with = "null_is_empty")]
+    pub health: Vec<String>,
+    /// Whether it holds a node key, be it good or not.
+    pub enrolled: bool,
+    /// Whether the control server knows no such node any more.
+    pub removed: bool,
+    /// Whether the tailnet has stopped this node because it uploads no logs.
+    pub needs_log_upload: bool,
+    /// What is wrong with the relays; empty when nothing is.
+    pub relay: String,
+    /// Major changes of this machine's network since the start.
+    pub network_changes: u64,
+    /// How often this machine woke from sleep since the start.
+    pub wake_ups: u64,
+}
+
+/// What keeps a node from being what it should; the text ends with what to do.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum Trouble {
+    /// It has not got there yet, or is on its way back.
+    #[error("the tailnet node is not running (state {0})")]
+    NotRunning(String),
+    /// An admin let it expire, or it was not tagged.
+    #[error(
+        "the node key has expired; extend or disable its expiry in the admin console, or provide a key to enrol with"
+    )]
+    KeyExpired,
+    /// The control server wants a login for another reason.
+    #[error("the node was logged out of the tailnet; provide a key to enrol with")]
+    LoggedOut,
+    /// An admin deleted it.
+    #[error("the node was removed from the tailnet; provide a key to enrol with, or remove this edge")]
+    Removed,
+    /// Not approved, or not any more.
+    #[error("the node waits for approval by an admin of the tailnet; approve it in the admin console")]
+    NeedsApproval,
+    /// The tailnet has network flow logs.
+    #[error(
+        "the tailnet has network flow logs and stops nodes that do not upload Tailscale's logs; set tailnet.log_upload = true, or turn network flow logs off in the admin console"
+    )]
+    NeedsLogUpload,
+    /// No news from the tailnet. Connections go on, and new ones to peers that have not moved.
+    #[error("the control server is out of reach; check the network and DNS of this machine")]
+    ControlLost,
+    /// Peers to which there is no direct way cannot be reached.
+    #[error("no relay can be reached: {0}; check that this machine may connect to TCP port 443")]
+    RelayLost(String),
+    /// Access rules for the tag do not apply.
+    #[error("the node does not hold {0}; give it the tag again in the admin console")]
+    TagMissing(String),
+}
+
+impl Trouble {
+    /// Whether joining again, with or without a credential, is what could end it.
+    pub fn wants_joining(&self) -> bool {
+        matches!(self, Trouble::KeyExpired | Trouble::LoggedOut | Trouble::Removed | Trouble::NeedsLogUpload)
+    }
+}
+
+impl NodeStatus {
+    /// Whether connections to peers are possible.
+    pub fn is_running(&self) -> bool {
+        self.state == "Running"
+    }
+
+    /// What keeps the node from being what it should at the time `now`; empty when all is well.
+    pub fn troubles(&self, tags: &[String], now: Timestamp) -> Vec<Trouble> {
+        if self.removed {
+            return vec![Trouble::Removed];
+        }
+        if !self.is_running() {
+            return vec![self.why_not_running(now)];
+        }
+        let control = (!self.in_map_poll).then_some(Trouble::ControlLost);
+        let relay = (!self.relay.is_empty()).then(|| Trouble::RelayLost(trimmed(&self.relay)));
+        let missing = tags.iter().filter(|tag| !self.tags.contains(tag)).cloned().map(Trouble::TagMissing);
+        control.into_iter().chain(relay).chain(missing).collect()
+    }
+
+    fn why_not_running(&self, now: Timestamp) -> Trouble {
+        let expired = self.key_expiry.is_some_and(|at| at <= now);
+        match &*self.state {
+            _ if self.needs_log_upload => Trouble::NeedsLogUpload,
+            "NeedsLogin" if expired => Trouble::KeyExpired,
+            "NeedsLogin" if self.enrolled => Trouble::LoggedOut,
+            "NeedsMachineAuth" => Trouble::NeedsApproval,
+            "" => Trouble::NotRunning("starting".to_owned()),
+            state => Trouble::NotRunning(state.to_owned()),
+        }
+    }
+}
+
+/// A sentence as a part of another.
+fn trimmed(sentence: &str) -> String {
+    sentence.trim_end_matches('.').to_owned()
+}
+
+/// Go writes an empty list as `null`.
+fn null_is_empty<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: Timestamp = Timestamp::UNIX_EPOCH;
+
+    fn running() -> NodeStatus {
+        NodeStatus {
+            state: "Running".into(),
+            in_map_poll: true,
+            enrolled: true,
+            tags: vec!["tag:reverse-proxy".into()],
+            ..NodeStatus::default()
+        }
+    }
+
+    fn troubles(status: NodeStatus) -> Vec<Trouble> {
+        status.troubles(&["tag:reverse-proxy".into()], NOW)
+    }
+
+    #[test]
+    fn a_running_tagged_node_has_none() {
+        assert_eq!(troubles(running()), []);
+    }
+
+    #[test]
+    fn a_state_that_needs_a_person_is_told_from_one_that_passes() {
+        let state = |state: &str| NodeStatus { state: state.into(), ..running() };
+        let past = Some(Timestamp::from_second(-1).unwrap());
+        assert_eq!(troubles(state("")), [Trouble::NotRunning("starting".into())]);
+        assert_eq!(troubles(state("Starting")), [Trouble::NotRunning("Starting".into())]);
+        assert_eq!(troubles(state("NeedsMachineAuth")), [Trouble::NeedsApproval]);
+        assert_eq!(troubles(state("NeedsLogin")), [Trouble::LoggedOut]);
+        assert_eq!(troubles(NodeStatus { key_expiry: past, ..state("NeedsLogin") }), [Trouble::KeyExpired]);
+        assert_eq!(
+            troubles(NodeStatus { needs_log_upload: true, ..state("Stopped") }),
+            [Trouble::NeedsLogUpload]
+        );
+        assert_eq!(
+            troubles(NodeStatus { enrolled: false, ..state("NeedsLogin") }),
+            [Trouble::NotRunning("NeedsLogin".into())]
+        );
+    }
+
+    #[test]
+    fn a_removed_node_believes_to_be_running() {
+        assert_eq!(
+            troubles(NodeStatus { removed: true, in_map_poll: false, ..running() }),
+            [Trouble::Removed]
+        );
+    }
+
+    #[test]
+    fn what_limits_a_running_node_is_told_all_at_once() {
+        let status = NodeStatus { in_map_poll: false, relay: "Gone.".into(), tags: vec![], ..running() };
+        assert_eq!(
+            troubles(status),
+            [
+                Trouble::ControlLost,
+                Trouble::RelayLost("Gone".into()),
+                Trouble::TagMissing("tag:reverse-proxy".into())
+            ]
+        );
+    }
+
+    #[test]
+    fn a_line_of_the_library_is_understood() {
+        let line = r#"{"state":"Running","name":"edge.example.ts.net","ips":["100.64.0.1"],"tags":null,
+            "in_map_poll":true,"key_expiry":"2027-01-01T00:00:00Z","login_url":"","health":[],
+            "enrolled":true,"removed":false,"needs_log_upload":false,"relay":"",
+            "network_changes":2,"wake_ups":1}"#;
+        let status: NodeStatus = serde_json::from_str(line).unwrap();
+        assert_eq!(status.key_expiry, Some("2027-01-01T00:00:00Z".parse().unwrap()));
+        assert_eq!((status.network_changes, status.wake_ups), (2, 1));
+        assert!(status.is_running() && status.in_map_poll && status.enrolled && status.tags.is_empty());
+    }
+}
