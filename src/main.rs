@@ -76,13 +76,15 @@ fn run(args: &ConfigArgs) -> ExitCode {
     run_edge(config, sources)
 }
 
-/// To standard error: levels and targets by `RUST_LOG`, `info` by default.
+/// To standard error: levels and targets by `RUST_LOG`, `info` by default; in colour on a terminal
+/// unless `NO_COLOR` says otherwise (no-color.org).
 fn start_logging() {
+    let colour = std::io::stderr().is_terminal() && environment("NO_COLOR").is_none_or(|set| set.is_empty());
     let filter = EnvFilter::builder().with_default_directive(tracing::Level::INFO.into()).from_env_lossy();
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(colour)
         .with_writer(std::io::stderr)
         .init();
 }

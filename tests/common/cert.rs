@@ -36,4 +36,25 @@ impl Certificate {
         run(&mut openssl, b"", Duration::from_secs(20)).expect_success();
         Certificate { cert, key }
     }
+
+    /// The same, expired since yesterday.
+    pub fn create_expired_for(dir: &Path, host_name: &str) -> Certificate {
+        let good = Certificate::create_for(dir, host_name);
+        let names = dir.join("names");
+        std::fs::write(&names, format!("subjectAltName=DNS:{host_name}")).expect("the directory takes files");
+        let mut openssl = Command::new("openssl");
+        openssl.args(["x509", "-days", "-1", "-extfile"]).arg(names).arg("-in").arg(&good.cert);
+        openssl.arg("-signkey").arg(&good.key).arg("-out").arg(&good.cert);
+        run(&mut openssl, b"", Duration::from_secs(20)).expect_success();
+        good
+    }
+
+    /// Writes certificate and key into one file, as HAProxy wants them, and says where.
+    pub fn together(&self) -> PathBuf {
+        let mut pem = std::fs::read(&self.cert).expect("it was written");
+        pem.extend(std::fs::read(&self.key).expect("it was written"));
+        let path = self.cert.with_file_name("both.pem");
+        std::fs::write(&path, pem).expect("its directory takes files");
+        path
+    }
 }

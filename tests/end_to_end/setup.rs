@@ -3,15 +3,30 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use serde_json::Value;
+
 use crate::common::edge::{Builder, Edge, Listener};
+use crate::common::http;
 use crate::common::log::Log;
-use crate::common::tailnet::TestTailnet;
+use crate::common::tailnet::{Options, TestTailnet};
+use crate::common::wait::eventually;
 
 /// The name of the mailbox's node.
 pub const MAILBOX: &str = "stalwart";
 
 /// Bounds whatever a test waits for; a busy machine needs some of it.
 pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// Our program's own name on the tailnet.
+pub const EDGE: &str = "tailwart-edge";
+
+/// A failure that nothing has to be waited for. Most of it is room for a busy
+/// machine; it is well below the default join time-out.
+pub const AT_ONCE: Duration = Duration::from_secs(8);
+
+/// Beyond a join time-out: two seconds to find out why, and room for a busy
+/// machine.
+pub const AFTER_JOIN: Duration = Duration::from_secs(2 + 5);
 
 /// A tailnet with one mailbox node and one edge on it.
 pub struct Setup {
@@ -53,6 +68,50 @@ pub fn start_with(
     let edge = configure(builder).spawn();
     edge.wait_ready(LIMIT);
     Setup { edge, tailnet }
+}
+
+pub fn tcp(name: &str) -> Listener {
+    Listener::new(name, "tcp", 2525)
+}
+
+/// A tailnet that lets in only this key, and an edge for it that has none.
+pub fn closed_tailnet() -> (TestTailnet, Builder) {
+    let auth_keys = vec!["tskey-auth-good-1".to_owned()];
+    let tailnet = TestTailnet::start_with(&Options { auth_keys, ..Options::default() });
+    let edge = edge_on(&tailnet).without_auth_key().listener(tcp("mail"));
+    (tailnet, edge)
+}
+
+/// What control knows about the edge.
+pub fn node(tailnet: &TestTailnet) -> Value {
+    let nodes: Vec<Value> = tailnet.nodes().into_iter().filter(|node| node["name"] == EDGE).collect();
+    match <[Value; 1]>::try_from(nodes) {
+        Ok([node]) => node,
+        Err(nodes) => panic!("control has {} edges, not one", nodes.len()),
+    }
+}
+
+/// Starts the edge until it is ready, then stops it.
+pub fn enrol(edge: &Builder) {
+    let mut edge = edge.spawn();
+    edge.wait_ready(LIMIT);
+    edge.signal("TERM");
+    stops(&mut edge, LIMIT);
+}
+
+/// Waits until `/readyz` answers with this code and these words.
+#[track_caller]
+pub fn becomes(edge: &Edge, code: u16, words: &str) {
+    let admin = edge.addr("admin");
+    let mut last = None;
+    let reached = eventually(LIMIT, || {
+        let answer = http::get(admin, "/readyz");
+        let reached = answer.code == code && answer.body.contains(words);
+        last = Some(answer);
+        reached
+    });
+    assert!(reached, "wanted {code} with {words:?}, got {last:?}\n{}", edge.log().tail());
+    assert_eq!(http::get(admin, "/livez").code, 200);
 }
 
 /// The edge ends by itself within the limit, with this exit code and exactly

@@ -9,65 +9,25 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use serde_json::Value;
-
 use crate::common::cert::Certificate;
-use crate::common::edge::{Builder, Edge, Listener};
+use crate::common::edge::Edge;
 use crate::common::net::{connect, echoes, free_port, is_listening_beside};
 use crate::common::netns::Namespace;
 use crate::common::process::Daemon;
 use crate::common::stub::{self, Stub};
 use crate::common::tailnet::{Options, TestTailnet};
 use crate::common::tools::{Finished, run};
-use crate::common::wait::eventually;
 use crate::common::{http, private_dir, temp_dir};
-use crate::setup::{LIMIT, MAILBOX, edge_on, fails, no_crash, start_with, stops, tailnet_with, tells};
-
-/// Our program's own name on the tailnet.
-const EDGE: &str = "tailwart-edge";
-
-/// A failure that nothing has to be waited for. Most of it is room for a busy
-/// machine; it is well below the default join time-out.
-const AT_ONCE: Duration = Duration::from_secs(8);
-
-/// Beyond a join time-out: two seconds to find out why, and room for a busy
-/// machine.
-const AFTER_JOIN: Duration = Duration::from_secs(2 + 5);
+use crate::setup::{
+    AFTER_JOIN, AT_ONCE, EDGE, LIMIT, MAILBOX, becomes, closed_tailnet, edge_on, enrol, fails, no_crash,
+    node, start_with, stops, tailnet_with, tcp, tells,
+};
 
 /// The user "nobody" everywhere.
 const NOBODY: u32 = 65534;
 
-fn tcp(name: &str) -> Listener {
-    Listener::new(name, "tcp", 2525)
-}
-
-/// A tailnet that lets in only this key, and an edge for it that has none.
-fn closed_tailnet() -> (TestTailnet, Builder) {
-    let auth_keys = vec!["tskey-auth-good-1".to_owned()];
-    let tailnet = TestTailnet::start_with(&Options { auth_keys, ..Options::default() });
-    let edge = edge_on(&tailnet).without_auth_key().listener(tcp("mail"));
-    (tailnet, edge)
-}
-
 fn names(tailnet: &TestTailnet) -> Vec<String> {
     tailnet.nodes().iter().filter_map(|node| node["name"].as_str().map(str::to_owned)).collect()
-}
-
-/// What control knows about the edge.
-fn node(tailnet: &TestTailnet) -> Value {
-    let nodes: Vec<Value> = tailnet.nodes().into_iter().filter(|node| node["name"] == EDGE).collect();
-    match <[Value; 1]>::try_from(nodes) {
-        Ok([node]) => node,
-        Err(nodes) => panic!("control has {} edges, not one", nodes.len()),
-    }
-}
-
-/// Starts the edge until it is ready, then stops it.
-fn enrol(edge: &Builder) {
-    let mut edge = edge.spawn();
-    edge.wait_ready(LIMIT);
-    edge.signal("TERM");
-    stops(&mut edge, LIMIT);
 }
 
 #[test]
@@ -467,21 +427,6 @@ fn a_signal_while_joining_ends_it_promptly_and_in_order() {
     }
 }
 
-/// Waits until `/readyz` answers with this code and these words.
-#[track_caller]
-fn becomes(edge: &Edge, code: u16, words: &str) {
-    let admin = edge.addr("admin");
-    let mut last = None;
-    let reached = eventually(LIMIT, || {
-        let answer = http::get(admin, "/readyz");
-        let reached = answer.code == code && answer.body.contains(words);
-        last = Some(answer);
-        reached
-    });
-    assert!(reached, "wanted {code} with {words:?}, got {last:?}\n{}", edge.log().tail());
-    assert_eq!(http::get(admin, "/livez").code, 200);
-}
-
 #[test]
 fn readiness_follows_the_tailnet_and_liveness_the_process() {
     let (tailnet, edge) = closed_tailnet();
@@ -538,14 +483,11 @@ fn control_in_disguise(
     certificate: &Certificate,
     dir: &Path,
 ) -> Daemon {
-    let mut pem = std::fs::read(&certificate.cert).expect("it was written");
-    pem.extend(std::fs::read(&certificate.key).expect("it was written"));
-    std::fs::write(dir.join("both.pem"), pem).expect("a temporary directory takes files");
     let backend = tailnet.control_url().trim_start_matches("http://");
     let settings = format!(
         "defaults\n mode tcp\n timeout connect 5s\n timeout client 1h\n timeout server 1h\n\
          listen control\n bind 127.0.0.1:443 ssl crt {}\n bind 127.0.0.1:80\n server control {backend}\n",
-        dir.join("both.pem").display()
+        certificate.together().display()
     );
     let config = dir.join("haproxy.cfg");
     std::fs::write(&config, settings).expect("a temporary directory takes files");
