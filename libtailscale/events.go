@@ -162,9 +162,6 @@ func (n *node) statusOf(current *ipnstate.Status) status {
 	if health.GetInPollNetMap() {
 		n.removed.Store(false)
 	}
-	if current.BackendState == ipn.Running.String() {
-		n.needsLogUpload.Store(false)
-	}
 	s := status{
 		State:          current.BackendState,
 		LoginURL:       current.AuthURL,

@@ -65,18 +65,30 @@ type join struct {
 
 // resume gets a node going again that has been running before.
 func (j *join) resume() (outcome error, decided bool) {
+	n := j.node
 	switch {
-	case j.node.removed.Load():
+	case n.removed.Load():
 		// The backend knows nothing of it and believes itself to be running.
 		return j.login()
-	case j.node.backend.State() == ipn.Stopped:
-		// It has stopped itself, because the tailnet wants logs (decide).
-		prefs := &ipn.MaskedPrefs{Prefs: ipn.Prefs{WantRunning: true}, WantRunningSet: true}
-		if _, err := j.node.backend.EditPrefs(prefs); err != nil {
-			return j.node.report(codeError, err), true
+	case n.needsLogUpload.Load():
+		// The backend has stopped, or will at the next occasion. Does the
+		// tailnet still want logs?
+		n.needsLogUpload.Store(false)
+		prefs := n.backend.Prefs().AsStruct()
+		prefs.WantRunning = true
+		if err := n.restart(ipn.Options{UpdatePrefs: prefs}); err != nil {
+			return n.report(codeError, err), true
 		}
 	}
 	return nil, false
+}
+
+// restart has the backend ask the control server anew, and makes sure that what
+// it was told before does not count as the answer.
+func (n *node) restart(options ipn.Options) error {
+	err := n.backend.Start(options)
+	n.server.Sys().HealthTracker.Get().SetOutOfPollNetMap()
+	return err
 }
 
 // watch follows the notifications for a while: the bus cuts off a slow watcher,
@@ -161,7 +173,7 @@ func (j *join) login() (outcome error, decided bool) {
 	n.pending.Go(func() {
 		key, err := n.obtainKey(j.ctx)
 		if err == nil {
-			err = n.backend.Start(ipn.Options{AuthKey: key})
+			err = n.restart(ipn.Options{AuthKey: key})
 		}
 		if err == nil {
 			n.removed.Store(false) // the poll that found out belongs to the past

@@ -97,8 +97,12 @@ impl NodeStatus {
 
     /// What keeps the node from being what it should at the time `now`; empty when all is well.
     pub fn troubles(&self, tags: &[String], now: Timestamp) -> Vec<Trouble> {
+        // The backend may believe to be running all the same.
         if self.removed {
             return vec![Trouble::Removed];
+        }
+        if self.needs_log_upload {
+            return vec![Trouble::NeedsLogUpload];
         }
         if !self.is_running() {
             return vec![self.why_not_running(now)];
@@ -112,7 +116,6 @@ impl NodeStatus {
     fn why_not_running(&self, now: Timestamp) -> Trouble {
         let expired = self.key_expiry.is_some_and(|at| at <= now);
         match &*self.state {
-            _ if self.needs_log_upload => Trouble::NeedsLogUpload,
             "NeedsLogin" if expired => Trouble::KeyExpired,
             "NeedsLogin" if self.enrolled => Trouble::LoggedOut,
             "NeedsMachineAuth" => Trouble::NeedsApproval,
@@ -171,17 +174,14 @@ mod tests {
         assert_eq!(troubles(state("NeedsLogin")), [Trouble::LoggedOut]);
         assert_eq!(troubles(NodeStatus { key_expiry: past, ..state("NeedsLogin") }), [Trouble::KeyExpired]);
         assert_eq!(
-            troubles(NodeStatus { needs_log_upload: true, ..state("Stopped") }),
-            [Trouble::NeedsLogUpload]
-        );
-        assert_eq!(
             troubles(NodeStatus { enrolled: false, ..state("NeedsLogin") }),
             [Trouble::NotRunning("NeedsLogin".into())]
         );
     }
 
     #[test]
-    fn a_removed_node_believes_to_be_running() {
+    fn a_node_that_was_thrown_out_may_believe_to_be_running() {
+        assert_eq!(troubles(NodeStatus { needs_log_upload: true, ..running() }), [Trouble::NeedsLogUpload]);
         assert_eq!(
             troubles(NodeStatus { removed: true, in_map_poll: false, ..running() }),
             [Trouble::Removed]

@@ -101,6 +101,29 @@ impl Namespace {
         std::fs::write(self.etc.join(file), content).expect("root can write in /etc");
     }
 
+    /// Gives the namespace's end another address in the place of the present one; our end has both
+    /// and stays reachable at the old one.
+    pub fn change_address(&self) {
+        const AWAY: u32 = 1 << 16;
+        let Namespace { name, inside, .. } = self;
+        let away = |address: Ipv4Addr| Ipv4Addr::from_bits(address.to_bits() + AWAY);
+        for command in [
+            format!("addr add {}/30 dev {}", away(self.outside), self.outer_interface()),
+            format!("-n {name} addr add {}/30 dev {INTERFACE}", away(*inside)),
+            format!("-n {name} addr del {inside}/30 dev {INTERFACE}"),
+            format!("-n {name} route replace default via {}", away(self.outside)),
+        ] {
+            ip(&command);
+        }
+    }
+
+    /// Whether a word that is sent to this port, from inside, is heard again.
+    pub fn hears_itself(&self, address: &str, port: u16) -> bool {
+        let script = format!("exec 3<>/dev/tcp/{address}/{port} && echo hello >&3 && head -n 1 <&3");
+        let finished = run(self.command("bash").args(["-c", &script]), b"", COMMAND_LIMIT);
+        finished.stdout() == "hello\n"
+    }
+
     /// Sets a kernel parameter of the namespace, such as `net.ipv4.ip_unprivileged_port_start`.
     pub fn sysctl(&self, name: &str, value: &str) {
         run(self.command("sysctl").arg("-qw").arg(format!("{name}={value}")), b"", COMMAND_LIMIT)

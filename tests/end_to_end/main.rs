@@ -10,6 +10,7 @@ mod enrolment;
 mod faults;
 mod half_close;
 mod isolation;
+mod life;
 mod load;
 mod mail;
 mod oracles;
