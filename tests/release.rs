@@ -10,6 +10,7 @@ mod common;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -111,6 +112,7 @@ fn empty_root(config: &str) -> tempfile::TempDir {
     fs::copy(release_binary(), at("tailwart-edge")).expect("the program can be copied");
     fs::write(at("config.toml"), config).expect("the configuration can be written");
     fs::create_dir(at("state")).and_then(|()| fs::create_dir(at("proc"))).expect("directories can be made");
+    fs::set_permissions(at("state"), fs::Permissions::from_mode(0o700)).expect("it is ours");
     root
 }
 
