@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -82,7 +83,7 @@ func (n *node) apiURL() string {
 func (c *credential) accessToken(ctx context.Context, base string) (string, error) {
 	if c.clientSecret != "" {
 		config := clientcredentials.Config{
-			ClientID:     c.clientID, // Tailscale reads it from the secret
+			ClientID:     cmp.Or(c.clientID, "unnamed"), // Tailscale reads it from the secret
 			ClientSecret: c.clientSecret,
 			TokenURL:     base + "/api/v2/oauth/token",
 		}

@@ -85,16 +85,21 @@ func (n *node) watch(changed chan<- struct{}) {
 	}
 }
 
-// log passes a line on and learns from it what the backend tells nobody else:
-// that the control server has removed this node. It answers the request for a
+// log passes a line on and learns from it what the backend tells nobody else.
+//
+// That the control server has removed this node: it answers the request for a
 // map with 404 then (tailscale/tailscale#12032), which the backend takes for an
 // outage (control/controlclient/direct.go, PollNetMap; ipn/ipnlocal/local.go,
-// setControlClientStatusLocked).
+// setControlClientStatusLocked). And that this node is ephemeral and could not
+// be logged out when it was closed (ipn/ipnlocal/local.go, Shutdown).
 func (n *node) log(format string, args ...any) {
-	if format == "Received error: %v" && len(args) == 1 {
+	switch {
+	case format == "Received error: %v" && len(args) == 1:
 		if err, ok := args[0].(error); ok && strings.Contains(err.Error(), "initial fetch failed 404: node not found") {
 			n.removed.Store(true)
 		}
+	case strings.HasPrefix(format, "failed to log out ephemeral node"):
+		n.staysListed.Store(true)
 	}
 	n.logs.printf(format, args...)
 }
@@ -113,7 +118,7 @@ func (n *node) networkChanged(delta *netmon.ChangeDelta) {
 // depend on a reader.
 func (n *node) publish(lines chan []byte) {
 	current := n.backend.StatusWithoutPeers()
-	n.refreshSelf(current.BackendState)
+	n.refreshSelf()
 	line, err := json.Marshal(n.statusOf(current))
 	if err != nil {
 		return
@@ -202,10 +207,13 @@ func relayTrouble(state *health.State) string {
 }
 
 // refreshSelf makes the node's addresses known while it is running, and
-// unknown otherwise, so that no connection starts without a tailnet.
-func (n *node) refreshSelf(state string) {
+// unknown otherwise, so that no connection starts without a tailnet. The state
+// is asked for under a lock: an older answer must not undo a newer one.
+func (n *node) refreshSelf() {
+	n.selfMu.Lock()
+	defer n.selfMu.Unlock()
 	nm := n.backend.NetMapNoPeers()
-	if state != ipn.Running.String() || nm == nil || n.ctx.Err() != nil {
+	if n.backend.State() != ipn.Running || nm == nil || n.ctx.Err() != nil {
 		n.self.Store(nil)
 		return
 	}

@@ -10,6 +10,17 @@ typedef void (*tailscale_wake_fn)(uintptr_t token, uint32_t ready);
 static inline void tailscale_call_wake(tailscale_wake_fn wake, uintptr_t token, uint32_t ready) {
 	wake(token, ready);
 }
+
+extern char **environ;
+
+// After exec(2) the values are in the memory that /proc/PID/environ shows. A
+// name may be there twice, which getenv(3) does not tell.
+static inline void tailscale_overwrite_variable(const char *name) {
+	size_t length = strlen(name);
+	for (char **entry = environ; entry && *entry; entry++)
+		if (strncmp(*entry, name, length) == 0 && (*entry)[length] == '=')
+			memset(*entry + length + 1, 0, strlen(*entry + length + 1));
+}
 */
 import "C"
 
@@ -103,14 +114,11 @@ func TsForgetEnvironment() {
 	forgetEnvironment()
 }
 
-// overwriteVariable blanks a variable's value where it is, which after exec(2)
-// is the memory that /proc/PID/environ shows.
+// overwriteVariable blanks a variable's value where it is.
 func overwriteVariable(name string) {
 	variable := C.CString(name)
 	defer C.free(unsafe.Pointer(variable))
-	if value := C.getenv(variable); value != nil {
-		C.memset(unsafe.Pointer(value), 0, C.strlen(value))
-	}
+	C.tailscale_overwrite_variable(variable)
 }
 
 //export TsSetLogUpload

@@ -33,9 +33,9 @@ func (n *node) up() error {
 		waiting, cancel = context.WithDeadline(n.ctx, end.Add(-min(probeLimit, limit/4)))
 		defer cancel()
 	}
-	ctx, fail := context.WithCancelCause(waiting)
-	defer fail(nil)
-	j := &join{node: n, ctx: ctx, fail: fail}
+	ctx, stop := context.WithCancel(waiting)
+	defer stop()
+	j := &join{node: n, ctx: ctx, stop: stop, used: make(chan error, 1)}
 	outcome, decided := j.resume()
 	for !decided && ctx.Err() == nil {
 		outcome, decided = j.watch()
@@ -46,10 +46,24 @@ func (n *node) up() error {
 		return outcome
 	case n.ctx.Err() != nil:
 		return n.report(codeCancelled, errors.New("the node was closed while joining"))
-	case errors.As(context.Cause(ctx), &failed):
+	case errors.As(j.credentialFailure(limited), &failed):
 		return n.report(failed.code, failed)
 	default:
 		return j.explainTimeout(limited)
+	}
+}
+
+// credentialFailure is why the credential did not become a key, also when that
+// is that time ran out: its user is being cancelled then, and says so at once.
+func (j *join) credentialFailure(ctx context.Context) error {
+	if !j.offered {
+		return nil
+	}
+	select {
+	case err := <-j.used:
+		return err
+	case <-ctx.Done():
+		return nil
 	}
 }
 
@@ -57,10 +71,11 @@ func (n *node) up() error {
 type join struct {
 	node *node
 	ctx  context.Context // ends with the time for joining
-	fail context.CancelCauseFunc
+	stop context.CancelFunc
 	// offered is set once the credential was used: a second demand after that
 	// is answered by the error message that comes with it, or by the time limit.
 	offered bool
+	used    chan error // how the use of the credential went
 }
 
 // resume gets a node going again that has been running before.
@@ -128,7 +143,7 @@ func (j *join) decide(notify *ipn.Notify) (outcome error, decided bool) {
 		if !n.server.Sys().HealthTracker.Get().GetInPollNetMap() || n.removed.Load() {
 			return nil, false
 		}
-		n.refreshSelf(ipn.Running.String())
+		n.refreshSelf()
 		return nil, true
 	case ipn.NeedsLogin:
 		return j.login()
@@ -182,8 +197,9 @@ func (j *join) login() (outcome error, decided bool) {
 		if err != nil && !errors.As(err, new(credentialError)) {
 			err = credentialError{codeError, err}
 		}
+		j.used <- err
 		if err != nil {
-			j.fail(err)
+			j.stop()
 		}
 	})
 	return nil, false

@@ -1,15 +1,20 @@
 package main
 
 import (
+	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"libtailscale/testnet"
 
 	"tailscale.com/ipn"
+	"tailscale.com/net/netmon"
 )
 
 // statusNow is what the next status line would say.
@@ -130,5 +135,177 @@ func TestAStateFileThatIsNoStateFile(t *testing.T) {
 	wantCode(t, n.up(), codeBadStateFile)
 	if text := errorText(n); !strings.Contains(text, n.server.Dir) {
 		t.Errorf("%q does not name the file", text)
+	}
+}
+
+// stateIs waits for a state.
+func stateIs(t *testing.T, n *node, want ipn.State) {
+	t.Helper()
+	eventually(t, "the state is "+want.String(), func() bool { return statusNow(n).State == want.String() })
+}
+
+func TestATailnetThatDemandsLogsAtStart(t *testing.T) {
+	tailnet := startNet(t, testnet.Options{})
+	check(t, tailnet.RequireFlowLogs(true))
+	n := unstarted(t, tailnet)
+	wantCode(t, n.up(), codeNeedsLogUpload)
+	if text := errorText(n); !strings.Contains(text, "logging") {
+		t.Errorf("text: %q", text)
+	}
+	eventually(t, "the status says why", func() bool { return statusNow(n).NeedsLogUpload })
+	check(t, tailnet.RequireFlowLogs(false))
+	stateIs(t, n, ipn.Stopped)
+	check(t, n.up())
+	if statusNow(n).NeedsLogUpload {
+		t.Error("the reason is still there")
+	}
+}
+
+// Tailscale stops itself at once, yet notices only with the next map: here that
+// is the one which says that it need not have.
+func TestATailnetThatBeginsToDemandLogs(t *testing.T) {
+	e := startEdge(t, echo)
+	check(t, e.net.RequireFlowLogs(true))
+	eventually(t, "the status says why", func() bool { return statusNow(e.node).NeedsLogUpload })
+	check(t, e.net.RequireFlowLogs(false))
+	stateIs(t, e.node, ipn.Stopped)
+	if !statusNow(e.node).NeedsLogUpload {
+		t.Error("the reason is forgotten though the node is stopped")
+	}
+	eventually(t, "nothing is dialled", func() bool { return e.self.Load() == nil })
+	_, err := dial(t, e.node, "mailbox", 25)
+	wantCode(t, err, codeNotRunning)
+	check(t, e.node.up())
+	if statusNow(e.node).NeedsLogUpload {
+		t.Error("the reason is still there")
+	}
+	c, err := dial(t, e.node, "mailbox", 25)
+	check(t, err)
+	c.close()
+}
+
+func TestApprovalIsRevokedAndGivenAgain(t *testing.T) {
+	e := startEdge(t, echo)
+	check(t, e.net.RevokeApproval("edge"))
+	stateIs(t, e.node, ipn.NeedsMachineAuth)
+	eventually(t, "nothing is dialled", func() bool { return e.self.Load() == nil })
+	_, err := dial(t, e.node, "mailbox", 25)
+	wantCode(t, err, codeNotRunning)
+	check(t, e.net.Approve("edge"))
+	stateIs(t, e.node, ipn.Running)
+	eventually(t, "the mailbox is reached", func() bool {
+		c, err := dial(t, e.node, "mailbox", 25)
+		if err == nil {
+			c.close()
+		}
+		return err == nil
+	})
+}
+
+func TestAnotherAddress(t *testing.T) {
+	from := make(chan net.Addr, 1)
+	e := startEdge(t, echo)
+	ln, err := e.net.Server("mailbox").Listen("tcp", ":2525")
+	check(t, err)
+	go func() {
+		if c, err := ln.Accept(); err == nil {
+			from <- c.RemoteAddr()
+			c.Close()
+		}
+	}()
+	moved := netip.MustParseAddr("100.64.7.7")
+	check(t, e.net.SetIP("edge", moved))
+	eventually(t, "the node knows its address", func() bool {
+		ips := e.node.ips()
+		return len(ips) == 2 && ips[0] == moved.String()
+	})
+	if ips := statusNow(e.node).IPs; len(ips) != 2 || ips[0] != moved {
+		t.Errorf("the status says %v", ips)
+	}
+	c, err := dial(t, e.node, "mailbox", 2525)
+	check(t, err)
+	defer c.close()
+	if addr := (<-from).String(); !strings.HasPrefix(addr, moved.String()+":") {
+		t.Errorf("the mailbox is called from %s", addr)
+	}
+}
+
+// It takes Tailscale ten seconds to find a relay worth a warning.
+func TestTheRelayIsLostAndFound(t *testing.T) {
+	tailnet := startNet(t, testnet.Options{})
+	check(t, tailnet.SetDERPOnly(true))
+	_, err := tailnet.AddNode(testnet.NodeConfig{Name: "mailbox", Forward: map[uint16]string{25: listen(t, echo)}})
+	check(t, err)
+	n := unstarted(t, tailnet)
+	check(t, n.up())
+	tailnet.StopDERP()
+	eventually(t, "the status says so", func() bool { return statusNow(n).Relay != "" })
+	if now := statusNow(n); now.State != ipn.Running.String() || !now.InMapPoll {
+		t.Errorf("without a relay: %+v", now)
+	}
+	check(t, tailnet.StartDERP())
+	eventually(t, "the relay is back", func() bool { return statusNow(n).Relay == "" })
+	c, err := dial(t, n, "mailbox", 25)
+	check(t, err)
+	c.close()
+}
+
+// sleep makes the network monitor believe that the machine has slept.
+func sleep(n *node, slept time.Duration) {
+	monitor := n.server.Sys().NetMon.Get()
+	inside := reflect.ValueOf(monitor).Elem()
+	mu := (*sync.Mutex)(inside.FieldByName("mu").Addr().UnsafePointer())
+	lastLook := (*time.Time)(inside.FieldByName("lastWall").Addr().UnsafePointer())
+	mu.Lock()
+	*lastLook = lastLook.Add(-slept)
+	mu.Unlock()
+	monitor.InjectEvent()
+}
+
+func TestAMachineThatHasSlept(t *testing.T) {
+	n := unstarted(t, startNet(t, testnet.Options{}))
+	check(t, n.up())
+	before := statusNow(n)
+	sleep(n, 5*time.Minute)
+	eventually(t, "the wake-up is counted", func() bool { return statusNow(n).WakeUps == before.WakeUps+1 })
+}
+
+func TestWhatIsANetworkChange(t *testing.T) {
+	here := &netmon.State{DefaultRouteInterface: "eth0"}
+	there := &netmon.State{DefaultRouteInterface: "wlan0"}
+	for _, tt := range []struct {
+		from, to         *netmon.State
+		slept            time.Duration
+		changes, wakeUps int64
+	}{
+		{here, here, 0, 0, 0},
+		{here, there, 0, 1, 0},
+		{here, here, time.Minute, 0, 1},
+		{here, there, time.Minute, 1, 1},
+	} {
+		delta, err := netmon.NewChangeDelta(tt.from, tt.to, tt.slept, true)
+		check(t, err)
+		n := newNode()
+		n.networkChanged(delta)
+		if changes, wakeUps := n.networkChanges.Load(), n.wakeUps.Load(); changes != tt.changes || wakeUps != tt.wakeUps {
+			t.Errorf("%+v: %d changes, %d wake-ups", tt, changes, wakeUps)
+		}
+	}
+}
+
+// Somebody may log the node in where no credential is given.
+func TestAnInteractiveLogin(t *testing.T) {
+	tailnet := startNet(t, testnet.Options{AuthKeys: []string{}})
+	n := unstarted(t, tailnet)
+	giveKey(n, "")
+	wantCode(t, n.up(), codeNeedsLogin)
+	eventually(t, "the status has the URL", func() bool {
+		return strings.HasPrefix(statusNow(n).LoginURL, tailnet.ControlURL()+"/auth/")
+	})
+	check(t, tailnet.CompleteLogin("edge"))
+	stateIs(t, n, ipn.Running)
+	check(t, n.up())
+	if now := statusNow(n); now.LoginURL != "" || !now.Enrolled {
+		t.Errorf("after the login: %+v", now)
 	}
 }

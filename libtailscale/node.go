@@ -29,7 +29,6 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"tailscale.com/envknob"
-	"tailscale.com/ipn/ipnauth"
 	"tailscale.com/ipn/ipnlocal"
 	"tailscale.com/ipn/store"
 	"tailscale.com/ipn/store/mem"
@@ -50,9 +49,6 @@ const (
 	flushLimit = 2 * time.Second
 	// resetLimit bounds how long close waits for resets to reach the peers.
 	resetLimit = time.Second
-	// logoutLimit bounds how long close waits for the control server to forget
-	// an ephemeral node.
-	logoutLimit = 2 * time.Second
 )
 
 // credentialVariables are those that tsnet reads by itself
@@ -117,13 +113,15 @@ type node struct {
 
 	// What the backend knows and does not tell; see events.go.
 	removed        atomic.Bool  // the control server has no such node
+	staysListed    atomic.Bool  // this ephemeral node could not be logged out
 	needsLogUpload atomic.Bool  // the tailnet refuses nodes without it
 	networkChanges atomic.Int64 // major ones of this machine's network
 	wakeUps        atomic.Int64 // of this machine, from sleep
 
 	// self is set while the node is running.
-	self  atomic.Pointer[addresses]
-	known sync.Map // name -> netip.Addr last seen in the map
+	selfMu sync.Mutex // held to change self
+	self   atomic.Pointer[addresses]
+	known  sync.Map // name -> netip.Addr last seen in the map
 	// pending counts calls and goroutines in progress that close must wait for.
 	pending sync.WaitGroup
 }
@@ -322,30 +320,17 @@ func (n *node) close() (failed error) {
 	if started {
 		n.flush()
 		n.abortAll()
-		failed = n.logOut()
 		n.server.Close()
 		os.RemoveAll(n.scratch)
+		if n.staysListed.Load() {
+			failed = codeControlUnreachable
+		}
 	}
 	if n.events != nil {
 		n.events.Close()
 	}
 	n.logs.close()
 	return failed
-}
-
-// logOut has the control server forget an ephemeral node. tsnet does so only
-// after it has let go of the key that it takes (tailscale/tailscale#8532).
-func (n *node) logOut() error {
-	if !n.server.Ephemeral {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), logoutLimit)
-	defer cancel()
-	if err := n.backend.Logout(ctx, ipnauth.Self); err != nil {
-		n.logs.printf("logging out: %v", err)
-		return codeControlUnreachable
-	}
-	return nil
 }
 
 // flush waits until the connections whose handles are closed are over, within

@@ -2,8 +2,12 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -208,6 +212,54 @@ func TestAClosedNodeLeavesNothingBehind(t *testing.T) {
 	}
 	noGoroutinesLeft(t, goroutines+2)
 	eventually(t, "the descriptors are back", func() bool { return descriptors(t) <= fds+2 })
+}
+
+// usage is what a process may run out of, and a state directory fill up with.
+type usage struct{ goroutines, descriptors, threads, files int }
+
+func usageNow(t *testing.T, dir string) (u usage) {
+	t.Helper()
+	u.goroutines, u.descriptors = runtime.NumGoroutine(), descriptors(t)
+	threads, err := os.ReadDir("/proc/self/task")
+	check(t, err)
+	u.threads = len(threads)
+	check(t, filepath.WalkDir(dir, func(string, fs.DirEntry, error) error { u.files++; return nil }))
+	return u
+}
+
+func (u usage) within(limit usage) bool {
+	return u.goroutines <= limit.goroutines && u.descriptors <= limit.descriptors &&
+		u.threads <= limit.threads && u.files <= limit.files
+}
+
+func TestANodeThatStartsAgainAndAgain(t *testing.T) {
+	// As in the archive: with a cached map a node runs before it has heard from
+	// its control server, and up waits another second for that.
+	t.Setenv("TS_USE_CACHED_NETMAP", "false")
+	const first, rounds = 20, 200
+	tailnet := startNet(t, testnet.Options{})
+	dir := t.TempDir()
+	var ips []string
+	var limit usage
+	for round := range rounds {
+		n := unstarted(t, tailnet)
+		n.server.Dir = dir
+		check(t, n.up())
+		if ips == nil {
+			ips = n.ips()
+		}
+		if now := n.ips(); len(now) != 2 || !slices.Equal(now, ips) {
+			t.Fatalf("addresses %v in round %d, %v before", now, round, ips)
+		}
+		check(t, n.close())
+		if round == first {
+			limit = usageNow(t, dir)
+			// Threads and the test tailnet's goroutines come and go, as does the
+			// cached map, which is five files.
+			limit = usage{limit.goroutines + 5, limit.descriptors + 5, limit.threads + 8, limit.files + 5}
+		}
+	}
+	eventually(t, fmt.Sprintf("no more is used than %+v", limit), func() bool { return usageNow(t, dir).within(limit) })
 }
 
 func TestForgetEnvironment(t *testing.T) {

@@ -220,9 +220,11 @@ int tailscale_start(tailscale sd);
 int tailscale_up(tailscale sd);
 
 // Stops the node, cancels a pending tailscale_up, and waits up to two seconds
-// for bytes already written to be acknowledged by the peers. Connections that
-// are still open fail with TAILSCALE_RESET; their handles stay valid until
-// closed. Zero or TAILSCALE_BAD_HANDLE.
+// for bytes already written to be acknowledged by the peers, and up to five for
+// the control server to forget an ephemeral node. Connections that are still
+// open fail with TAILSCALE_RESET; their handles stay valid until closed. Zero,
+// TAILSCALE_BAD_HANDLE, or TAILSCALE_CONTROL_UNREACHABLE when the node is closed
+// but, being ephemeral, could not be taken off the tailnet.
 int tailscale_close(tailscale sd);
 
 // Writes the node's addresses, comma-separated, NUL-terminated. Zero, EBADF,

@@ -54,7 +54,10 @@ fn program() -> &'static Path {
         let dir = temp_dir("c-contract");
         let sources = repo_root().join("tests/c_contract");
         let mut cc = compiler("CC", "cc", "-std=c11");
-        cc.args(["main.c", "arguments.c", "joining.c", "connection.c"].map(|name| sources.join(name)));
+        cc.args(
+            ["main.c", "arguments.c", "environment.c", "joining.c", "connection.c"]
+                .map(|name| sources.join(name)),
+        );
         let program = dir.path().join("main");
         link(cc, b"", &program);
         (dir, program)
@@ -89,6 +92,11 @@ fn cpp_links_with_the_archive() {
 #[test]
 fn what_cannot_work_has_its_code() {
     holds(&["arguments"], &CREDENTIALS);
+}
+
+#[test]
+fn nothing_of_a_credential_is_left_in_the_environment() {
+    holds(&["environment"], &[]);
 }
 
 #[test]

@@ -22,6 +22,8 @@ void expect_text(tailscale sd, int (*get)(tailscale, char*, size_t));
 void expect_no_connection(tailscale_conn closed);
 
 void arguments(void);
+// Runs this program again, with a credential in every variable, unless `again`.
+void environment(const char* again);
 void joining(void);
 void connection(const char* control_url, const char* peer, uint16_t port);
 

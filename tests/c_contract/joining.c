@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
@@ -28,6 +29,26 @@ static void drain(int end) {
     close(end);
 }
 
+// Which the next tailscale_up uses. The node has no tags, as a key that the API
+// makes would need them.
+static void a_credential_after_the_start(tailscale sd) {
+    int (*const apis[])(tailscale, const char*) = {tailscale_set_client_secret, tailscale_set_id_token,
+                                                   tailscale_set_audience};
+    for (size_t i = 0; i < sizeof apis / sizeof *apis; i++) {
+        EXPECT(apis[i](sd, "x"), TAILSCALE_OK);
+        EXPECT(tailscale_up(sd), TAILSCALE_BAD_ARGUMENT);
+        EXPECT(apis[i](sd, ""), TAILSCALE_OK);  // takes it back
+    }
+    EXPECT(tailscale_set_client_id(sd, "x"), TAILSCALE_OK);
+    EXPECT(tailscale_set_preauthorized(sd, 1), TAILSCALE_OK);
+    EXPECT(tailscale_up(sd), TAILSCALE_NEEDS_LOGIN);  // neither is a credential
+    EXPECT(tailscale_set_up_timeout(sd, 500), TAILSCALE_OK);
+    EXPECT(tailscale_set_authkey(sd, "tskey-auth-none"), TAILSCALE_OK);
+    EXPECT(tailscale_up(sd), TAILSCALE_CONTROL_UNREACHABLE);
+    EXPECT(tailscale_set_authkey(sd, ""), TAILSCALE_OK);
+    EXPECT(tailscale_up(sd), TAILSCALE_NEEDS_LOGIN);
+}
+
 static void without_a_key(void) {
     int logs[2], events[2];
     make_pipe(logs, 1);
@@ -38,18 +59,29 @@ static void without_a_key(void) {
     EXPECT(tailscale_up(sd), TAILSCALE_NEEDS_LOGIN);  // at once, and not when time is up
     EXPECT(tailscale_set_dir(sd, "x"), TAILSCALE_BAD_STATE);
     EXPECT(tailscale_set_hostname(sd, "x"), TAILSCALE_BAD_STATE);
-    EXPECT(tailscale_set_authkey(sd, "x"), TAILSCALE_BAD_STATE);
     EXPECT(tailscale_set_control_url(sd, "x"), TAILSCALE_BAD_STATE);
     EXPECT(tailscale_set_tags(sd, "x"), TAILSCALE_BAD_STATE);
     EXPECT(tailscale_set_ephemeral(sd, 1), TAILSCALE_BAD_STATE);
     EXPECT(tailscale_set_logfd(sd, -1), TAILSCALE_BAD_STATE);
     EXPECT(tailscale_set_eventfd(sd, -1), TAILSCALE_BAD_STATE);
-    EXPECT(tailscale_set_up_timeout(sd, 0), TAILSCALE_OK);
+    a_credential_after_the_start(sd);
     ssize_t length = read(events[0], text, sizeof text);
     TRUE(length > 2 && strncmp(text, "{\"state\":\"", 10) == 0 && strncmp(text + length - 2, "}\n", 2) == 0);
     EXPECT(tailscale_close(sd), TAILSCALE_OK);
     drain(logs[0]);  // the write ends are the library's to close
     drain(events[0]);
+}
+
+static void with_a_file_that_is_no_state(void) {
+    tailscale sd = fresh_node(NOBODY, NULL);
+    FILE* file = fopen("tailscaled.state", "w");
+    TRUE(file && fputs("not JSON", file) >= 0 && fclose(file) == 0);
+    EXPECT(tailscale_set_dir(sd, "."), TAILSCALE_OK);
+    EXPECT(tailscale_start(sd), TAILSCALE_BAD_STATE_FILE);
+    EXPECT(tailscale_up(sd), TAILSCALE_BAD_STATE_FILE);
+    EXPECT(tailscale_errmsg(sd, text, sizeof text), 0);
+    TRUE(strstr(text, "tailscaled.state") != NULL);
+    EXPECT(tailscale_close(sd), TAILSCALE_OK);
 }
 
 // And with a pipe for its events that nobody reads.
@@ -85,6 +117,7 @@ static void closed_meanwhile(void) {
 
 void joining(void) {
     without_a_key();
+    with_a_file_that_is_no_state();
     without_a_control_server();
     closed_meanwhile();
 }

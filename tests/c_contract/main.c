@@ -2,6 +2,7 @@
 // directory and with a deadline. It ends at the first thing that is wrong.
 //
 //   main arguments                         codes for what cannot work
+//   main environment                       that nothing of a credential is left there
 //   main joining                           a node that never gets to a tailnet
 //   main connection CONTROL_URL PEER PORT  one that does; the port is an echo's
 #define _POSIX_C_SOURCE 200809L
@@ -58,6 +59,7 @@ void expect_no_connection(tailscale_conn closed) {
 
 int main(int argc, char** argv) {
     if (argc == 2 && strcmp(argv[1], "arguments") == 0) arguments();
+    else if (argc >= 2 && strcmp(argv[1], "environment") == 0) environment(argv[2]);
     else if (argc == 2 && strcmp(argv[1], "joining") == 0) joining();
     else if (argc == 5 && strcmp(argv[1], "connection") == 0)
         connection(argv[2], argv[3], (uint16_t)atoi(argv[4]));
