@@ -43,6 +43,7 @@ const (
 	codeNeedsLogUpload     = code(C.TAILSCALE_NEEDS_LOG_UPLOAD)
 	codeClockWrong         = code(C.TAILSCALE_CLOCK_WRONG)
 	codeBadStateFile       = code(C.TAILSCALE_BAD_STATE_FILE)
+	codeBadCredential      = code(C.TAILSCALE_BAD_CREDENTIAL)
 )
 
 const (

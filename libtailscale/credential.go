@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"strings"
 
@@ -19,6 +20,10 @@ import (
 // defaultAPIURL is Tailscale's HTTP API. Headscale has its own at the control
 // server's URL, with the same paths.
 const defaultAPIURL = "https://api.tailscale.com"
+
+// keyLifeSeconds is how long a key that was made may wait to be used. It is used
+// at once; this is for those of attempts that fail.
+const keyLifeSeconds = 10 * 60
 
 // credential is what a node may enrol with: an auth key, or else what proves to
 // the API that it may make one. tsnet has code for the same, but runs it at
@@ -54,9 +59,12 @@ func (n *node) obtainKey(ctx context.Context) (string, error) {
 	}
 	if len(n.server.AdvertiseTags) == 0 {
 		// The API says so too, but only after a look at the credential.
-		return "", credentialError{codeBadArgument, errors.New("a key made by the API needs tags, and none are set")}
+		return "", credentialError{codeBadCredential, errors.New("a key made by the API needs tags, and none are set")}
 	}
 	base := n.apiURL()
+	if !isPrivate(base) {
+		return "", credentialError{codeBadCredential, fmt.Errorf("it would be sent to %s in clear; use https", base)}
+	}
 	client := &http.Client{Transport: apiTransport{newTransport()}}
 	ctx = context.WithValue(ctx, oauth2.HTTPClient, client)
 	token, err := c.accessToken(ctx, base)
@@ -79,6 +87,17 @@ func (n *node) apiURL() string {
 	return control
 }
 
+// isPrivate is whether nobody on the way can read what is sent there. (The
+// control protocol itself is encrypted over http too.)
+func isPrivate(base string) bool {
+	parsed, err := url.Parse(base)
+	if err != nil || parsed.Scheme == "https" {
+		return err == nil
+	}
+	ip, err := netip.ParseAddr(parsed.Hostname())
+	return parsed.Hostname() == "localhost" || err == nil && ip.IsLoopback()
+}
+
 // accessToken proves the right to make keys (tailscale.com/kb/1215 and 1581).
 func (c *credential) accessToken(ctx context.Context, base string) (string, error) {
 	if c.clientSecret != "" {
@@ -97,7 +116,8 @@ func (c *credential) accessToken(ctx context.Context, base string) (string, erro
 	if idToken == "" {
 		var err error
 		if idToken, err = wif.ObtainProviderToken(ctx, c.audience); err != nil {
-			return "", credentialError{codeAuthRefused, fmt.Errorf("this machine's cloud issued no identity token for the audience %q: %w", c.audience, err)}
+			why := strings.ReplaceAll(err.Error(), "--id-token", "TS_ID_TOKEN")
+			return "", credentialError{codeBadCredential, fmt.Errorf("this machine's cloud issued no identity token for the audience %q: %s", c.audience, why)}
 		}
 	}
 	config := oauth2.Config{Endpoint: oauth2.Endpoint{TokenURL: base + "/api/v2/oauth/token-exchange"}}
@@ -115,6 +135,7 @@ func (n *node) createKey(ctx context.Context, base string, client *http.Client, 
 		return "", err
 	}
 	var request api.CreateKeyRequest
+	request.ExpirySeconds = keyLifeSeconds
 	create := &request.Capabilities.Devices.Create
 	create.Ephemeral = n.server.Ephemeral
 	create.Preauthorized = preauthorized
@@ -135,7 +156,7 @@ type apiTransport struct{ http.RoundTripper }
 
 func (t apiTransport) RoundTrip(request *http.Request) (*http.Response, error) {
 	response, err := t.RoundTripper.RoundTrip(request)
-	if err == nil && response.StatusCode >= http.StatusInternalServerError {
+	if err == nil && (response.StatusCode >= http.StatusInternalServerError || response.StatusCode == http.StatusTooManyRequests) {
 		response.Body.Close()
 		return nil, fmt.Errorf("it answered %s", response.Status)
 	}

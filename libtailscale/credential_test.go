@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -151,7 +152,7 @@ func TestAKeyOfTheAPINeedsTags(t *testing.T) {
 	for _, with := range []credential{{clientSecret: clientSecret}, {clientID: "wif", idToken: clientJWT}, {clientID: "wif", audience: "x"}} {
 		n := enrolling(t, tailnet, with)
 		n.server.AdvertiseTags = nil
-		wantCode(t, n.up(), codeBadArgument)
+		wantCode(t, n.up(), codeBadCredential)
 	}
 	if count := tailnet.APIRequests(); count != 0 {
 		t.Errorf("%d requests to the API", count)
@@ -195,7 +196,7 @@ func TestATokenOfTheMachinesCloud(t *testing.T) {
 	tailnet := apiNet(t)
 
 	n := enrolling(t, tailnet, credential{clientID: "wif", audience: "api.tailscale.com/other"})
-	wantCode(t, n.up(), codeAuthRefused)
+	wantCode(t, n.up(), codeBadCredential)
 	text := errorText(n)
 	if !strings.Contains(text, `"api.tailscale.com/other"`) || !strings.Contains(text, "no such audience") || strings.Contains(text, "s3cret") {
 		t.Errorf("text: %q", text)
@@ -205,4 +206,38 @@ func TestATokenOfTheMachinesCloud(t *testing.T) {
 	}
 	n.setCredential(func(c *credential) { c.audience = "api.tailscale.com/wif" })
 	check(t, n.up())
+}
+
+// Concurrent calls take turns, and the second finds the node joined.
+func TestConcurrentJoinsMakeOneKey(t *testing.T) {
+	tailnet := apiNet(t)
+	n := enrolling(t, tailnet, credential{clientSecret: clientSecret})
+	outcomes := make(chan error, 4)
+	for range cap(outcomes) {
+		go func() { outcomes <- n.up() }()
+	}
+	for range cap(outcomes) {
+		check(t, <-outcomes)
+	}
+	if count := tailnet.APIRequests(); count != 2 { // a token and a key
+		t.Errorf("%d requests to the API", count)
+	}
+}
+
+func TestSecretsAreNotSentInClear(t *testing.T) {
+	for url, private := range map[string]bool{
+		"https://headscale.example.com": true, "http://127.0.0.1:8080": true, "http://[::1]": true,
+		"http://localhost:8080": true, "http://headscale.example.com": false, "http://192.168.1.2": false,
+	} {
+		if isPrivate(url) != private {
+			t.Errorf("%s: %v", url, !private)
+		}
+	}
+	n := enrolling(t, apiNet(t), credential{clientSecret: clientSecret})
+	n.server.ControlURL = "http://192.0.2.1"
+	_, err := n.obtainKey(t.Context())
+	var refused credentialError
+	if !errors.As(err, &refused) || refused.code != codeBadCredential {
+		t.Errorf("got %v", err)
+	}
 }

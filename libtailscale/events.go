@@ -117,9 +117,8 @@ func (n *node) networkChanged(delta *netmon.ChangeDelta) {
 // of one that still waits for room: what the node believes of itself must not
 // depend on a reader.
 func (n *node) publish(lines chan []byte) {
-	current := n.backend.StatusWithoutPeers()
 	n.refreshSelf()
-	line, err := json.Marshal(n.statusOf(current))
+	line, err := n.statusLine()
 	if err != nil {
 		return
 	}
@@ -128,6 +127,11 @@ func (n *node) publish(lines chan []byte) {
 	default:
 	}
 	lines <- append(line, '\n') // never waits: this is the only sender
+}
+
+// statusLine is the state as it is now, of a node that is started.
+func (n *node) statusLine() ([]byte, error) {
+	return json.Marshal(n.statusOf(n.backend.StatusWithoutPeers()))
 }
 
 // writeLines writes each line that differs from the one before. It ends when
@@ -165,7 +169,7 @@ func (n *node) openEvents(fd int) error {
 func (n *node) statusOf(current *ipnstate.Status) status {
 	health := n.server.Sys().HealthTracker.Get()
 	if health.GetInPollNetMap() {
-		n.removed.Store(false)
+		n.removed.Store(false) // it is there again, or a new node has its place
 	}
 	s := status{
 		State:          current.BackendState,
@@ -190,8 +194,9 @@ func (n *node) statusOf(current *ipnstate.Status) status {
 	return s
 }
 
-// relayTrouble is the sentence about the first of the warnings that mean that no
-// relay can be used (health/warnings.go); empty when there is none.
+// relayTrouble names the first of the warnings that mean that no relay can be
+// used (health/warnings.go); empty when there is none. Not its text, which may
+// count the minutes.
 func relayTrouble(state *health.State) string {
 	for _, code := range []health.WarnableCode{
 		tsconst.HealthWarnableNetworkStatus,
@@ -200,7 +205,7 @@ func relayTrouble(state *health.State) string {
 		tsconst.HealthWarnableDERPTimedOut,
 	} {
 		if warning, ok := state.Warnings[code]; ok {
-			return warning.Text
+			return strings.ToLower(warning.Title)
 		}
 	}
 	return ""

@@ -337,6 +337,27 @@ func TsGetIPs(sd C.int, buf *C.char, buflen C.size_t) (ret C.int) {
 	return 0
 }
 
+//export TsStatus
+func TsStatus(sd C.int, buf *C.char, buflen C.size_t) (ret C.int) {
+	defer guard(&ret)
+	n := nodeOf(sd)
+	if n == nil {
+		return C.int(codeBadHandle)
+	}
+	if !n.isStarted() || !n.begin() {
+		return C.int(codeNotRunning)
+	}
+	defer n.pending.Done()
+	line, err := n.statusLine()
+	if err != nil {
+		return result(n.report(codeError, err))
+	}
+	if !fill(string(line), buf, buflen) {
+		return C.int(codeBadArgument)
+	}
+	return 0
+}
+
 //export TsErrmsg
 func TsErrmsg(sd C.int, buf *C.char, buflen C.size_t) (ret C.int) {
 	defer guard(&ret)

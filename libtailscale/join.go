@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"tailscale.com/ipn"
+	"tailscale.com/types/netmap"
 )
 
 // up joins the tailnet, again if the node was thrown out: nil once the node is
@@ -33,24 +35,42 @@ func (n *node) up() error {
 		waiting, cancel = context.WithDeadline(n.ctx, end.Add(-min(probeLimit, limit/4)))
 		defer cancel()
 	}
+	// One at a time: each login starts the backend anew.
+	select {
+	case n.joining <- struct{}{}:
+		defer func() { <-n.joining }()
+	case <-waiting.Done():
+		return n.report(codeUpTimedOut, errors.New("another attempt to join takes its time"))
+	}
 	ctx, stop := context.WithCancel(waiting)
 	defer stop()
 	j := &join{node: n, ctx: ctx, stop: stop, used: make(chan error, 1)}
+	return j.run(limited)
+}
+
+// run joins; limited ends with the whole time.
+func (j *join) run(limited context.Context) error {
+	n := j.node
 	outcome, decided := j.resume()
-	for !decided && ctx.Err() == nil {
+	for !decided && j.ctx.Err() == nil {
 		outcome, decided = j.watch()
 	}
 	var failed credentialError
 	switch {
+	case decided && outcome != nil && j.offered:
+		// Or the control client would offer the same credential for ever.
+		n.restart(ipn.Options{})
+		return outcome
 	case decided:
 		return outcome
-	case n.ctx.Err() != nil:
-		return n.report(codeCancelled, errors.New("the node was closed while joining"))
-	case errors.As(j.credentialFailure(limited), &failed):
+	case errors.As(j.credentialFailure(limited), &failed) && n.ctx.Err() == nil:
 		return n.report(failed.code, failed)
-	default:
-		return j.explainTimeout(limited)
 	}
+	why := j.explainTimeout(limited)
+	if n.ctx.Err() != nil {
+		return n.report(codeCancelled, errors.New("the node was closed while joining"))
+	}
+	return why
 }
 
 // credentialFailure is why the credential did not become a key, also when that
@@ -76,39 +96,60 @@ type join struct {
 	// is answered by the error message that comes with it, or by the time limit.
 	offered bool
 	used    chan error // how the use of the credential went
+	// stale is the network map of a place that is lost: the backend keeps it,
+	// and may call itself running with it. Guarded by staleMu.
+	staleMu sync.Mutex
+	stale   *netmap.NetworkMap
 }
 
-// resume gets a node going again that has been running before.
+// resume gets a node going again that was stopped for the lack of log upload:
+// the backend has stopped, or will at the next occasion.
 func (j *join) resume() (outcome error, decided bool) {
 	n := j.node
-	switch {
-	case n.removed.Load():
-		// The backend knows nothing of it and believes itself to be running.
-		return j.login()
-	case n.needsLogUpload.Load():
-		// The backend has stopped, or will at the next occasion. Does the
-		// tailnet still want logs?
-		n.needsLogUpload.Store(false)
-		prefs := n.backend.Prefs().AsStruct()
-		prefs.WantRunning = true
-		if err := n.restart(ipn.Options{UpdatePrefs: prefs}); err != nil {
-			return n.report(codeError, err), true
-		}
+	if n.removed.Load() || !n.needsLogUpload.Load() {
+		return nil, false
+	}
+	prefs := n.backend.Prefs().AsStruct()
+	prefs.WantRunning = true
+	j.leaveStale()
+	if err := n.restart(ipn.Options{UpdatePrefs: prefs}); err != nil {
+		return n.report(codeError, err), true
 	}
 	return nil, false
 }
 
-// restart has the backend ask the control server anew, and makes sure that what
-// it was told before does not count as the answer.
+// leaveStale makes sure that what the backend was told so far does not count as
+// an answer.
+func (j *join) leaveStale() {
+	j.staleMu.Lock()
+	defer j.staleMu.Unlock()
+	j.stale = j.node.backend.NetMapNoPeers()
+}
+
+// restart has the backend ask the control server anew.
 func (n *node) restart(options ipn.Options) error {
-	err := n.backend.Start(options)
 	n.server.Sys().HealthTracker.Get().SetOutOfPollNetMap()
-	return err
+	return n.backend.Start(options)
+}
+
+// hasJoined is whether the backend runs with a network map of this attempt. With
+// one that demands logs it may run too, but does not want to.
+func (j *join) hasJoined() bool {
+	n := j.node
+	j.staleMu.Lock()
+	defer j.staleMu.Unlock()
+	current := n.backend.NetMapNoPeers()
+	return current != nil && current != j.stale && n.backend.Prefs().WantRunning() &&
+		n.server.Sys().HealthTracker.Get().GetInPollNetMap()
 }
 
 // watch follows the notifications for a while: the bus cuts off a slow watcher,
 // and not everything that decides is notified.
 func (j *join) watch() (outcome error, decided bool) {
+	if j.node.removed.Load() && !j.offered {
+		// The backend knows nothing of it and believes itself to be running.
+		return j.login()
+	}
 	ctx, cancel := context.WithTimeout(j.ctx, lookInterval)
 	defer cancel()
 	j.node.backend.WatchNotifications(ctx, ipn.NotifyInitialState, nil, func(notify *ipn.Notify) bool {
@@ -132,17 +173,22 @@ func (j *join) decide(notify *ipn.Notify) (outcome error, decided bool) {
 			n.logs.printf("joining: %s", *message)
 			return nil, false
 		}
-		return n.report(codeOfRefusal(*message), errors.New(*message)), true
+		refused := codeOfRefusal(*message)
+		if refused == codeNeedsLogUpload {
+			n.needsLogUpload.Store(true)
+		}
+		return n.report(refused, errors.New(*message)), true
 	}
 	if notify.State == nil {
 		return nil, false
 	}
 	switch *notify.State {
 	case ipn.Running:
-		// Before the first map of this try, that is news from an earlier one.
-		if !n.server.Sys().HealthTracker.Get().GetInPollNetMap() || n.removed.Load() {
+		if !j.hasJoined() {
 			return nil, false
 		}
+		n.removed.Store(false)
+		n.needsLogUpload.Store(false)
 		n.refreshSelf()
 		return nil, true
 	case ipn.NeedsLogin:
@@ -182,6 +228,7 @@ func (j *join) login() (outcome error, decided bool) {
 		return nil, false
 	}
 	j.offered = true
+	j.leaveStale()
 	// Not from the watcher's callback: Start sends notifications itself and
 	// would wait for this watcher if its queue filled up. begin has counted
 	// up's call in pending, so close is not waiting for zero yet.
@@ -191,7 +238,6 @@ func (j *join) login() (outcome error, decided bool) {
 			err = n.restart(ipn.Options{AuthKey: key})
 		}
 		if err == nil {
-			n.removed.Store(false) // the poll that found out belongs to the past
 			err = n.backend.StartLoginInteractive(n.ctx)
 		}
 		if err != nil && !errors.As(err, new(credentialError)) {

@@ -56,6 +56,31 @@ func TestARemovedNodeIsNoticedAndEnrolsAgain(t *testing.T) {
 	c.close()
 }
 
+// A key that is refused leaves everything as it was: the node knows that it was
+// removed, offers the key no more, and takes the next one.
+func TestARemovedNodeWhoseKeyIsRefused(t *testing.T) {
+	e := startEdge(t, echo)
+	e.net.SetAuthKeys([]string{"tskey-auth-new"})
+	check(t, e.net.RemoveNode("edge"))
+	eventually(t, "the removal is noticed", func() bool { return statusNow(e.node).Removed })
+	giveKey(e.node, "tskey-auth-spent")
+	for range 2 {
+		wantCode(t, e.node.up(), codeAuthRefused)
+		if now := statusNow(e.node); !now.Removed || now.InMapPoll {
+			t.Errorf("after the refusal: %+v", now)
+		}
+	}
+	// Were it still offered, it would be good now.
+	giveKey(e.node, "")
+	e.net.SetAuthKeys([]string{"tskey-auth-new", "tskey-auth-spent"})
+	wantCode(t, e.node.up(), codeNeedsLogin)
+	giveKey(e.node, "tskey-auth-new")
+	check(t, e.node.up())
+	if now := statusNow(e.node); now.Removed || !now.InMapPoll {
+		t.Errorf("after enrolling again: %+v", now)
+	}
+}
+
 func TestAnOutageIsNotTakenForARemoval(t *testing.T) {
 	e := startEdge(t, echo)
 	e.net.StopControl()
@@ -130,11 +155,13 @@ func TestAnEphemeralNodeThatCannotSayGoodbye(t *testing.T) {
 }
 
 func TestAStateFileThatIsNoStateFile(t *testing.T) {
-	n := unstarted(t, startNet(t, testnet.Options{}))
-	check(t, os.WriteFile(filepath.Join(n.server.Dir, "tailscaled.state"), []byte(`{"_machinekey": 1`), 0o600))
-	wantCode(t, n.up(), codeBadStateFile)
-	if text := errorText(n); !strings.Contains(text, n.server.Dir) {
-		t.Errorf("%q does not name the file", text)
+	for _, content := range []string{`{"_machinekey": 1`, `{"_machinekey": "no base64"}`, "null", "[]", ""} {
+		n := unstarted(t, startNet(t, testnet.Options{}))
+		check(t, os.WriteFile(filepath.Join(n.server.Dir, "tailscaled.state"), []byte(content), 0o600))
+		wantCode(t, n.up(), codeBadStateFile)
+		if text := errorText(n); !strings.Contains(text, n.server.Dir) {
+			t.Errorf("%q: %q does not name the file", content, text)
+		}
 	}
 }
 

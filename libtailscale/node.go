@@ -4,8 +4,8 @@
 //
 // export.go and tailscale.c are the C side. node.go, join.go, credential.go,
 // probe.go and events.go are a node's life; dial.go and conn.go its
-// connections. Nothing here ever
-// uses the host's resolver or network on behalf of a connection.
+// connections. Nothing here ever uses the host's resolver or network on behalf
+// of a connection.
 package main
 
 import (
@@ -29,6 +29,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"tailscale.com/envknob"
+	"tailscale.com/ipn"
 	"tailscale.com/ipn/ipnlocal"
 	"tailscale.com/ipn/store"
 	"tailscale.com/ipn/store/mem"
@@ -98,10 +99,12 @@ type node struct {
 	events  *os.File
 	started bool
 	closed  bool
-	scratch string // the directory of an ephemeral node, removed at close
+	scratch string // the directory in which an ephemeral node starts
 
 	upTimeout atomic.Int64 // milliseconds, 0 = none
 	lastError atomic.Pointer[string]
+
+	joining chan struct{} // holds one token while tailscale_up is at work
 
 	// enrolWith is not given to tsnet, which would use it before it is needed.
 	credentialMu sync.Mutex
@@ -127,7 +130,7 @@ type node struct {
 }
 
 func newNode() *node {
-	n := &node{server: new(tsnet.Server), logs: &logPipe{fd: -1}}
+	n := &node{server: new(tsnet.Server), logs: &logPipe{fd: -1}, joining: make(chan struct{}, 1)}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	n.server.Logf = n.log
 	n.server.UserLogf = n.logs.printf
@@ -189,6 +192,12 @@ func (n *node) begin() bool {
 	return true
 }
 
+func (n *node) isStarted() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.started
+}
+
 // start brings the node's parts up without waiting for the tailnet.
 func (n *node) start() error {
 	n.mu.Lock()
@@ -206,8 +215,9 @@ func (n *node) start() error {
 	// The bind to a physical interface that netns does is for a host whose
 	// routes a TUN has taken over; there is no TUN here.
 	netns.SetEnabled(false)
-	if err := n.server.Start(); err != nil {
-		os.RemoveAll(n.scratch)
+	err := n.server.Start()
+	os.RemoveAll(n.scratch) // what is open stays usable, and nothing is left by a crash
+	if err != nil {
 		return n.report(codeError, err)
 	}
 	n.started = true
@@ -230,21 +240,37 @@ func (n *node) openStore() error {
 		return n.report(codeBadState, errors.New("no state directory is set"))
 	}
 	path := filepath.Join(n.server.Dir, "tailscaled.state")
-	file, err := store.NewFileStore(n.logs.printf, path)
-	var syntax *json.SyntaxError
-	var mismatch *json.UnmarshalTypeError
-	switch {
-	case errors.As(err, &syntax) || errors.As(err, &mismatch):
+	if err := checkStateFile(path); err != nil {
 		return n.report(codeBadStateFile, fmt.Errorf("%s: %w", path, err))
-	case err != nil:
+	}
+	file, err := store.NewFileStore(n.logs.printf, path)
+	if err != nil {
 		return n.report(codeError, err)
 	}
 	n.server.Store = file
 	return nil
 }
 
+// checkStateFile refuses a file that is there and holds no identity. Tailscale
+// takes an empty one for none, so that the node would come back as a stranger,
+// and panics at one that says null.
+func checkStateFile(path string) error {
+	content, err := os.ReadFile(path)
+	if err != nil {
+		return nil // it is not there, or the store will say why it cannot be read
+	}
+	var state map[ipn.StateKey][]byte
+	if err := json.Unmarshal(content, &state); err != nil {
+		return err
+	}
+	if state == nil {
+		return errors.New("it holds null")
+	}
+	return nil
+}
+
 // openScratch keeps an ephemeral node's identity in memory. tsnet wants a
-// directory all the same, for a log buffer that stays empty.
+// directory all the same, for the log buffer that it opens at start.
 func (n *node) openScratch() error {
 	var failed error
 	for _, parent := range []string{os.TempDir(), "/dev/shm"} {
@@ -321,7 +347,7 @@ func (n *node) close() (failed error) {
 		n.flush()
 		n.abortAll()
 		n.server.Close()
-		os.RemoveAll(n.scratch)
+		os.RemoveAll(n.scratch) // a network map may have been cached there
 		if n.staysListed.Load() {
 			failed = codeControlUnreachable
 		}

@@ -104,6 +104,8 @@ enum tailscale_code {
     // The file of the node's identity cannot be understood (tailscale_start
     // and tailscale_up); the text names it.
     TAILSCALE_BAD_STATE_FILE = -49,
+    // The credential cannot become an auth key here; the text says why.
+    TAILSCALE_BAD_CREDENTIAL = -50,
 };
 
 // What a wake reports. Both bits are set when the connection failed or ended.
@@ -200,6 +202,7 @@ int tailscale_set_client_id(tailscale sd, const char* client_id);
 int tailscale_set_client_secret(tailscale sd, const char* client_secret);
 // - a federated identity, for the same: a client id and either a token of its
 //   identity provider or the audience for which this machine's cloud issues one.
+// The last two are not sent over http except to this host itself.
 int tailscale_set_id_token(tailscale sd, const char* id_token);
 int tailscale_set_audience(tailscale sd, const char* audience);
 // Nonzero: keys that the API makes go past device approval. (Not in upstream,
@@ -211,7 +214,7 @@ int tailscale_set_preauthorized(tailscale sd, int preauthorized);
 int tailscale_start(tailscale sd);
 
 // Joins the tailnet and returns when the node is running. May be called again
-// after a failure, from several threads, and for a node that has lost its place
+// after a failure, from several threads, which then take turns, and for a node that has lost its place
 // (its key expired, it was removed, or stopped for the lack of log upload).
 // Fails with one of the joining codes; tailscale_errmsg has the text. A node
 // that is enrolled and cannot reach its control server gets
@@ -230,6 +233,12 @@ int tailscale_close(tailscale sd);
 // Writes the node's addresses, comma-separated, NUL-terminated. Zero, EBADF,
 // or ERANGE when they do not fit (upstream's contract).
 int tailscale_getips(tailscale sd, char* buf, size_t buflen);
+
+// Writes the node's state as it is now, as a line for tailscale_set_eventfd has
+// it, NUL-terminated. Zero, TAILSCALE_BAD_HANDLE, TAILSCALE_NOT_RUNNING before
+// the start and after the close, or TAILSCALE_BAD_ARGUMENT when the buffer is too
+// small. (Not in upstream.)
+int tailscale_status(tailscale sd, char* buf, size_t buflen);
 
 // Writes the text of the last failed node call, NUL-terminated. Zero, EBADF,
 // or ERANGE when it was cut to fit (upstream's contract). It is the last
