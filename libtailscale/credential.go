@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -65,7 +66,11 @@ func (n *node) obtainKey(ctx context.Context) (string, error) {
 	if !isPrivate(base) {
 		return "", credentialError{codeBadCredential, fmt.Errorf("it would be sent to %s in clear; use https", base)}
 	}
-	client := &http.Client{Transport: apiTransport{newTransport()}}
+	client := &http.Client{
+		Transport: apiTransport{newTransport()},
+		// A secret is for this host alone.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
 	ctx = context.WithValue(ctx, oauth2.HTTPClient, client)
 	token, err := c.accessToken(ctx, base)
 	if err != nil {
@@ -174,11 +179,14 @@ func classifyAPIError(base string, err error) error {
 		return err
 	case errors.As(err, &retrieve):
 		words = string(retrieve.Body)
+		var answer api.APIError
+		if json.Unmarshal(retrieve.Body, &answer) == nil && answer.Message != "" {
+			words = answer.Message
+		}
 	case errors.As(err, &refused):
 		words = refused.Message
 	default:
 		return credentialError{codeControlUnreachable, fmt.Errorf("asking %s for an auth key: %w", base, err)}
 	}
-	words = strings.TrimSpace(words)
-	return credentialError{codeOfRefusal(words), fmt.Errorf("%s makes no auth key: %.200s", base, words)}
+	return credentialError{codeOfRefusal(words), fmt.Errorf("its API makes no auth key: %s", strings.TrimSpace(words))}
 }

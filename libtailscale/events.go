@@ -4,12 +4,16 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"net/netip"
+	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"tailscale.com/health"
 	"tailscale.com/ipn"
 	"tailscale.com/ipn/ipnstate"
@@ -35,6 +39,7 @@ type status struct {
 	Relay          string `json:"relay"` // what is wrong with it
 	NetworkChanges int64  `json:"network_changes"`
 	WakeUps        int64  `json:"wake_ups"`
+	Unsaved        string `json:"unsaved"`
 }
 
 // lookInterval is how late what the bus does not tell may be. Losing the
@@ -42,6 +47,10 @@ type status struct {
 // notification, only after eight minutes (health/warnings.go,
 // notInMapPollWarnable).
 const lookInterval = time.Second
+
+// saveInterval is between two attempts to save an identity that could not be
+// saved when it changed.
+const saveInterval = 10 * time.Second
 
 // follow keeps self up to date and passes status lines on until the node
 // closes.
@@ -56,10 +65,16 @@ func (n *node) follow() {
 	}
 	look := time.NewTicker(lookInterval)
 	defer look.Stop()
+	save := time.NewTicker(saveInterval)
+	defer save.Stop()
 	for {
 		select {
 		case <-changed:
 		case <-look.C:
+		case <-save.C:
+			if n.state != nil {
+				n.state.retry()
+			}
 		case <-n.ctx.Done():
 			return
 		}
@@ -101,7 +116,7 @@ func (n *node) log(format string, args ...any) {
 	case strings.HasPrefix(format, "failed to log out ephemeral node"):
 		n.staysListed.Store(true)
 	}
-	n.logs.printf(format, args...)
+	n.logs.printf("%s", n.redact(fmt.Sprintf(format, args...)))
 }
 
 func (n *node) networkChanged(delta *netmon.ChangeDelta) {
@@ -173,14 +188,19 @@ func (n *node) statusOf(current *ipnstate.Status) status {
 	}
 	s := status{
 		State:          current.BackendState,
-		LoginURL:       current.AuthURL,
-		Health:         current.Health,
+		LoginURL:       webAddress(current.AuthURL),
+		Health:         n.complaints(current),
 		Enrolled:       current.HaveNodeKey,
 		Removed:        n.removed.Load(),
 		NeedsLogUpload: n.needsLogUpload.Load(),
 		Relay:          relayTrouble(health.CurrentState()),
 		NetworkChanges: n.networkChanges.Load(),
 		WakeUps:        n.wakeUps.Load(),
+	}
+	if n.state != nil {
+		if err := n.state.unsaved(); err != nil {
+			s.Unsaved = n.harmless(err.Error())
+		}
 	}
 	if self := current.Self; self != nil {
 		s.Name = trimDot(self.DNSName)
@@ -192,6 +212,26 @@ func (n *node) statusOf(current *ipnstate.Status) status {
 		}
 	}
 	return s
+}
+
+// webAddress is what may be shown to a person to be opened, or empty.
+func webAddress(text string) string {
+	parsed, err := url.Parse(text)
+	ascii := strings.IndexFunc(text, func(r rune) bool { return r <= ' ' || r > '~' }) < 0
+	if err != nil || !ascii || parsed.Scheme != "https" && parsed.Scheme != "http" {
+		return ""
+	}
+	return text
+}
+
+// complaints is what Tailscale itself finds wrong, in an order that stays.
+func (n *node) complaints(current *ipnstate.Status) []string {
+	var parts []string
+	for _, sentence := range current.Health {
+		parts = append(parts, n.harmless(strings.TrimRight(sentence, ".")))
+	}
+	slices.Sort(parts)
+	return parts
 }
 
 // relayTrouble names the first of the warnings that mean that no relay can be
@@ -211,19 +251,39 @@ func relayTrouble(state *health.State) string {
 	return ""
 }
 
-// refreshSelf makes the node's addresses known while it is running, and
-// unknown otherwise, so that no connection starts without a tailnet. The state
-// is asked for under a lock: an older answer must not undo a newer one.
+// refreshSelf makes the node's addresses known while it has a place, and unknown
+// otherwise, so that no connection starts without a tailnet. The state is asked
+// for under a lock: an older answer must not undo a newer one.
 func (n *node) refreshSelf() {
 	n.selfMu.Lock()
 	defer n.selfMu.Unlock()
 	nm := n.backend.NetMapNoPeers()
-	if n.backend.State() != ipn.Running || nm == nil || n.ctx.Err() != nil {
+	thrownOut := n.removed.Load() || n.needsLogUpload.Load()
+	if n.backend.State() != ipn.Running || nm == nil || thrownOut || n.ctx.Err() != nil {
 		n.self.Store(nil)
 		return
 	}
 	self := addressesOf(nm.SelfNode)
+	if self != n.held {
+		n.abortOthers(self)
+		n.held = self
+	}
 	n.self.Store(&self)
+}
+
+// abortOthers ends the connections from addresses that are the node's no more:
+// nothing of them will ever arrive, and their clients would wait for it.
+func (n *node) abortOthers(self addresses) {
+	for _, registered := range n.stack.RegisteredEndpoints() {
+		ep, ok := registered.(*tcp.Endpoint)
+		if !ok {
+			continue
+		}
+		local, err := ep.GetLocalAddress()
+		if ip, valid := netip.AddrFromSlice(local.Addr.AsSlice()); err == nil && valid && ip != self.v4 && ip != self.v6 {
+			ep.Abort()
+		}
+	}
 }
 
 // pingReport is what tailscale_ping writes.

@@ -27,8 +27,9 @@ import "C"
 import (
 	"encoding/json"
 	"errors"
-	"log"
+	"fmt"
 	"math"
+	"os"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -59,7 +60,7 @@ func nodeOf(sd C.int) *node {
 // guard turns a panic into TAILSCALE_PANIC: it must not reach C's frames.
 func guard[T ~int32 | ~int64](result *T) {
 	if p := recover(); p != nil {
-		log.Printf("libtailscale: panic: %v\n%s", p, debug.Stack())
+		fmt.Fprintf(os.Stderr, "libtailscale: panic: %v\n%s", p, debug.Stack())
 		*result = T(codePanic)
 	}
 }
@@ -254,6 +255,17 @@ func TsSetPreauthorized(sd C.int, preauthorized C.int) (ret C.int) {
 		return C.int(codeBadHandle)
 	}
 	n.setCredential(func(c *credential) { c.preauthorized = preauthorized != 0 })
+	return 0
+}
+
+//export TsSetInteractive
+func TsSetInteractive(sd C.int, interactive C.int) (ret C.int) {
+	defer guard(&ret)
+	n := nodeOf(sd)
+	if n == nil {
+		return C.int(codeBadHandle)
+	}
+	n.interactive.Store(interactive != 0)
 	return 0
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -25,73 +26,37 @@ func (n *node) up() error {
 	}
 	defer n.pending.Done()
 
-	limited, waiting := n.ctx, n.ctx
-	if limit := time.Duration(n.upTimeout.Load()) * time.Millisecond; limit > 0 {
-		end := time.Now().Add(limit)
-		var cancel context.CancelFunc
-		limited, cancel = context.WithDeadline(n.ctx, end)
-		defer cancel()
+	limit := time.Duration(n.upTimeout.Load()) * time.Millisecond
+	ctx, stop := context.WithCancel(n.ctx)
+	defer stop()
+	j := &join{node: n, ctx: ctx, stop: stop, used: make(chan error, 1)}
+	if limit > 0 {
 		// The rest is for finding out why it took so long.
-		waiting, cancel = context.WithDeadline(n.ctx, end.Add(-min(probeLimit, limit/4)))
-		defer cancel()
+		j.explaining = min(probeLimit, limit/4)
+		j.waiting = limit - j.explaining
+		j.end = time.Now().Add(j.waiting)
 	}
 	// One at a time: each login starts the backend anew.
+	turn, cancel := j.untilEnd()
+	defer cancel()
 	select {
 	case n.joining <- struct{}{}:
 		defer func() { <-n.joining }()
-	case <-waiting.Done():
+		return j.run()
+	case <-turn.Done():
 		return n.report(codeUpTimedOut, errors.New("another attempt to join takes its time"))
-	}
-	ctx, stop := context.WithCancel(waiting)
-	defer stop()
-	j := &join{node: n, ctx: ctx, stop: stop, used: make(chan error, 1)}
-	return j.run(limited)
-}
-
-// run joins; limited ends with the whole time.
-func (j *join) run(limited context.Context) error {
-	n := j.node
-	outcome, decided := j.resume()
-	for !decided && j.ctx.Err() == nil {
-		outcome, decided = j.watch()
-	}
-	var failed credentialError
-	switch {
-	case decided && outcome != nil && j.offered:
-		// Or the control client would offer the same credential for ever.
-		n.restart(ipn.Options{})
-		return outcome
-	case decided:
-		return outcome
-	case errors.As(j.credentialFailure(limited), &failed) && n.ctx.Err() == nil:
-		return n.report(failed.code, failed)
-	}
-	why := j.explainTimeout(limited)
-	if n.ctx.Err() != nil {
-		return n.report(codeCancelled, errors.New("the node was closed while joining"))
-	}
-	return why
-}
-
-// credentialFailure is why the credential did not become a key, also when that
-// is that time ran out: its user is being cancelled then, and says so at once.
-func (j *join) credentialFailure(ctx context.Context) error {
-	if !j.offered {
-		return nil
-	}
-	select {
-	case err := <-j.used:
-		return err
-	case <-ctx.Done():
-		return nil
 	}
 }
 
 // join is one call of up.
 type join struct {
 	node *node
-	ctx  context.Context // ends with the time for joining
+	ctx  context.Context // ends when the credential failed, and with the node
 	stop context.CancelFunc
+
+	end                 time.Time     // of the waiting; zero is never
+	waiting, explaining time.Duration // parts of the time limit; zero without one
+
 	// offered is set once the credential was used: a second demand after that
 	// is answered by the error message that comes with it, or by the time limit.
 	offered bool
@@ -100,6 +65,49 @@ type join struct {
 	// and may call itself running with it. Guarded by staleMu.
 	staleMu sync.Mutex
 	stale   *netmap.NetworkMap
+}
+
+func (j *join) run() error {
+	n := j.node
+	outcome, decided := j.resume()
+	for !decided && j.ctx.Err() == nil && !j.isOver() {
+		outcome, decided = j.watch()
+	}
+	if decided {
+		if outcome != nil && j.offered {
+			// Or the control client would offer the same credential for ever.
+			n.restart(ipn.Options{})
+		}
+		return outcome
+	}
+	j.stop() // whoever makes a key says now why there is none
+	explaining, cancel := context.WithTimeout(n.ctx, cmp.Or(j.explaining, probeLimit))
+	defer cancel()
+	why := j.explain(explaining)
+	if n.ctx.Err() != nil {
+		return n.report(codeCancelled, errors.New("the node was closed while joining"))
+	}
+	return why
+}
+
+// isOver is whether the time for joining is. The time that a person takes does
+// not count.
+func (j *join) isOver() bool {
+	if j.end.IsZero() {
+		return false
+	}
+	if j.node.interactive.Load() && j.node.backend.StatusWithoutPeers().AuthURL != "" {
+		j.end = time.Now().Add(j.waiting)
+	}
+	return time.Now().After(j.end)
+}
+
+// untilEnd ends with the time for joining too.
+func (j *join) untilEnd() (context.Context, context.CancelFunc) {
+	if j.end.IsZero() {
+		return context.WithCancel(j.ctx)
+	}
+	return context.WithDeadline(j.ctx, j.end)
 }
 
 // resume gets a node going again that was stopped for the lack of log upload:
@@ -150,7 +158,9 @@ func (j *join) watch() (outcome error, decided bool) {
 		// The backend knows nothing of it and believes itself to be running.
 		return j.login()
 	}
-	ctx, cancel := context.WithTimeout(j.ctx, lookInterval)
+	until, done := j.untilEnd()
+	defer done()
+	ctx, cancel := context.WithTimeout(until, lookInterval)
 	defer cancel()
 	j.node.backend.WatchNotifications(ctx, ipn.NotifyInitialState, nil, func(notify *ipn.Notify) bool {
 		outcome, decided = j.decide(notify)
@@ -221,6 +231,9 @@ const demandsLogs = "tailnet requires logging"
 func (j *join) login() (outcome error, decided bool) {
 	n := j.node
 	credential := n.credential()
+	if !credential.isGiven() && n.interactive.Load() {
+		return nil, false
+	}
 	if !credential.isGiven() {
 		return n.report(codeNeedsLogin, errors.New("the node is not enrolled and there is no auth key")), true
 	}
@@ -232,8 +245,10 @@ func (j *join) login() (outcome error, decided bool) {
 	// Not from the watcher's callback: Start sends notifications itself and
 	// would wait for this watcher if its queue filled up. begin has counted
 	// up's call in pending, so close is not waiting for zero yet.
+	until, done := j.untilEnd()
 	n.pending.Go(func() {
-		key, err := n.obtainKey(j.ctx)
+		defer done()
+		key, err := n.obtainKey(until)
 		if err == nil {
 			err = n.restart(ipn.Options{AuthKey: key})
 		}
@@ -251,9 +266,13 @@ func (j *join) login() (outcome error, decided bool) {
 	return nil, false
 }
 
-// explainTimeout names what the node was waiting for when time ran out.
-func (j *join) explainTimeout(ctx context.Context) error {
+// explain names what the node was waiting for when time ran out.
+func (j *join) explain(ctx context.Context) error {
 	n := j.node
+	var failed credentialError
+	if errors.As(j.credentialFailure(ctx), &failed) {
+		return n.report(failed.code, failed)
+	}
 	state := n.backend.State()
 	if state == ipn.NeedsMachineAuth {
 		return n.report(codeNeedsApproval, errors.New("the node waits for an admin's approval"))
@@ -271,18 +290,29 @@ func (j *join) explainTimeout(ctx context.Context) error {
 	case state == ipn.NeedsLogin && !enrolled:
 		// A proxy in front of the control server may pass the question for
 		// its key and nothing else.
-		return n.report(codeControlUnreachable, fmt.Errorf("it answers, but registering fails: %s", n.complaints()))
+		return n.report(codeControlUnreachable, fmt.Errorf("it answers, but registering fails: %s", n.reason()))
 	default:
-		return n.report(codeUpTimedOut, fmt.Errorf("state %v: %s", state, n.complaints()))
+		return n.report(codeUpTimedOut, fmt.Errorf("state %v: %s", state, n.reason()))
 	}
 }
 
-// complaints is what Tailscale itself finds wrong, as one part of a sentence.
-func (n *node) complaints() string {
-	var parts []string
-	for _, sentence := range n.backend.StatusWithoutPeers().Health {
-		parts = append(parts, strings.TrimRight(sentence, "."))
+// credentialFailure is why the credential did not become a key, also when that is
+// that time ran out.
+func (j *join) credentialFailure(ctx context.Context) error {
+	if !j.offered {
+		return nil
 	}
+	select {
+	case err := <-j.used:
+		return err
+	case <-ctx.Done():
+		return nil
+	}
+}
+
+// reason is what Tailscale itself finds wrong, as one part of a sentence.
+func (n *node) reason() string {
+	parts := n.complaints(n.backend.StatusWithoutPeers())
 	if len(parts) == 0 {
 		return "no reason is known"
 	}

@@ -10,9 +10,9 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"log"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -29,9 +29,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"tailscale.com/envknob"
-	"tailscale.com/ipn"
 	"tailscale.com/ipn/ipnlocal"
-	"tailscale.com/ipn/store"
 	"tailscale.com/ipn/store/mem"
 	"tailscale.com/net/netns"
 	"tailscale.com/tailcfg"
@@ -53,17 +51,29 @@ const (
 )
 
 // credentialVariables are those that tsnet reads by itself
-// (tsnet/tsnet.go, getAuthKey and following).
+// (tsnet/tsnet.go, getAuthKey and following), and one more that may hold a key
+// by mistake.
 var credentialVariables = []string{
 	"TS_AUTHKEY", "TS_AUTH_KEY", "TS_CLIENT_SECRET", "TS_CLIENT_ID",
-	"TS_ID_TOKEN", "TS_AUDIENCE", "TS_CONTROL_URL",
+	"TS_ID_TOKEN", "TS_AUDIENCE", "TS_CONTROL_URL", "TS_AUTHKEY_FILE",
 }
+
+// forbiddenKnobs are Tailscale's own settings that would break a promise of
+// this library: the first logs the auth key (control/controlclient/direct.go),
+// the second asks for one although the node is enrolled (tsnet/tsnet.go).
+var forbiddenKnobs = []string{"TS_DEBUG_REGISTER", "TSNET_FORCE_LOGIN"}
 
 // forgetEnvironment leaves Tailscale no credentials to find. It also settles,
 // while the caller promises that nobody else reads the environment, what every
 // node of the process wants settled there.
 func forgetEnvironment() {
 	for _, name := range credentialVariables {
+		os.Unsetenv(name)
+	}
+	for _, name := range forbiddenKnobs {
+		if os.Getenv(name) != "" {
+			envknob.Setenv(name, "") // it may have been read already
+		}
 		os.Unsetenv(name)
 	}
 	settleEnvironment()
@@ -99,10 +109,12 @@ type node struct {
 	events  *os.File
 	started bool
 	closed  bool
-	scratch string // the directory in which an ephemeral node starts
+	scratch string     // the directory in which an ephemeral node starts
+	state   *stateFile // of a node that is not ephemeral
 
-	upTimeout atomic.Int64 // milliseconds, 0 = none
-	lastError atomic.Pointer[string]
+	upTimeout   atomic.Int64 // milliseconds, 0 = none
+	interactive atomic.Bool  // a person may be asked to log in
+	lastError   atomic.Pointer[string]
 
 	joining chan struct{} // holds one token while tailscale_up is at work
 
@@ -122,9 +134,10 @@ type node struct {
 	wakeUps        atomic.Int64 // of this machine, from sleep
 
 	// self is set while the node is running.
-	selfMu sync.Mutex // held to change self
+	selfMu sync.Mutex // held to change self and held
 	self   atomic.Pointer[addresses]
-	known  sync.Map // name -> netip.Addr last seen in the map
+	held   addresses // those that connections may have been made from
+	known  sync.Map  // name -> netip.Addr last seen in the map
 	// pending counts calls and goroutines in progress that close must wait for.
 	pending sync.WaitGroup
 }
@@ -133,7 +146,7 @@ func newNode() *node {
 	n := &node{server: new(tsnet.Server), logs: &logPipe{fd: -1}, joining: make(chan struct{}, 1)}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	n.server.Logf = n.log
-	n.server.UserLogf = n.logs.printf
+	n.server.UserLogf = n.log
 	return n
 }
 
@@ -174,9 +187,10 @@ func (n *node) takeDescriptor(take func() error) error {
 	return nil
 }
 
-// report keeps err's text for tailscale_errmsg and returns c.
+// report keeps err's text for tailscale_errmsg and returns c. The text may come
+// from anybody.
 func (n *node) report(c code, err error) code {
-	text := err.Error()
+	text := n.harmless(err.Error())
 	n.lastError.Store(&text)
 	return c
 }
@@ -215,6 +229,7 @@ func (n *node) start() error {
 	// The bind to a physical interface that netns does is for a host whose
 	// routes a TUN has taken over; there is no TUN here.
 	netns.SetEnabled(false)
+	log.SetOutput(logWriter{n}) // some of Tailscale's packages log there
 	err := n.server.Start()
 	os.RemoveAll(n.scratch) // what is open stays usable, and nothing is left by a crash
 	if err != nil {
@@ -240,32 +255,14 @@ func (n *node) openStore() error {
 		return n.report(codeBadState, errors.New("no state directory is set"))
 	}
 	path := filepath.Join(n.server.Dir, "tailscaled.state")
-	if err := checkStateFile(path); err != nil {
+	state, err := openStateFile(path, n.server.ControlURL)
+	switch {
+	case errors.As(err, new(damagedState)):
 		return n.report(codeBadStateFile, fmt.Errorf("%s: %w", path, err))
-	}
-	file, err := store.NewFileStore(n.logs.printf, path)
-	if err != nil {
+	case err != nil:
 		return n.report(codeError, err)
 	}
-	n.server.Store = file
-	return nil
-}
-
-// checkStateFile refuses a file that is there and holds no identity. Tailscale
-// takes an empty one for none, so that the node would come back as a stranger,
-// and panics at one that says null.
-func checkStateFile(path string) error {
-	content, err := os.ReadFile(path)
-	if err != nil {
-		return nil // it is not there, or the store will say why it cannot be read
-	}
-	var state map[ipn.StateKey][]byte
-	if err := json.Unmarshal(content, &state); err != nil {
-		return err
-	}
-	if state == nil {
-		return errors.New("it holds null")
-	}
+	n.state, n.server.Store = state, state
 	return nil
 }
 
@@ -439,6 +436,14 @@ func (n *node) ips() []string {
 		}
 	}
 	return list
+}
+
+// logWriter makes log lines of what is written to Go's own logger.
+type logWriter struct{ *node }
+
+func (w logWriter) Write(line []byte) (int, error) {
+	w.log("%s", line)
+	return len(line), nil
 }
 
 // logPipe writes log lines to a descriptor and drops them while it is full:

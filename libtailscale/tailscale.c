@@ -24,6 +24,7 @@ int tailscale_set_client_secret(tailscale sd, const char* secret) { return TsSet
 int tailscale_set_id_token(tailscale sd, const char* token) { return TsSetIDToken(sd, (char*)token); }
 int tailscale_set_audience(tailscale sd, const char* audience) { return TsSetAudience(sd, (char*)audience); }
 int tailscale_set_preauthorized(tailscale sd, int on) { return TsSetPreauthorized(sd, on); }
+int tailscale_set_interactive(tailscale sd, int on) { return TsSetInteractive(sd, on); }
 int tailscale_start(tailscale sd) { return TsStart(sd); }
 int tailscale_up(tailscale sd) { return TsUp(sd); }
 int tailscale_close(tailscale sd) { return TsClose(sd); }

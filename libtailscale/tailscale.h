@@ -101,8 +101,8 @@ enum tailscale_code {
     // The control server's certificate does not count, because this machine's
     // clock is wrong; the text has both times.
     TAILSCALE_CLOCK_WRONG = -48,
-    // The file of the node's identity cannot be understood (tailscale_start
-    // and tailscale_up); the text names it.
+    // The file of the node's identity cannot be understood, or is of another
+    // control server (tailscale_start and tailscale_up); the text names it.
     TAILSCALE_BAD_STATE_FILE = -49,
     // The credential cannot become an auth key here; the text says why.
     TAILSCALE_BAD_CREDENTIAL = -50,
@@ -121,7 +121,9 @@ enum tailscale_ready {
 // Removes from the environment, of C and of the Go runtime, every variable
 // from which tsnet would take credentials or a control server behind the
 // caller's back: TS_AUTHKEY, TS_AUTH_KEY, TS_CLIENT_SECRET, TS_CLIENT_ID,
-// TS_ID_TOKEN, TS_AUDIENCE, TS_CONTROL_URL. The values are overwritten where
+// TS_ID_TOKEN, TS_AUDIENCE, TS_CONTROL_URL, and TS_AUTHKEY_FILE, which may hold a
+// key by mistake; and two of Tailscale's own settings that log the auth key or
+// ask for one without need. The values are overwritten where
 // they are, so that /proc/PID/environ does not show them either. Call it once,
 // after copying them and before other threads read the environment: it uses
 // unsetenv(3), and setenv(3) for what would otherwise be set by the first
@@ -180,12 +182,14 @@ int tailscale_set_logfd(tailscale sd, int fd);
 //    "tags":["tag:reverse-proxy"],"in_map_poll":true,
 //    "key_expiry":"2027-01-01T00:00:00Z","login_url":"","health":[],
 //    "enrolled":true,"removed":false,"needs_log_upload":false,"relay":"",
-//    "network_changes":0,"wake_ups":0}
+//    "network_changes":0,"wake_ups":0,"unsaved":""}
 // "enrolled" is that the node holds a key, good or not; "removed" that the
 // control server knows no such node; "needs_log_upload" that the tailnet has
 // stopped the node for the lack of it; "relay" says what is wrong with the
-// relays, empty when nothing is; the last two count what happened to this
-// machine since the start.
+// relays, empty when nothing is; the next two count what happened to this
+// machine since the start; "unsaved" is why the identity could not be saved,
+// which is tried again. Texts that come from elsewhere are in one line, without
+// control characters and keys.
 int tailscale_set_eventfd(tailscale sd, int fd);
 
 // What the node may enrol with. Used only when the control server asks for a
@@ -208,6 +212,11 @@ int tailscale_set_audience(tailscale sd, const char* audience);
 // Nonzero: keys that the API makes go past device approval. (Not in upstream,
 // like the four above.)
 int tailscale_set_preauthorized(tailscale sd, int preauthorized);
+
+// Nonzero: where tailscale_up would fail with TAILSCALE_NEEDS_LOGIN, it waits for
+// a person to visit the "login_url" of the node's state instead. Its time-out
+// does not run while there is one. May be changed at any time. (Not in upstream.)
+int tailscale_set_interactive(tailscale sd, int on);
 
 // Starts the node without waiting for the tailnet. Optional:
 // tailscale_up does it. Zero or a negative code, see tailscale_errmsg.

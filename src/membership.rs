@@ -9,26 +9,27 @@
 //! node's state by itself.
 
 mod journal;
+mod pace;
 
 use std::io::IsTerminal;
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, error, info, warn};
 
 use crate::config;
-use crate::credential::Sources;
-use crate::tailnet::{JoinError, Node, Trouble};
+use crate::credential::{Credential, Sources};
+use crate::tailnet::{JoinError, Node, NodeStatus, Trouble};
 use journal::Journal;
+use pace::{LOOK, Pace};
 
-/// How often time alone can make news: that the key expires soon, that a credential has been put
-/// where it is looked for.
-const LOOK: Duration = Duration::from_secs(60);
+/// How long a credential may take to be read. Only a network file system takes any time.
+const READ_LIMIT: Duration = Duration::from_secs(5);
 
-/// Between one new enrolment and the next: an admin who removes this node twice means it.
-const ENROL_AGAIN: Duration = Duration::from_secs(60 * 60);
+/// How long the node's state may take to settle after an attempt to join.
+const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 
 /// A node and what it may enrol with.
 #[derive(Debug)]
@@ -36,7 +37,7 @@ pub struct Membership {
     /// The node.
     pub node: Arc<Node>,
     /// Where a credential may come from.
-    pub sources: Sources,
+    pub sources: Arc<Sources>,
     /// How it is to join.
     pub settings: config::Tailnet,
 }
@@ -47,13 +48,13 @@ impl Membership {
     pub async fn join(&self) -> Result<(), JoinError> {
         let mut told = String::new();
         loop {
-            match self.try_to_join(std::io::stderr().is_terminal()).await {
-                Err(JoinError::TimedOut { after, reason }) if reason != told => {
+            match self.try_to_join().await {
+                Err(JoinError::TimedOut { after, reason }) if without_numbers(&reason) != told => {
                     warn!(
                         "not on the tailnet after {} s: {reason}; trying on, clients wait",
                         after.as_secs()
                     );
-                    told = reason;
+                    told = without_numbers(&reason);
                 }
                 Err(JoinError::TimedOut { reason, .. }) => debug!("not on the tailnet yet: {reason}"),
                 outcome => return outcome,
@@ -61,41 +62,65 @@ impl Membership {
         }
     }
 
-    async fn try_to_join(&self, may_ask: bool) -> Result<(), JoinError> {
-        let deadline = Instant::now() + self.settings.join_timeout;
-        match self.node.up(self.settings.join_timeout).await {
+    async fn try_to_join(&self) -> Result<(), JoinError> {
+        let limit = self.settings.join_timeout;
+        let deadline = Instant::now() + limit;
+        match self.node.up(limit).await {
             Err(JoinError::NotEnrolled { .. } | JoinError::EnrolmentEnded { .. }) => {}
             outcome => return outcome,
         }
-        let Some(credential) = self.sources.read()? else {
-            return if may_ask { self.log_in_with_browser().await } else { Err(self.node.not_enrolled()) };
-        };
+        // Control has answered, so it may have a little more time.
+        let left = deadline.saturating_duration_since(Instant::now()).max(limit / 5);
+        match self.credential().await? {
+            Some(credential) => self.enrol(&credential, left).await,
+            None if std::io::stderr().is_terminal() => self.log_in_with_browser(left).await,
+            None => Err(self.node.not_enrolled()),
+        }
+    }
+
+    /// What there is to enrol with now.
+    async fn credential(&self) -> Result<Option<Credential>, JoinError> {
+        let sources = Arc::clone(&self.sources);
+        let reading = tokio::task::spawn_blocking(move || sources.read());
+        match timeout(READ_LIMIT, reading).await {
+            Ok(Ok(credential)) => Ok(credential?),
+            Ok(Err(panic)) => Err(JoinError::Start(panic.to_string())),
+            Err(_) => {
+                Err(JoinError::Start(format!("its credential could not be read within {READ_LIMIT:?}")))
+            }
+        }
+    }
+
+    async fn enrol(&self, credential: &Credential, limit: Duration) -> Result<(), JoinError> {
         if self.node.status().borrow().enrolled {
             warn!(
                 "this node's place on the tailnet is gone (removed, logged out, or its key expired); enrolling it again, perhaps with another address"
             );
         }
         info!("enrolling with {credential}");
-        self.node.enrol(&credential, deadline.saturating_duration_since(Instant::now())).await
+        self.node.enrol(credential, limit).await
     }
 
     /// Shows the login URL and waits for the person, however long that takes.
-    async fn log_in_with_browser(&self) -> Result<(), JoinError> {
-        let mut status = self.node.status();
-        let mut shown = String::new();
-        loop {
-            let now = status.borrow_and_update().clone();
-            if !now.login_url.is_empty() && now.login_url != shown {
-                // For a person, not for the log, whose level may hide it.
-                eprintln!("\nTo enrol this edge, open this address in a browser:\n\n\t{}\n", now.login_url);
-                shown = now.login_url;
+    async fn log_in_with_browser(&self, limit: Duration) -> Result<(), JoinError> {
+        let show = async {
+            let mut status = self.node.status();
+            let mut shown = String::new();
+            loop {
+                let url = status.borrow_and_update().login_url.clone();
+                if !url.is_empty() && url != shown {
+                    // For a person, not for the log, whose level may hide it.
+                    eprintln!("\nTo enrol this edge, open this address in a browser:\n\n\t{url}\n");
+                    shown = url;
+                }
+                if status.changed().await.is_err() {
+                    return;
+                }
             }
-            if matches!(&*now.state, "Running" | "Starting" | "NeedsMachineAuth") {
-                return self.node.up(self.settings.join_timeout).await;
-            }
-            if status.changed().await.is_err() {
-                return Err(JoinError::Start("the node was closed".into()));
-            }
+        };
+        tokio::select! {
+            outcome = self.node.up_with_person(limit) => outcome,
+            () = show => Err(JoinError::Start("the node was closed".into())),
         }
     }
 
@@ -105,9 +130,13 @@ impl Membership {
         info!(name = status.name, ips = ?status.ips, tags = ?status.tags, "ready");
         let wanted = &self.settings.hostname;
         let name = status.name.split('.').next().unwrap_or_default();
-        if !name.eq_ignore_ascii_case(wanted) {
+        if is_numbered(name, wanted) {
             warn!(
                 "the tailnet calls this node {name} and not {wanted}, which is taken; remove the other node, or set tailnet.hostname"
+            );
+        } else if !name.is_empty() && !name.eq_ignore_ascii_case(wanted) {
+            warn!(
+                "the tailnet calls this node {name} and not {wanted}: it was renamed, or tailnet.hostname was changed; rename it in the admin console, or set tailnet.hostname"
             );
         }
     }
@@ -117,44 +146,100 @@ impl Membership {
     pub async fn keep(&self) {
         let mut status = self.node.status();
         let mut journal = Journal::new(&self.settings.tags, &status.borrow_and_update());
-        let mut next_try = Instant::now();
+        let mut pace = Pace::new();
         let mut told = String::new();
         loop {
             let (now, at) = (status.borrow_and_update().clone(), Timestamp::now());
             journal.write(&now, at);
-            let lost = now.troubles(&self.settings.tags, at).iter().any(Trouble::wants_joining);
-            if lost && Instant::now() >= next_try {
-                next_try = Instant::now() + self.join_again(&mut told).await;
+            let lost = now.troubles(&self.settings.tags, at).into_iter().find(Trouble::wants_joining);
+            if let Some(lost) = lost
+                && self.join_again(&lost, &mut pace, &mut told).await
+            {
+                // What it passes through on its way is no news.
+                let _ = timeout(SETTLE_LIMIT, status.wait_for(NodeStatus::is_settled)).await;
                 continue;
             }
+            let pause = journal.due(at).map_or(LOOK, |due| due.min(LOOK));
             tokio::select! {
                 changed = status.changed() => if changed.is_err() { return },
-                () = sleep(LOOK) => {}
+                () = sleep(pause) => {}
             }
         }
     }
 
-    /// One try; returns when the next may be. `told` is the reason that the last one failed for.
-    async fn join_again(&self, told: &mut String) -> Duration {
-        match self.try_to_join(false).await {
+    /// Tries to get the place back if it is time to; false if it is not. `told` is the reason that
+    /// the last try failed for.
+    async fn join_again(&self, lost: &Trouble, pace: &mut Pace, told: &mut String) -> bool {
+        let credential = self.credential().await;
+        let fingerprint = match &credential {
+            Ok(Some(credential)) => Some(credential.fingerprint()),
+            _ => None,
+        };
+        if !pace.may_try(Instant::now(), fingerprint) {
+            return false;
+        }
+        let limit = self.settings.join_timeout;
+        let outcome = match credential {
+            // Flow logs are no matter of credentials.
+            _ if *lost == Trouble::NeedsLogUpload => self.node.up(limit).await,
+            Ok(Some(credential)) => self.enrol(&credential, limit).await,
+            Ok(None) => self.node.up(limit).await,
+            Err(unreadable) => Err(unreadable),
+        };
+        match outcome {
             Ok(()) => {
-                let ips = self.node.status().borrow().ips.clone();
-                warn!(?ips, "this node is on the tailnet again; mail servers have to trust this address");
                 told.clear();
-                return ENROL_AGAIN;
+                pace.succeeded(Instant::now(), fingerprint, *lost == Trouble::Removed);
             }
-            // The journal has told the trouble, and what could be done.
-            Err(
-                JoinError::EnrolmentEnded { .. } | JoinError::NotEnrolled { .. } | JoinError::NeedsLogUpload,
-            ) => {}
             Err(reason) => {
-                let reason = reason.to_string();
-                if reason != *told {
-                    error!("cannot join the tailnet again: {reason}; trying on");
-                }
-                *told = reason;
+                self.tell_failure(&reason, told);
+                pace.failed(Instant::now(), fingerprint);
             }
         }
-        LOOK
+        true
+    }
+
+    fn tell_failure(&self, reason: &JoinError, told: &mut String) {
+        use JoinError::{EnrolmentEnded, NeedsLogUpload, NotEnrolled};
+        if matches!(reason, EnrolmentEnded { .. } | NotEnrolled { .. } | NeedsLogUpload) {
+            return; // the journal has told the trouble, and what could be done
+        }
+        let reason = reason.to_string();
+        if without_numbers(&reason) != *told {
+            error!("cannot join the tailnet again: {reason}; it is tried again at least every hour");
+            *told = without_numbers(&reason);
+        }
+    }
+}
+
+/// For telling whether a reason is another one: ports and times in it are not.
+fn without_numbers(reason: &str) -> String {
+    reason.chars().filter(|c| !c.is_ascii_digit()).collect()
+}
+
+/// Whether a name is what a control server makes of one that is taken: with -1, -2, …
+fn is_numbered(name: &str, wanted: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    let number = name.strip_prefix(&wanted.to_ascii_lowercase()).and_then(|rest| rest.strip_prefix('-'));
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_was_taken_is_told_from_one_that_was_changed() {
+        assert!(is_numbered("edge-1", "Edge") && is_numbered("edge-12", "edge"));
+        for name in ["edge", "edge-", "edge-b", "edge1", "other-1", ""] {
+            assert!(!is_numbered(name, "edge"), "{name}");
+        }
+    }
+
+    #[test]
+    fn ports_do_not_make_another_reason() {
+        let reason = |port: u16| without_numbers(&format!("read tcp 127.0.0.1:{port}: connection reset"));
+        assert_eq!(reason(59032), reason(40001));
+        assert_ne!(reason(59032), without_numbers("connection refused"));
     }
 }

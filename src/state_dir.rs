@@ -60,20 +60,44 @@ pub fn lock(path: &Path) -> Result<StateDir, StateDirError> {
         .recursive(true)
         .mode(0o700)
         .create(path)
-        .map_err(|error| StateDirError::Create { path: named(), error })?;
+        .map_err(|error| StateDirError::Create { path: named(), error: in_the_way(error) })?;
     refuse_exposed(path)?;
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .mode(0o600) // or anyone could hold the lock
-        .open(path.join("edge.lock"))
-        .map_err(|error| StateDirError::Write { path: named(), error })?;
+    let file = open_lock(path).map_err(|error| StateDirError::Write { path: named(), error })?;
     match file.try_lock() {
         Ok(()) => Ok(StateDir { _lock: file }),
         Err(TryLockError::WouldBlock) => Err(StateDirError::InUse { path: named() }),
         Err(TryLockError::Error(error)) => Err(StateDirError::Write { path: named(), error }),
     }
+}
+
+/// The system's answer to making a directory, with what it means where it has few words.
+fn in_the_way(error: io::Error) -> io::Error {
+    let meaning = match error.kind() {
+        io::ErrorKind::AlreadyExists => "a file is in its place, or a symlink that leads nowhere",
+        io::ErrorKind::NotADirectory => "a file is in the place of a directory above it",
+        _ => return error,
+    };
+    io::Error::new(error.kind(), format!("{meaning} ({error})"))
+}
+
+/// Opens the lock file, and nothing else that may be in its place: a symlink would have another file
+/// made or locked, and opening a pipe would wait until somebody reads it.
+fn open_lock(dir: &Path) -> io::Result<File> {
+    let path = dir.join("edge.lock");
+    let irregular = || io::Error::other("edge.lock is no regular file (remove it)");
+    let opened = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600) // or anyone could hold the lock
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(&path);
+    let file = opened.map_err(|error| match path.symlink_metadata() {
+        // The system's own words are of no help: "Too many levels", "No such device or address".
+        Ok(metadata) if !metadata.is_file() => irregular(),
+        _ => error,
+    })?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(irregular()) }
 }
 
 fn refuse_exposed(path: &Path) -> Result<(), StateDirError> {
@@ -94,7 +118,10 @@ fn refuse_exposed(path: &Path) -> Result<(), StateDirError> {
 #[cfg(test)]
 mod tests {
     use std::fs::Permissions;
-    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::process::Command;
+    use std::sync::mpsc;
+    use std::time::Duration;
 
     use super::*;
 
@@ -133,11 +160,49 @@ mod tests {
     }
 
     #[test]
-    fn a_file_in_its_place_is_named() {
+    fn what_is_in_its_place_is_named() {
         let dir = private_dir();
-        let path = dir.path().join("file");
-        std::fs::write(&path, "").unwrap();
-        let error = lock(&path).unwrap_err().to_string();
-        assert!(error.contains(&path.display().to_string()), "{error}");
+        let (file, link) = (dir.path().join("file"), dir.path().join("link"));
+        std::fs::write(&file, "").unwrap();
+        symlink(dir.path().join("nowhere"), &link).unwrap();
+        for (path, meaning) in [
+            (file.clone(), "a file is in its place, or a symlink that leads nowhere (File exists"),
+            (link, "a file is in its place, or a symlink that leads nowhere (File exists"),
+            (file.join("below"), "a file is in the place of a directory above it (Not a directory"),
+        ] {
+            let error = lock(&path).unwrap_err().to_string();
+            let expected = format!("cannot create the state directory {}: {meaning}", path.display());
+            assert!(error.starts_with(&expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn only_a_regular_file_is_locked() {
+        let dir = private_dir();
+        let (path, target) = (dir.path().join("edge.lock"), dir.path().join("target"));
+        let refused = || {
+            let (dir, (tell, told)) = (dir.path().to_owned(), mpsc::channel());
+            std::thread::spawn(move || tell.send(lock(&dir).unwrap_err().to_string()));
+            let error = told.recv_timeout(Duration::from_secs(10)).expect("no waiting");
+            assert!(error.contains(": edge.lock is no regular file (remove it); "), "{error}");
+            assert!(error.starts_with("cannot write to the state directory "), "{error}");
+        };
+        assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+        refused();
+        // With a reader, opening it for writing succeeds.
+        let reader = File::options().read(true).write(true).open(&path).unwrap();
+        refused();
+        drop(reader);
+        std::fs::remove_file(&path).unwrap();
+        symlink(&target, &path).unwrap();
+        refused();
+        assert!(!target.exists(), "the symlink was followed");
+        std::fs::write(&target, "").unwrap();
+        refused();
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        refused();
+        std::fs::remove_dir(&path).unwrap();
+        lock(dir.path()).unwrap();
     }
 }

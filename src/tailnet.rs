@@ -8,6 +8,7 @@
 //! Nothing here falls back to the host's resolver or network: a name that the
 //! tailnet's map does not hold is an error.
 
+mod error;
 mod ffi;
 mod status;
 
@@ -18,179 +19,20 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use serde::Deserialize;
-use thiserror::Error;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, BufReader, ReadBuf};
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
-use tokio::time::timeout;
 
 use crate::config;
-use crate::credential::{Credential, CredentialError, Kind, Proof};
+use crate::credential::{Credential, Kind, Proof};
 use crate::relay::Reset;
 use ffi::{Conn, LineSink, NodeHandle, Setting};
 
+pub use error::{ConnectError, JoinError};
 pub use ffi::{
     Code, forget_environment, linked_version, open_connections, run_on_alternate_stack, set_log_upload,
 };
 pub use status::{NodeStatus, Trouble};
-
-/// Why the node could not start or join; the text of each ends with what to do.
-#[derive(Debug, Error)]
-pub enum JoinError {
-    /// Not enrolled, and nothing to enrol with.
-    #[error(
-        "this node is not enrolled on the tailnet and there is no auth key; set TS_AUTHKEY, TS_AUTHKEY_FILE or tailnet.auth_key_file to a key that may use {tags}, or TS_CLIENT_SECRET to an OAuth client that may, or run this once on a terminal to log in with a browser"
-    )]
-    NotEnrolled {
-        /// The configured tags.
-        tags: String,
-    },
-    /// As [`JoinError::NotEnrolled`], of a node that has been.
-    #[error(
-        "this node's place on the tailnet is gone (it was removed or logged out, or its key has expired) and there is no auth key to enrol it again; set TS_AUTHKEY, TS_AUTHKEY_FILE or tailnet.auth_key_file to a key that may use {tags}, or TS_CLIENT_SECRET to an OAuth client that may"
-    )]
-    EnrolmentEnded {
-        /// The configured tags.
-        tags: String,
-    },
-    /// There should be something to enrol with, and it is no good.
-    #[error("this node has to enrol on the tailnet: {0}")]
-    Credential(#[from] CredentialError),
-    /// The control server or its API said no; the reason is in its own words.
-    #[error(
-        "the control server {control} refused this node: {reason}; if that is about the key, create a new one that may use {tags} and set TS_AUTHKEY"
-    )]
-    Refused {
-        /// The control server.
-        control: String,
-        /// What it answered.
-        reason: String,
-        /// The configured tags.
-        tags: String,
-    },
-    /// The tailnet's policy does not let this node have its tags.
-    #[error(
-        "the control server {control} refused this node its tags: {reason}; name an owner for {tags} in the policy's tagOwners, and use a key (or an OAuth client) that carries them all"
-    )]
-    TagsRefused {
-        /// The control server.
-        control: String,
-        /// What it answered.
-        reason: String,
-        /// The configured tags.
-        tags: String,
-    },
-    /// Waiting for a person.
-    #[error(
-        "this node waits for approval by an admin of the tailnet; approve it in the admin console, or use a pre-approved auth key (tailnet.preauthorized = true for an OAuth client)"
-    )]
-    NeedsApproval,
-    /// The tailnet has network flow logs.
-    #[error(
-        "this tailnet has network flow logs and admits only nodes that upload Tailscale's logs; set tailnet.log_upload = true, or turn network flow logs off in the admin console"
-    )]
-    NeedsLogUpload,
-    /// Never enrolled, and this machine's clock makes TLS impossible.
-    #[error(
-        "cannot reach the control server {control}: {reason}; set the clock of this machine (timedatectl set-ntp true)"
-    )]
-    ClockWrong {
-        /// The control server.
-        control: String,
-        /// Both times.
-        reason: String,
-    },
-    /// Never enrolled, and the control server does not answer.
-    #[error(
-        "cannot reach the control server {control}: {reason}; check the network and DNS of this machine, and control_url"
-    )]
-    ControlUnreachable {
-        /// The control server.
-        control: String,
-        /// The failed step.
-        reason: String,
-    },
-    /// Enrolled, but the tailnet is out of reach; the node goes on trying.
-    #[error("not on the tailnet after {} s: {reason}", .after.as_secs())]
-    TimedOut {
-        /// How long it was tried.
-        after: Duration,
-        /// What the node is waiting for.
-        reason: String,
-    },
-    /// On the tailnet, but not as what the configuration promises.
-    #[error(
-        "this node holds {held} instead of {missing}; the tailnet's policy must name an owner for it, and the auth key must carry it (a node keeps the tags it was enrolled with: to change them, remove it from the tailnet and its state directory)"
-    )]
-    WrongTags {
-        /// What the node has, in words.
-        held: String,
-        /// The configured tags it lacks.
-        missing: String,
-    },
-    /// The identity on disk is damaged.
-    #[error(
-        "cannot read this node's identity: {0}; restore the file, or remove it to enrol as a new node with another tailnet address"
-    )]
-    BadStateFile(String),
-    /// Tailscale could not start, for example because of its state directory.
-    #[error("cannot start the tailnet node: {0}")]
-    Start(String),
-}
-
-/// Why a peer could not be reached.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-pub enum ConnectError {
-    /// This node has no place on the tailnet at the moment.
-    #[error("this edge is not on the tailnet at the moment; /readyz and the log say why")]
-    NotRunning,
-    /// Nothing of that name or address in the tailnet's map.
-    #[error(
-        "the tailnet shows this edge no peer of that name; check the upstream's name and that the tailnet's policy lets this edge reach it"
-    )]
-    NoSuchPeer,
-    /// The name is our own.
-    #[error("that is this edge itself; name the mailbox's node as upstream")]
-    IsSelf,
-    /// A RST in answer to our SYN.
-    #[error(
-        "the peer refused the connection; check that the mail server runs there and listens on that port"
-    )]
-    Refused,
-    /// No answer to our SYNs.
-    #[error("no answer")]
-    TimedOut,
-    /// A RST right after the connection was made.
-    #[error("the peer reset the connection at once; check the mail server's log")]
-    Reset,
-    /// Too many connections to that peer and port, or in its TIME_WAIT.
-    #[error("every local port towards that peer and port is taken; spread the load or lower max_connections")]
-    NoPorts,
-    /// The two nodes share no address family, or the stack has no route.
-    #[error(
-        "there is no way to the peer's address; check that both nodes have a tailnet address of one family"
-    )]
-    Unreachable,
-    /// A bug of ours or of the network stack.
-    #[error("the tailnet library failed ({0:?}); please report this")]
-    Internal(Code),
-}
-
-impl From<Code> for ConnectError {
-    fn from(code: Code) -> ConnectError {
-        match code {
-            Code::NotRunning | Code::BadHandle => ConnectError::NotRunning,
-            Code::NoSuchPeer => ConnectError::NoSuchPeer,
-            Code::IsSelf => ConnectError::IsSelf,
-            Code::Refused => ConnectError::Refused,
-            Code::TimedOut => ConnectError::TimedOut,
-            Code::Reset => ConnectError::Reset,
-            Code::NoPorts => ConnectError::NoPorts,
-            Code::Unreachable => ConnectError::Unreachable,
-            other => ConnectError::Internal(other),
-        }
-    }
-}
 
 /// What a ping beneath TCP found out about a peer.
 #[derive(Clone, Debug, Deserialize)]
@@ -227,6 +69,7 @@ impl PingReport {
 #[derive(Debug)]
 pub struct Node {
     handle: Arc<NodeHandle>,
+    sender: watch::Sender<NodeStatus>,
     status: watch::Receiver<NodeStatus>,
     /// For messages.
     control: String,
@@ -243,7 +86,7 @@ impl Node {
         let handle = Arc::new(NodeHandle::new());
         let (sender, status) = watch::channel(NodeStatus::default());
         let started = configure(&handle, settings)
-            .and_then(|()| follow(&handle, sender))
+            .and_then(|()| follow(&handle, sender.clone()))
             .map_err(JoinError::Start)
             .and_then(|()| handle.start().map_err(|code| start_error(code, failure(&handle, code))));
         if let Err(error) = started {
@@ -252,7 +95,7 @@ impl Node {
             return Err(error);
         }
         let control = settings.control_url.clone().unwrap_or_else(|| "controlplane.tailscale.com".into());
-        Ok(Node { handle, status, control, tags: settings.tags.clone() })
+        Ok(Node { handle, sender, status, control, tags: settings.tags.clone() })
     }
 
     /// Joins the tailnet within `limit`, with what the node has on disk, and checks that every
@@ -266,19 +109,59 @@ impl Node {
         let joined =
             tokio::task::spawn_blocking(move || handle.up(limit).map_err(|c| (c, failure(&handle, c))));
         match joined.await {
-            Ok(Ok(())) => self.check_tags(limit).await,
+            Ok(Ok(())) => self.check_tags(),
             Ok(Err((code, reason))) => Err(self.join_error(code, reason, limit)),
             Err(panic) => Err(JoinError::Start(panic.to_string())),
         }
     }
 
-    /// As [`Node::up`], and enrols with the credential if the control server asks for one. The
-    /// library has forgotten the credential when this returns.
+    /// As [`Node::up`], and enrols with the credential if the control server asks for one. A
+    /// credential that was refused is forgotten; one that was good stays with Tailscale's control
+    /// client until the next login.
     pub async fn enrol(&self, credential: &Credential, limit: Duration) -> Result<(), JoinError> {
-        self.offer(Some(&credential.kind))?;
+        let offered = self.offer(Some(&credential.kind));
+        let outcome = match offered {
+            Ok(()) => self.up(limit).await,
+            refused => refused,
+        };
+        let taken_back = self.offer(None);
+        match outcome {
+            Err(JoinError::Refused { control, reason, .. }) => {
+                Err(JoinError::Refused { control, reason, remedy: self.remedy(credential) })
+            }
+            Err(JoinError::Unusable { reason, .. }) => {
+                Err(JoinError::Unusable { reason, remedy: self.remedy(credential) })
+            }
+            outcome => outcome.and(taken_back),
+        }
+    }
+
+    /// What to do about a credential that was refused.
+    fn remedy(&self, credential: &Credential) -> String {
+        let tags = self.tags.join(", ");
+        match credential.kind {
+            Kind::AuthKey(_) => {
+                format!("if that is about the key, create a new one that may use {tags} and set TS_AUTHKEY")
+            }
+            Kind::OAuthClient { .. } => format!(
+                "check {credential}: it needs the scope Auth Keys: Write and all of {tags}, and its secret as it was shown once"
+            ),
+            Kind::FederatedIdentity { .. } => format!(
+                "check {credential}: its id, its issuer, subject and audience, the scope Auth Keys: Write, and all of {tags}"
+            ),
+        }
+    }
+
+    /// As [`Node::up`], and waits for a person to visit the login URL of [`NodeStatus`] if the
+    /// control server asks for a login. While there is one, `limit` does not run.
+    pub async fn up_with_person(&self, limit: Duration) -> Result<(), JoinError> {
+        let interactive = |on| {
+            self.handle.set_interactive(on).map_err(|code| JoinError::Start(failure(&self.handle, code)))
+        };
+        interactive(true)?;
         let outcome = self.up(limit).await;
-        self.offer(None)?;
-        outcome
+        let ended = interactive(false);
+        outcome.and(ended)
     }
 
     /// Sets all that makes a credential, so that nothing is left of an earlier one.
@@ -325,7 +208,11 @@ impl Node {
         let tags = self.tags.join(", ");
         match code {
             Code::NeedsLogin => self.not_enrolled(),
-            Code::AuthRefused => JoinError::Refused { control, reason, tags },
+            Code::AuthRefused => {
+                let remedy = "check this node in the admin console".to_owned();
+                JoinError::Refused { control, reason, remedy }
+            }
+            Code::BadCredential => JoinError::Unusable { reason, remedy: String::new() },
             Code::TagsRefused => JoinError::TagsRefused { control, reason, tags },
             Code::NeedsApproval => JoinError::NeedsApproval,
             Code::NeedsLogUpload => JoinError::NeedsLogUpload,
@@ -337,18 +224,13 @@ impl Node {
     }
 
     /// The tag is a promise: access rules and the node's key expiry depend on
-    /// it.
-    async fn check_tags(&self, limit: Duration) -> Result<(), JoinError> {
-        let mut status = self.status.clone();
-        // The report follows the join at once, unless the node has left again.
-        let status = match timeout(limit, status.wait_for(NodeStatus::is_running)).await {
-            Ok(Ok(status)) => status.clone(),
-            Ok(Err(_)) => return Err(JoinError::Start("the node was closed".into())),
-            Err(_) => {
-                let reason = "the node joined and left again".to_owned();
-                return Err(JoinError::TimedOut { after: limit, reason });
-            }
-        };
+    /// it. The state is asked for anew, since the last line of it may be older
+    /// than the join.
+    fn check_tags(&self) -> Result<(), JoinError> {
+        let line = self.handle.status().map_err(|code| JoinError::Start(failure(&self.handle, code)))?;
+        let status: NodeStatus =
+            serde_json::from_str(&line).map_err(|error| JoinError::Start(format!("its state: {error}")))?;
+        self.sender.send_replace(status.clone());
         let missing: Vec<&str> =
             self.tags.iter().filter(|tag| !status.tags.contains(tag)).map(String::as_str).collect();
         if missing.is_empty() {

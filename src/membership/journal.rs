@@ -1,7 +1,8 @@
 //! What is worth a line in the log when one state of the node follows another: each thing once when
-//! it begins, and once when it has passed.
+//! it begins, and once when it has passed. What passes within seconds is not told at all.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use tracing::{error, info, warn};
@@ -11,10 +12,14 @@ use crate::tailnet::{NodeStatus, Trouble};
 /// A key that expires is warned about when it has this many days left, and again at the next.
 const EXPIRY_WARNINGS: [i64; 3] = [1, 7, 30];
 
+/// A trouble that may pass by itself is told when it has lasted this long.
+const PATIENCE: SignedDuration = SignedDuration::from_secs(5);
+
 /// What was told last.
 pub(super) struct Journal {
     tags: Vec<String>,
-    troubles: Vec<Trouble>,
+    /// Those of the last state, since when, and whether they were told.
+    troubles: Vec<(Trouble, Timestamp, bool)>,
     ips: Vec<IpAddr>,
     network_changes: u64,
     wake_ups: u64,
@@ -54,14 +59,19 @@ impl Journal {
         }
     }
 
+    /// How long until time alone makes news of the last state.
+    pub fn due(&self, now: Timestamp) -> Option<Duration> {
+        let waiting = self.troubles.iter().filter(|(.., told)| !told);
+        let left = waiting.map(|(_, since, _)| PATIENCE.saturating_sub(now.duration_since(*since)));
+        left.min().map(|left| Duration::try_from(left).unwrap_or_default())
+    }
+
     fn lines(&mut self, status: &NodeStatus, now: Timestamp) -> Vec<Line> {
-        let lines = [
-            self.machine(status),
-            self.troubles(status, now),
-            self.address(status),
-            self.expiry(status.key_expiry, now),
-        ];
-        lines.into_iter().flatten().collect()
+        let mut lines: Vec<Line> = self.machine(status).into_iter().collect();
+        lines.extend(self.troubles(status, now));
+        lines.extend(self.address(status));
+        lines.extend(self.expiry(status.key_expiry, now));
+        lines
     }
 
     /// Sleep and another network are no trouble by themselves, and explain what follows.
@@ -77,20 +87,28 @@ impl Journal {
         Some(Line::Info(format!("{what}; looking for paths on the tailnet anew")))
     }
 
-    fn troubles(&mut self, status: &NodeStatus, now: Timestamp) -> Option<Line> {
-        let troubles = status.troubles(&self.tags, now);
-        if troubles == self.troubles {
-            return None;
+    fn troubles(&mut self, status: &NodeStatus, now: Timestamp) -> Vec<Line> {
+        let before = std::mem::take(&mut self.troubles);
+        let mut lines = Vec::new();
+        for trouble in status.troubles(&self.tags, now) {
+            let known = before.iter().find(|(old, ..)| old.is_like(&trouble));
+            let (since, told) = known.map_or((now, false), |(_, since, told)| (*since, *told));
+            let lasting = !trouble.may_pass() || now.duration_since(since) >= PATIENCE;
+            if lasting && !told {
+                let line = format!("trouble on the tailnet: {trouble}");
+                lines.push(if trouble.may_pass() { Line::Warn(line) } else { Line::Error(line) });
+            }
+            self.troubles.push((trouble, since, told || lasting));
         }
-        self.troubles = troubles;
-        if self.troubles.is_empty() {
-            return Some(Line::Info(format!("on the tailnet again, as {} {:?}", status.name, status.ips)));
+        let is_over = |old: &Trouble| !self.troubles.iter().any(|(now, ..)| now.is_like(old));
+        let over: Vec<&Trouble> =
+            before.iter().filter(|(old, _, told)| *told && is_over(old)).map(|(old, ..)| old).collect();
+        if !over.is_empty() && self.troubles.is_empty() {
+            lines.push(Line::Info(format!("on the tailnet again, as {} {:?}", status.name, status.ips)));
+        } else {
+            lines.extend(over.iter().map(|trouble| Line::Info(format!("no longer so: {}", trouble.what()))));
         }
-        let words: Vec<String> = self.troubles.iter().map(Trouble::to_string).collect();
-        let line = format!("trouble on the tailnet: {}", words.join("; "));
-        let passes =
-            |t: &Trouble| matches!(t, Trouble::NotRunning(_) | Trouble::ControlLost | Trouble::RelayLost(_));
-        Some(if self.troubles.iter().all(passes) { Line::Warn(line) } else { Line::Error(line) })
+        lines
     }
 
     fn address(&mut self, status: &NodeStatus) -> Option<Line> {
@@ -149,16 +167,43 @@ mod tests {
     fn a_trouble_is_told_once_and_so_is_its_end() {
         let mut journal = Journal::new(&[], &running());
         assert_eq!(journal.lines(&running(), NOW), []);
-        let lost = NodeStatus { in_map_poll: false, ..running() };
-        let lines = journal.lines(&lost, NOW);
-        let told = format!("trouble on the tailnet: {}", Trouble::ControlLost);
-        assert_eq!(lines, [Line::Warn(told)]);
-        assert_eq!(journal.lines(&lost, NOW), []);
-        let removed = NodeStatus { removed: true, ..lost };
+        let removed = NodeStatus { removed: true, in_map_poll: false, ..running() };
         let told = format!("trouble on the tailnet: {}", Trouble::Removed);
         assert_eq!(journal.lines(&removed, NOW), [Line::Error(told)]);
+        assert_eq!(journal.lines(&removed, NOW), []);
         let again = r#"on the tailnet again, as edge.example.ts.net [100.64.0.1]"#;
         assert_eq!(journal.lines(&running(), NOW), [Line::Info(again.into())]);
+    }
+
+    #[test]
+    fn what_passes_in_a_moment_is_not_told() {
+        let mut journal = Journal::new(&[], &running());
+        let lost = NodeStatus { in_map_poll: false, ..running() };
+        let after = |seconds: i64| NOW.checked_add(SignedDuration::from_secs(seconds)).unwrap();
+        assert_eq!(journal.lines(&lost, NOW), []);
+        assert_eq!(journal.due(after(2)), Some(Duration::from_secs(3)));
+        assert_eq!(journal.lines(&running(), after(2)), []);
+        assert_eq!(journal.due(after(2)), None);
+
+        assert_eq!(journal.lines(&lost, after(10)), []);
+        assert_eq!(journal.lines(&lost, after(14)), []);
+        let told = format!("trouble on the tailnet: {}", Trouble::ControlLost);
+        assert_eq!(journal.lines(&lost, after(15)), [Line::Warn(told)]);
+        assert_eq!((journal.lines(&lost, after(16)), journal.due(after(16))), (vec![], None));
+    }
+
+    #[test]
+    fn each_of_several_troubles_is_told_by_itself() {
+        let after = |seconds: i64| NOW.checked_add(SignedDuration::from_secs(seconds)).unwrap();
+        let mut journal = Journal::new(&["tag:a".into()], &running());
+        let untagged = NodeStatus { relay: "relay server timed out".into(), ..running() };
+        assert_eq!(journal.lines(&untagged, NOW).len(), 1);
+        let another_text = NodeStatus { relay: "network down".into(), ..running() };
+        let told = format!("trouble on the tailnet: {}", Trouble::RelayLost("network down".into()));
+        assert_eq!(journal.lines(&another_text, after(5)), [Line::Warn(told)]);
+        assert_eq!(journal.lines(&untagged, after(6)), []);
+        let over = "no longer so: no relay can be reached: relay server timed out";
+        assert_eq!(journal.lines(&running(), after(7)), [Line::Info(over.into())]);
     }
 
     #[test]

@@ -59,6 +59,7 @@ pub enum Code {
     NeedsLogUpload,
     ClockWrong,
     BadStateFile,
+    BadCredential,
 }
 
 impl Code {
@@ -92,6 +93,7 @@ impl Code {
             TAILSCALE_NEEDS_LOG_UPLOAD => Code::NeedsLogUpload,
             TAILSCALE_CLOCK_WRONG => Code::ClockWrong,
             TAILSCALE_BAD_STATE_FILE => Code::BadStateFile,
+            TAILSCALE_BAD_CREDENTIAL => Code::BadCredential,
             _ => Code::Error,
         })
     }
@@ -138,6 +140,10 @@ pub fn linked_version() -> &'static str {
     let version = unsafe { CStr::from_ptr(tailscale_version()) };
     version.to_str().unwrap_or("unknown")
 }
+
+/// Room for a node's state: a few hundred bytes, and as much again for each tag
+/// and each complaint of Tailscale's.
+const STATUS_BYTES: usize = 64 * 1024;
 
 /// One node; closing it is explicit because it waits for the peers.
 #[derive(Debug)]
@@ -246,9 +252,23 @@ impl NodeHandle {
         check(unsafe { tailscale_up(self.0) })
     }
 
+    /// Whether `up` waits for a person to log the node in.
+    pub fn set_interactive(&self, on: bool) -> Result<(), Code> {
+        // SAFETY: no pointers.
+        check(unsafe { tailscale_set_interactive(self.0, on.into()) })
+    }
+
+    /// The state as it is now, in JSON.
+    pub fn status(&self) -> Result<String, Code> {
+        let mut buffer = vec![0 as c_char; STATUS_BYTES];
+        // SAFETY: the buffer is writable for the length given.
+        check(unsafe { tailscale_status(self.0, buffer.as_mut_ptr(), buffer.len()) })?;
+        Ok(text_in(&buffer))
+    }
+
     /// The text of the last failure.
     pub fn error_message(&self) -> String {
-        let mut buffer = [0 as c_char; 1024];
+        let mut buffer = [0 as c_char; 4096];
         // SAFETY: the buffer is writable for the length given; the result is
         // NUL-terminated also when it was cut.
         unsafe { tailscale_errmsg(self.0, buffer.as_mut_ptr(), buffer.len()) };

@@ -44,13 +44,15 @@ pub struct NodeStatus {
     pub network_changes: u64,
     /// How often this machine woke from sleep since the start.
     pub wake_ups: u64,
+    /// Why the identity could not be saved; empty when it was.
+    pub unsaved: String,
 }
 
 /// What keeps a node from being what it should; the text ends with what to do.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum Trouble {
     /// It has not got there yet, or is on its way back.
-    #[error("the tailnet node is not running (state {0})")]
+    #[error("the tailnet node is not running (state {0}); the log says what it waits for")]
     NotRunning(String),
     /// An admin let it expire, or it was not tagged.
     #[error(
@@ -77,12 +79,35 @@ pub enum Trouble {
     /// Peers to which there is no direct way cannot be reached.
     #[error("no relay can be reached: {0}; check that this machine may connect to TCP port 443")]
     RelayLost(String),
+    /// The next start will not find what it needs.
+    #[error(
+        "this node's identity cannot be saved: {0}; make room in tailnet.state_dir, and do not stop the edge before"
+    )]
+    NotSaved(String),
     /// Access rules for the tag do not apply.
     #[error("the node does not hold {0}; give it the tag again in the admin console")]
     TagMissing(String),
 }
 
 impl Trouble {
+    /// Whether it may be over by itself in a moment.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Trouble::NotRunning(_) | Trouble::ControlLost | Trouble::RelayLost(_))
+    }
+
+    /// What it is, without what to do.
+    pub fn what(&self) -> String {
+        self.to_string().split(';').next().unwrap_or_default().to_owned()
+    }
+
+    /// Whether two are of a kind, whatever their details.
+    pub fn is_like(&self, other: &Trouble) -> bool {
+        match (self, other) {
+            (Trouble::TagMissing(one), Trouble::TagMissing(another)) => one == another,
+            _ => std::mem::discriminant(self) == std::mem::discriminant(other),
+        }
+    }
+
     /// Whether joining again, with or without a credential, is what could end it.
     pub fn wants_joining(&self) -> bool {
         matches!(self, Trouble::KeyExpired | Trouble::LoggedOut | Trouble::Removed | Trouble::NeedsLogUpload)
@@ -90,32 +115,34 @@ impl Trouble {
 }
 
 impl NodeStatus {
-    /// Whether connections to peers are possible.
+    /// Whether connections to peers are possible. A node that was thrown out may believe to be
+    /// running all the same.
     pub fn is_running(&self) -> bool {
-        self.state == "Running"
+        self.state == "Running" && !self.removed && !self.needs_log_upload
+    }
+
+    /// Whether it is not merely passing through a state.
+    pub fn is_settled(&self) -> bool {
+        self.removed || self.needs_log_upload || !matches!(&*self.state, "" | "NoState" | "Starting")
     }
 
     /// What keeps the node from being what it should at the time `now`; empty when all is well.
     pub fn troubles(&self, tags: &[String], now: Timestamp) -> Vec<Trouble> {
-        // The backend may believe to be running all the same.
-        if self.removed {
-            return vec![Trouble::Removed];
-        }
-        if self.needs_log_upload {
-            return vec![Trouble::NeedsLogUpload];
-        }
+        let unsaved = (!self.unsaved.is_empty()).then(|| Trouble::NotSaved(self.unsaved.clone()));
         if !self.is_running() {
-            return vec![self.why_not_running(now)];
+            return unsaved.into_iter().chain([self.why_not_running(now)]).collect();
         }
         let control = (!self.in_map_poll).then_some(Trouble::ControlLost);
-        let relay = (!self.relay.is_empty()).then(|| Trouble::RelayLost(trimmed(&self.relay)));
+        let relay = (!self.relay.is_empty()).then(|| Trouble::RelayLost(self.relay.clone()));
         let missing = tags.iter().filter(|tag| !self.tags.contains(tag)).cloned().map(Trouble::TagMissing);
-        control.into_iter().chain(relay).chain(missing).collect()
+        unsaved.into_iter().chain(control).chain(relay).chain(missing).collect()
     }
 
     fn why_not_running(&self, now: Timestamp) -> Trouble {
         let expired = self.key_expiry.is_some_and(|at| at <= now);
         match &*self.state {
+            _ if self.removed => Trouble::Removed,
+            _ if self.needs_log_upload => Trouble::NeedsLogUpload,
             "NeedsLogin" if expired => Trouble::KeyExpired,
             "NeedsLogin" if self.enrolled => Trouble::LoggedOut,
             "NeedsMachineAuth" => Trouble::NeedsApproval,
@@ -123,11 +150,6 @@ impl NodeStatus {
             state => Trouble::NotRunning(state.to_owned()),
         }
     }
-}
-
-/// A sentence as a part of another.
-fn trimmed(sentence: &str) -> String {
-    sentence.trim_end_matches('.').to_owned()
 }
 
 /// Go writes an empty list as `null`.
@@ -190,12 +212,12 @@ mod tests {
 
     #[test]
     fn what_limits_a_running_node_is_told_all_at_once() {
-        let status = NodeStatus { in_map_poll: false, relay: "Gone.".into(), tags: vec![], ..running() };
+        let status = NodeStatus { in_map_poll: false, relay: "gone".into(), tags: vec![], ..running() };
         assert_eq!(
             troubles(status),
             [
                 Trouble::ControlLost,
-                Trouble::RelayLost("Gone".into()),
+                Trouble::RelayLost("gone".into()),
                 Trouble::TagMissing("tag:reverse-proxy".into())
             ]
         );
@@ -206,7 +228,7 @@ mod tests {
         let line = r#"{"state":"Running","name":"edge.example.ts.net","ips":["100.64.0.1"],"tags":null,
             "in_map_poll":true,"key_expiry":"2027-01-01T00:00:00Z","login_url":"","health":[],
             "enrolled":true,"removed":false,"needs_log_upload":false,"relay":"",
-            "network_changes":2,"wake_ups":1}"#;
+            "network_changes":2,"wake_ups":1,"unsaved":""}"#;
         let status: NodeStatus = serde_json::from_str(line).unwrap();
         assert_eq!(status.key_expiry, Some("2027-01-01T00:00:00Z".parse().unwrap()));
         assert_eq!((status.network_changes, status.wake_ups), (2, 1));
