@@ -91,6 +91,7 @@ async fn connection(stream: TcpStream, readiness: &Readiness) {
     let service = service_fn(|request| async move { Ok::<_, Infallible>(answer(&request, readiness)) });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
+        .keep_alive(false) // or whoever leaves connections open takes all the places
         .header_read_timeout(HEAD_LIMIT)
         .serve_connection(TokioIo::new(stream), service);
     if let Ok(Err(error)) = timeout(CONNECTION_LIMIT, served).await {

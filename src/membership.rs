@@ -176,6 +176,10 @@ impl Membership {
             _ => None,
         };
         if !pace.may_try(Instant::now(), fingerprint) {
+            if fingerprint.is_some() && told.is_empty() {
+                *told = "resting".to_owned();
+                warn!("this node was enrolled again less than an hour ago; restart the edge to do so now");
+            }
             return false;
         }
         let limit = self.settings.join_timeout;

@@ -442,6 +442,7 @@ fn readiness_follows_the_tailnet_and_liveness_the_process() {
     tailnet.start_control();
     becomes(&edge, 200, r#""reasons":[]"#);
     edge.wait_log("on the tailnet again", LIMIT);
+    tailnet.set_auth_keys(Some(&["another"]));
     tailnet.remove_node(EDGE);
     becomes(&edge, 503, "was removed from the tailnet");
     assert_eq!(http::get(edge.addr("admin"), "/elsewhere").code, 404);
