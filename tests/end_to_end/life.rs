@@ -414,10 +414,12 @@ fn an_identity_that_cannot_be_saved_is_told_until_it_is() {
     let line = edge.wait_log("trouble on the tailnet: this node's identity cannot be saved", LIMIT);
     tells(&line, &[" ERROR ", "no space left on device", "make room in tailnet.state_dir"]);
     serves_again(&edge);
-    let inside = format!("/proc/{}/root{}", edge.pid(), disk.path().display());
-    run(Command::new("mount").args(["-o", "remount,size=1m", &inside]), b"", LIMIT).expect_success();
+    let mut larger = Command::new("nsenter");
+    larger.args(["--mount", "--target", &edge.pid().to_string(), "mount", "-o", "remount,size=1m"]);
+    run(larger.arg(disk.path()), b"", LIMIT).expect_success();
     becomes(&edge, 200, r#""ready":true"#);
-    let saved = std::fs::read_to_string(Path::new(&inside).join("tailscaled.state")).expect("it is there");
+    let inside = format!("/proc/{}/root{}/tailscaled.state", edge.pid(), disk.path().display());
+    let saved = std::fs::read_to_string(inside).expect("it is there");
     assert!(saved.contains("_current-profile"), "{saved}");
 }
 
