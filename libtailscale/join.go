@@ -44,6 +44,9 @@ func (n *node) up() error {
 		defer func() { <-n.joining }()
 		return j.run()
 	case <-turn.Done():
+		if n.ctx.Err() != nil {
+			return n.report(codeCancelled, errors.New("the node was closed while joining"))
+		}
 		return n.report(codeUpTimedOut, errors.New("another attempt to join takes its time"))
 	}
 }
@@ -60,7 +63,9 @@ type join struct {
 	// offered is set once the credential was used: a second demand after that
 	// is answered by the error message that comes with it, or by the time limit.
 	offered bool
-	used    chan error // how the use of the credential went
+	used    chan error // how the use of the credential went, told once
+	// asked is set once a person was asked to log in.
+	asked bool
 	// stale is the network map of a place that is lost: the backend keeps it,
 	// and may call itself running with it. Guarded by staleMu.
 	staleMu sync.Mutex
@@ -75,6 +80,8 @@ func (j *join) run() error {
 	}
 	if decided {
 		if outcome != nil && j.offered {
+			j.stop()
+			<-j.used
 			// Or the control client would offer the same credential for ever.
 			n.restart(ipn.Options{})
 		}
@@ -147,14 +154,14 @@ func (j *join) hasJoined() bool {
 	j.staleMu.Lock()
 	defer j.staleMu.Unlock()
 	current := n.backend.NetMapNoPeers()
-	return current != nil && current != j.stale && n.backend.Prefs().WantRunning() &&
+	return current != nil && current != j.stale && !current.Cached && n.backend.Prefs().WantRunning() &&
 		n.server.Sys().HealthTracker.Get().GetInPollNetMap()
 }
 
 // watch follows the notifications for a while: the bus cuts off a slow watcher,
 // and not everything that decides is notified.
 func (j *join) watch() (outcome error, decided bool) {
-	if j.node.removed.Load() && !j.offered {
+	if j.node.removed.Load() && !j.offered && !j.asked {
 		// The backend knows nothing of it and believes itself to be running.
 		return j.login()
 	}
@@ -180,7 +187,7 @@ func (j *join) decide(notify *ipn.Notify) (outcome error, decided bool) {
 	n := j.node
 	if message := notify.ErrMessage; message != nil {
 		if slices.ContainsFunc(passing, func(text string) bool { return strings.Contains(*message, text) }) {
-			n.logs.printf("joining: %s", *message)
+			n.log("joining: %s", n.harmless(*message))
 			return nil, false
 		}
 		refused := codeOfRefusal(*message)
@@ -232,6 +239,7 @@ func (j *join) login() (outcome error, decided bool) {
 	n := j.node
 	credential := n.credential()
 	if !credential.isGiven() && n.interactive.Load() {
+		j.ask()
 		return nil, false
 	}
 	if !credential.isGiven() {
@@ -250,6 +258,9 @@ func (j *join) login() (outcome error, decided bool) {
 		defer done()
 		key, err := n.obtainKey(until)
 		if err == nil {
+			err = until.Err() // the outcome may have been decided meanwhile
+		}
+		if err == nil {
 			err = n.restart(ipn.Options{AuthKey: key})
 		}
 		if err == nil {
@@ -264,6 +275,25 @@ func (j *join) login() (outcome error, decided bool) {
 		}
 	})
 	return nil, false
+}
+
+// ask has the control server name an address for a person to log in at. At the
+// first start it has done so already.
+func (j *join) ask() {
+	n := j.node
+	if j.asked || n.backend.StatusWithoutPeers().AuthURL != "" {
+		return
+	}
+	j.asked = true
+	j.leaveStale()
+	n.pending.Go(func() { // as in login
+		if err := n.restart(ipn.Options{}); err != nil {
+			n.log("starting anew: %v", err)
+		}
+		if err := n.backend.StartLoginInteractive(n.ctx); err != nil {
+			n.log("asking for a login: %v", err)
+		}
+	})
 }
 
 // explain names what the node was waiting for when time ran out.

@@ -231,7 +231,9 @@ func (n *node) start() error {
 	netns.SetEnabled(false)
 	log.SetOutput(logWriter{n}) // some of Tailscale's packages log there
 	err := n.server.Start()
-	os.RemoveAll(n.scratch) // what is open stays usable, and nothing is left by a crash
+	// What is open stays usable. The archive is built without what would use
+	// the directory later (build-tags), so that a crash leaves nothing.
+	os.RemoveAll(n.scratch)
 	if err != nil {
 		return n.report(codeError, err)
 	}

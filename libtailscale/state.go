@@ -6,7 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/url"
 	"os"
+	"path/filepath"
+	"strings"
 	"sync"
 
 	"tailscale.com/atomicfile"
@@ -32,6 +35,9 @@ func openStateFile(path, controlURL string) (*stateFile, error) {
 	s := &stateFile{path: path, entries: make(map[ipn.StateKey][]byte)}
 	content, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			return nil, err
+		}
 		return s, s.save() // shows that it can be written
 	}
 	if err != nil {
@@ -59,16 +65,25 @@ func (s *stateFile) checkControl(wanted string) error {
 		return nil // not enrolled yet
 	}
 	if canonicalControl(prefs.ControlURL) != canonicalControl(wanted) {
-		return fmt.Errorf("it is of a node of %s, and the control server is %s", prefs.ControlURL, canonicalControl(wanted))
+		return fmt.Errorf("it is of a node of %s, and the control server is %s now: set that back", prefs.ControlURL, canonicalControl(wanted))
 	}
 	return nil
 }
 
-func canonicalControl(url string) string {
-	if url == "" || ipn.IsLoginServerSynonym(url) {
+// canonicalControl is one of the spellings of a control server's URL.
+func canonicalControl(text string) string {
+	parsed, err := url.Parse(strings.TrimSuffix(text, "/"))
+	if err != nil {
+		return text
+	}
+	parsed.Host = strings.ToLower(parsed.Host)
+	defaultPort := map[string]string{"http": ":80", "https": ":443"}[parsed.Scheme]
+	parsed.Host = strings.TrimSuffix(parsed.Host, defaultPort)
+	canonical := parsed.String()
+	if canonical == "" || ipn.IsLoginServerSynonym(canonical) {
 		return ipn.DefaultControlURL
 	}
-	return url
+	return canonical
 }
 
 func (s *stateFile) ReadState(id ipn.StateKey) ([]byte, error) {

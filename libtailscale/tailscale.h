@@ -222,13 +222,15 @@ int tailscale_set_interactive(tailscale sd, int on);
 // tailscale_up does it. Zero or a negative code, see tailscale_errmsg.
 int tailscale_start(tailscale sd);
 
-// Joins the tailnet and returns when the node is running. May be called again
-// after a failure, from several threads, which then take turns, and for a node that has lost its place
-// (its key expired, it was removed, or stopped for the lack of log upload).
-// Fails with one of the joining codes; tailscale_errmsg has the text. A node
-// that is enrolled and cannot reach its control server gets
-// TAILSCALE_UP_TIMED_OUT and goes on trying in the background;
-// TAILSCALE_CONTROL_UNREACHABLE means it was never enrolled.
+// Joins the tailnet and returns when the node is running, with news from the
+// control server: for a node that runs already it returns at once, unless that
+// server is out of reach. May be called again after a failure, from several
+// threads, which then take turns, and for a node that has lost its place (its
+// key expired, it was removed, or stopped for the lack of log upload). Fails with
+// one of the joining codes; tailscale_errmsg has the text. A node that is
+// enrolled and cannot reach its control server gets TAILSCALE_UP_TIMED_OUT and
+// goes on trying in the background; TAILSCALE_CONTROL_UNREACHABLE means it was
+// never enrolled.
 int tailscale_up(tailscale sd);
 
 // Stops the node, cancels a pending tailscale_up, and waits up to two seconds

@@ -9,8 +9,9 @@ import (
 // maxWords bounds a text that comes from elsewhere, in runes.
 const maxWords = 400
 
-// keys are Tailscale's and Headscale's keys in any text.
-var keys = regexp.MustCompile(`[th]skey-[A-Za-z]+-[A-Za-z0-9_-]+`)
+// keys are Tailscale's and Headscale's keys in any text; a signed one has base64
+// at its end (ipn/ipnlocal/tailnet-lock.go).
+var keys = regexp.MustCompile(`[th]skey-[A-Za-z]+-[A-Za-z0-9_+/=-]+`)
 
 // harmless makes a text that somebody else wrote fit for one line of a log, or
 // for a terminal: in one line, without what a terminal obeys or what changes the
@@ -36,14 +37,14 @@ func (n *node) harmless(text string) string {
 
 // redact takes keys out of a text, and whatever else the node may enrol with.
 func (n *node) redact(text string) string {
-	if strings.Contains(text, "skey-") {
-		text = keys.ReplaceAllString(text, "[not shown]")
-	}
 	c := n.credential()
 	for _, secret := range []string{c.authKey, c.clientSecret, c.idToken} {
 		if secret != "" {
 			text = strings.ReplaceAll(text, secret, "[not shown]")
 		}
+	}
+	if strings.Contains(text, "skey-") {
+		text = keys.ReplaceAllString(text, "[not shown]")
 	}
 	return text
 }

@@ -99,8 +99,7 @@ pub async fn run(config: Config, sources: Sources) -> Result<(), RunError> {
     }
     let node = Arc::new(Node::start(settings)?);
     node_sender.send_replace(Some(node.status()));
-    let membership =
-        Membership { node: Arc::clone(&node), sources: Arc::new(sources), settings: settings.clone() };
+    let membership = Membership::new(Arc::clone(&node), sources, settings.clone());
 
     let joined = tokio::select! {
         joined = reach_tailnet(&membership, &config) => Some(joined),

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, error, info, warn};
 
@@ -40,9 +41,15 @@ pub struct Membership {
     pub sources: Arc<Sources>,
     /// How it is to join.
     pub settings: config::Tailnet,
+    reading: Arc<Semaphore>,
 }
 
 impl Membership {
+    /// Of a node that is started.
+    pub fn new(node: Arc<Node>, sources: Sources, settings: config::Tailnet) -> Membership {
+        Membership { node, sources: Arc::new(sources), settings, reading: Arc::new(Semaphore::new(1)) }
+    }
+
     /// Joins the tailnet. An enrolled node goes on trying for as long as it takes; one that is not
     /// gets `join_timeout`.
     pub async fn join(&self) -> Result<(), JoinError> {
@@ -80,11 +87,15 @@ impl Membership {
 
     /// What there is to enrol with now.
     async fn credential(&self) -> Result<Option<Credential>, JoinError> {
-        let sources = Arc::clone(&self.sources);
-        let reading = tokio::task::spawn_blocking(move || sources.read());
-        match timeout(READ_LIMIT, reading).await {
-            Ok(Ok(credential)) => Ok(credential?),
-            Ok(Err(panic)) => Err(JoinError::Start(panic.to_string())),
+        let (sources, reading) = (Arc::clone(&self.sources), Arc::clone(&self.reading));
+        let read = async {
+            // One thread at a time: on a file system that hangs, it hangs too.
+            let permit = reading.acquire_owned().await;
+            let read = tokio::task::spawn_blocking(move || (sources.read(), permit).0);
+            read.await.map_err(|panic| JoinError::Start(panic.to_string()))
+        };
+        match timeout(READ_LIMIT, read).await {
+            Ok(credential) => Ok(credential??),
             Err(_) => {
                 Err(JoinError::Start(format!("its credential could not be read within {READ_LIMIT:?}")))
             }
@@ -146,14 +157,13 @@ impl Membership {
     pub async fn keep(&self) {
         let mut status = self.node.status();
         let mut journal = Journal::new(&self.settings.tags, &status.borrow_and_update());
-        let mut pace = Pace::new();
-        let mut told = String::new();
+        let mut attempts = Attempts::new();
         loop {
             let (now, at) = (status.borrow_and_update().clone(), Timestamp::now());
             journal.write(&now, at);
             let lost = now.troubles(&self.settings.tags, at).into_iter().find(Trouble::wants_joining);
             if let Some(lost) = lost
-                && self.join_again(&lost, &mut pace, &mut told).await
+                && self.join_again(&lost, &mut attempts).await
             {
                 // What it passes through on its way is no news.
                 let _ = timeout(SETTLE_LIMIT, status.wait_for(NodeStatus::is_settled)).await;
@@ -167,51 +177,78 @@ impl Membership {
         }
     }
 
-    /// Tries to get the place back if it is time to; false if it is not. `told` is the reason that
-    /// the last try failed for.
-    async fn join_again(&self, lost: &Trouble, pace: &mut Pace, told: &mut String) -> bool {
+    /// Tries to get the place back if it is time to; false if it is not.
+    async fn join_again(&self, lost: &Trouble, attempts: &mut Attempts) -> bool {
+        if *lost == Trouble::NeedsLogUpload {
+            return self.look_for_flow_logs(&mut attempts.flow_logs).await;
+        }
         let credential = self.credential().await;
         let fingerprint = match &credential {
             Ok(Some(credential)) => Some(credential.fingerprint()),
             _ => None,
         };
-        if !pace.may_try(Instant::now(), fingerprint) {
-            if fingerprint.is_some() && told.is_empty() {
-                *told = "resting".to_owned();
+        if !attempts.place.may_try(Instant::now(), fingerprint) {
+            if attempts.place.is_resting() && attempts.told.is_empty() {
+                attempts.told = "resting".to_owned();
                 warn!("this node was enrolled again less than an hour ago; restart the edge to do so now");
             }
             return false;
         }
         let limit = self.settings.join_timeout;
         let outcome = match credential {
-            // Flow logs are no matter of credentials.
-            _ if *lost == Trouble::NeedsLogUpload => self.node.up(limit).await,
             Ok(Some(credential)) => self.enrol(&credential, limit).await,
             Ok(None) => self.node.up(limit).await,
             Err(unreadable) => Err(unreadable),
         };
         match outcome {
-            Ok(()) => {
-                told.clear();
-                pace.succeeded(Instant::now(), fingerprint, *lost == Trouble::Removed);
+            // It has a place, and the journal tells that the tag is missing.
+            Ok(()) | Err(JoinError::WrongTags { .. }) => {
+                attempts.told.clear();
+                attempts.place.succeeded(Instant::now(), fingerprint, *lost == Trouble::Removed);
             }
             Err(reason) => {
-                self.tell_failure(&reason, told);
-                pace.failed(Instant::now(), fingerprint);
+                attempts.tell(&reason);
+                attempts.place.failed(Instant::now(), fingerprint);
             }
         }
         true
     }
 
-    fn tell_failure(&self, reason: &JoinError, told: &mut String) {
-        use JoinError::{EnrolmentEnded, NeedsLogUpload, NotEnrolled};
-        if matches!(reason, EnrolmentEnded { .. } | NotEnrolled { .. } | NeedsLogUpload) {
+    /// Whether the tailnet still has flow logs shows only when it is asked anew.
+    async fn look_for_flow_logs(&self, pace: &mut Pace) -> bool {
+        const NO_MATTER_OF_CREDENTIALS: Option<u64> = Some(0);
+        if !pace.may_try(Instant::now(), NO_MATTER_OF_CREDENTIALS) {
+            return false;
+        }
+        match self.node.up(self.settings.join_timeout).await {
+            Ok(()) => *pace = Pace::new(),
+            Err(_) => pace.failed(Instant::now(), NO_MATTER_OF_CREDENTIALS),
+        }
+        true
+    }
+}
+
+/// What is remembered of attempts to get a place back.
+struct Attempts {
+    place: Pace,
+    flow_logs: Pace,
+    /// What the last one was told to have failed for.
+    told: String,
+}
+
+impl Attempts {
+    fn new() -> Attempts {
+        Attempts { place: Pace::new(), flow_logs: Pace::new(), told: String::new() }
+    }
+
+    fn tell(&mut self, reason: &JoinError) {
+        if matches!(reason, JoinError::EnrolmentEnded { .. } | JoinError::NotEnrolled { .. }) {
             return; // the journal has told the trouble, and what could be done
         }
         let reason = reason.to_string();
-        if without_numbers(&reason) != *told {
+        if without_numbers(&reason) != self.told {
             error!("cannot join the tailnet again: {reason}; it is tried again at least every hour");
-            *told = without_numbers(&reason);
+            self.told = without_numbers(&reason);
         }
     }
 }

@@ -93,7 +93,9 @@ impl Journal {
         for trouble in status.troubles(&self.tags, now) {
             let known = before.iter().find(|(old, ..)| old.is_like(&trouble));
             let (since, told) = known.map_or((now, false), |(_, since, told)| (*since, *told));
-            let lasting = !trouble.may_pass() || now.duration_since(since) >= PATIENCE;
+            let lasted = now.duration_since(since);
+            // A clock that was set back says nothing about how long it lasted.
+            let lasting = !trouble.may_pass() || lasted >= PATIENCE || lasted.is_negative();
             if lasting && !told {
                 let line = format!("trouble on the tailnet: {trouble}");
                 lines.push(if trouble.may_pass() { Line::Warn(line) } else { Line::Error(line) });

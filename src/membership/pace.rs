@@ -22,11 +22,13 @@ pub(super) struct Pace {
     wait: Duration,
     /// Of the credential that was used last.
     fingerprint: Option<u64>,
+    /// Whether it waits after a success.
+    resting: bool,
 }
 
 impl Pace {
     pub fn new() -> Pace {
-        Pace { next: None, wait: LOOK, fingerprint: None }
+        Pace { next: None, wait: LOOK, fingerprint: None, resting: false }
     }
 
     /// Whether to try now, with the credential of this fingerprint or with none.
@@ -41,11 +43,18 @@ impl Pace {
         self.wait = if again { HOUR.min(self.wait * 2) } else { LOOK };
         self.fingerprint = fingerprint;
         self.next = Some(now + self.wait);
+        self.resting = false;
     }
 
     /// A try succeeded; `removed` is whether it was for a node that had been removed.
     pub fn succeeded(&mut self, now: Instant, fingerprint: Option<u64>, removed: bool) {
-        *self = Pace { next: removed.then(|| now + HOUR), wait: LOOK, fingerprint };
+        let rest = if removed { HOUR } else { LOOK };
+        *self = Pace { next: Some(now + rest), wait: LOOK, fingerprint, resting: removed };
+    }
+
+    /// Whether it waits because a node that was removed has been enrolled again.
+    pub fn is_resting(&self) -> bool {
+        self.resting
     }
 }
 
@@ -98,7 +107,8 @@ mod tests {
         pace.succeeded(now, KEY, true);
         assert!(!pace.may_try(now + LOOK, KEY) && pace.may_try(now + HOUR, KEY));
         assert!(pace.may_try(now + LOOK, OTHER));
+        assert!(pace.is_resting());
         pace.succeeded(now, KEY, false);
-        assert!(pace.may_try(now, KEY));
+        assert!(!pace.is_resting() && !pace.may_try(now, KEY) && pace.may_try(now + LOOK, KEY));
     }
 }

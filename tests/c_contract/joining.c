@@ -36,7 +36,7 @@ static void a_credential_after_the_start(tailscale sd) {
                                                    tailscale_set_audience};
     for (size_t i = 0; i < sizeof apis / sizeof *apis; i++) {
         EXPECT(apis[i](sd, "x"), TAILSCALE_OK);
-        EXPECT(tailscale_up(sd), TAILSCALE_BAD_ARGUMENT);
+        EXPECT(tailscale_up(sd), TAILSCALE_BAD_CREDENTIAL);
         EXPECT(apis[i](sd, ""), TAILSCALE_OK);  // takes it back
     }
     EXPECT(tailscale_set_client_id(sd, "x"), TAILSCALE_OK);

@@ -269,6 +269,7 @@ fn flow_logs_that_are_turned_on_stop_the_node_and_say_so() {
     life.edge().wait_log("on the tailnet again", LOOK + LIMIT);
     life.recovers();
     assert_eq!(life.edge().log().count("trouble on the tailnet"), 1, "{}", life.edge().log().tail());
+    assert_eq!(life.edge().log().count("enrolled again"), 0, "{}", life.edge().log().tail());
 }
 
 #[test]
