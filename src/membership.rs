@@ -5,7 +5,7 @@
 //! asked to log in; after that nothing here ends the process, since what an admin has taken away an
 //! admin can give back.
 //!
-//! Deliberately not here: what is said about it (see [`journal`]), and readiness, which follows the
+//! Deliberately not here: what is said about it (see `journal.rs`), and readiness, which follows the
 //! node's state by itself.
 
 mod journal;
