@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use crate::common::cert::Certificate;
 use crate::common::edge::Edge;
-use crate::common::net::is_listening_beside;
 use crate::common::netns::Namespace;
 use crate::common::process::Daemon;
 use crate::common::stub::{self, Stub};
@@ -16,6 +15,7 @@ use crate::common::wait::eventually;
 use crate::common::{private_dir, temp_dir};
 use crate::setup::{
     AFTER_JOIN, AT_ONCE, EDGE, LIMIT, MAILBOX, closed_tailnet, enrol, fails, node, stops, tcp, tells,
+    tls_server,
 };
 
 /// The key that `closed_tailnet` lets in.
@@ -382,19 +382,11 @@ fn a_tailnet_with_flow_logs_is_told_from_others() {
 
 /// What can be seen of a control server whose clock says this; nothing else of
 /// it is needed.
-fn control_at(date: &str, host: &Namespace, certificate: &Certificate, dir: &Path) -> Daemon {
+fn control_at(date: &str, host: &Namespace, certificate: &Certificate) -> Daemon {
     let clock =
-        if date.is_empty() { "".into() } else { format!("http-after-response set-header Date {date:?}") };
-    let settings = format!(
-        "defaults\n mode http\n timeout client 1m\n\
-         frontend control\n bind 127.0.0.1:443 ssl crt {}\n {clock}\n http-request return status 200\n",
-        certificate.together().display()
-    );
-    let config = dir.join("haproxy.cfg");
-    std::fs::write(&config, settings).expect("a temporary directory takes files");
-    let daemon = Daemon::spawn("haproxy", host.command("haproxy").arg("-db").arg("-f").arg(config));
-    daemon.wait_ready(LIMIT, None, || is_listening_beside(daemon.pid(), 443));
-    daemon
+        if date.is_empty() { "".into() } else { format!("http-after-response set-header Date {date:?}\n") };
+    let directives = format!("mode http\n {clock} http-request return status 200\n");
+    tls_server(host, certificate, &directives)
 }
 
 #[test]
@@ -411,7 +403,7 @@ fn a_wrong_clock_is_told_from_an_expired_certificate() {
         ("Wed, 01 Jan 2020 00:00:00 GMT", ["the control server's 2020-01-01T00:00:00Z", "set the clock"]),
         ("", ["has expired or is not yet valid", "check the network"]),
     ] {
-        let _server = control_at(date, &host, &certificate, dir.path());
+        let _server = control_at(date, &host, &certificate);
         let line = fails(edge.clone().spawn(), 3, Duration::from_secs(4) + AT_ONCE);
         tells(&line, &["cannot reach the control server https://control.example.com"]);
         tells(&line, &words);

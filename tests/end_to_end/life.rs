@@ -15,9 +15,8 @@ use tempfile::TempDir;
 
 use crate::common::cert::Certificate;
 use crate::common::edge::{Builder, Edge};
-use crate::common::net::{connect, echoes, is_listening_beside};
+use crate::common::net::{connect, echoes};
 use crate::common::netns::Namespace;
-use crate::common::process::Daemon;
 use crate::common::stub::{self, Stub};
 use crate::common::tailnet::{Options, TestTailnet};
 use crate::common::tools::run;
@@ -25,7 +24,7 @@ use crate::common::wait::eventually;
 use crate::common::{http, private_dir, temp_dir};
 use crate::setup::{
     AT_ONCE, EDGE, LIMIT, MAILBOX, Setup, becomes, edge_on, enrol, fails, no_crash, node, start_with, stops,
-    tcp, tells,
+    tcp, tells, tls_server,
 };
 
 const KEY: &str = "tskey-auth-good-1";
@@ -461,27 +460,15 @@ fn ephemeral_nodes_keep_nothing_and_leave_when_they_stop() {
     tells(&third.log().text(), &["could not be taken off the tailnet", "remove it in the admin console"]);
 }
 
-/// Stands in for log.tailscale.com.
-fn log_server(host: &Namespace, certificate: &Certificate, dir: &Path) -> Daemon {
-    let settings = format!(
-        "defaults\n mode http\n timeout client 1m\n log stdout format raw local0\n option httplog\n\
-         frontend logs\n bind 127.0.0.1:443 ssl crt {}\n http-request return status 200\n",
-        certificate.together().display()
-    );
-    let config = dir.join("haproxy.cfg");
-    std::fs::write(&config, settings).expect("a temporary directory takes files");
-    let daemon = Daemon::spawn("haproxy", host.command("haproxy").arg("-db").arg("-f").arg(config));
-    daemon.wait_ready(LIMIT, None, || is_listening_beside(daemon.pid(), 443));
-    daemon
-}
-
 #[test]
 fn tailscales_logs_are_uploaded_only_where_that_is_asked_for() {
     let host = Namespace::create();
     host.write_etc("hosts", "127.0.0.1 localhost log.tailscale.com\n");
     let dir = temp_dir("logs");
     let certificate = Certificate::create_for(dir.path(), "log.tailscale.com");
-    let server = log_server(&host, &certificate, dir.path());
+    let directives =
+        "mode http\n log stdout format raw local0\n option httplog\n http-request return status 200\n";
+    let server = tls_server(&host, &certificate, directives);
     let tailnet = TestTailnet::start_with(&Options { host: Some(host.outside.into()), ..Options::default() });
     let edge = edge_on(&tailnet).wrapped(&host.wrapper()).listener(tcp("mail"));
     let edge = edge.env("SSL_CERT_FILE", certificate.cert.to_str().expect("UTF-8"));

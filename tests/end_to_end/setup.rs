@@ -5,9 +5,13 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::common::cert::Certificate;
 use crate::common::edge::{Builder, Edge, Listener};
 use crate::common::http;
 use crate::common::log::Log;
+use crate::common::net::is_listening_beside;
+use crate::common::netns::Namespace;
+use crate::common::process::Daemon;
 use crate::common::tailnet::{Options, TestTailnet};
 use crate::common::wait::eventually;
 
@@ -155,4 +159,18 @@ pub fn tells(line: &str, words: &[&str]) {
     for word in words {
         assert!(line.contains(word), "{word:?} is missing from: {line}");
     }
+}
+
+/// An HAProxy that takes TLS on port 443 of a host of its own and does what the
+/// directives say. Its configuration is beside the certificate.
+pub fn tls_server(host: &Namespace, certificate: &Certificate, directives: &str) -> Daemon {
+    let settings = format!(
+        "listen server\n timeout client 1h\n bind 127.0.0.1:443 ssl crt {}\n {directives}",
+        certificate.together().display()
+    );
+    let config = certificate.cert.with_file_name("haproxy.cfg");
+    std::fs::write(&config, settings).expect("its directory takes files");
+    let daemon = Daemon::spawn("haproxy", host.command("haproxy").arg("-db").arg("-f").arg(config));
+    daemon.wait_ready(LIMIT, None, || is_listening_beside(daemon.pid(), 443));
+    daemon
 }

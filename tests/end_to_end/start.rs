@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::common::cert::Certificate;
 use crate::common::edge::Edge;
-use crate::common::net::{connect, echoes, free_port, is_listening_beside};
+use crate::common::net::{connect, echoes, free_port};
 use crate::common::netns::Namespace;
 use crate::common::process::Daemon;
 use crate::common::stub::{self, Stub};
@@ -20,7 +20,7 @@ use crate::common::tools::{Finished, run};
 use crate::common::{http, private_dir, temp_dir};
 use crate::setup::{
     AFTER_JOIN, AT_ONCE, EDGE, LIMIT, MAILBOX, becomes, closed_tailnet, edge_on, enrol, fails, no_crash,
-    node, start_with, stops, tailnet_with, tcp, tells,
+    node, start_with, stops, tailnet_with, tcp, tells, tls_server,
 };
 
 /// The user "nobody" everywhere.
@@ -476,24 +476,13 @@ fn echoes_inside(host: &Namespace, address: &str, port: u16) {
 }
 
 /// Stands in for Tailscale's own control server: TLS in front of the test's.
-fn control_in_disguise(
-    host: &Namespace,
-    tailnet: &TestTailnet,
-    certificate: &Certificate,
-    dir: &Path,
-) -> Daemon {
+fn control_in_disguise(host: &Namespace, tailnet: &TestTailnet, certificate: &Certificate) -> Daemon {
     let backend = tailnet.control_url().trim_start_matches("http://");
-    let settings = format!(
-        "defaults\n mode tcp\n timeout connect 5s\n timeout client 1h\n timeout server 1h\n\
-         listen control\n bind 127.0.0.1:443 ssl crt {}\n bind 127.0.0.1:80\n server control {backend}\n",
-        certificate.together().display()
-    );
-    let config = dir.join("haproxy.cfg");
-    std::fs::write(&config, settings).expect("a temporary directory takes files");
     host.write_etc("hosts", "127.0.0.1 localhost controlplane.tailscale.com\n");
-    let daemon = Daemon::spawn("haproxy", host.command("haproxy").arg("-db").arg("-f").arg(config));
-    daemon.wait_ready(LIMIT, None, || is_listening_beside(daemon.pid(), 443));
-    daemon
+    let directives = format!(
+        "mode tcp\n timeout connect 5s\n bind 127.0.0.1:80\n timeout server 1h\n server control {backend}\n"
+    );
+    tls_server(host, certificate, &directives)
 }
 
 #[test]
@@ -503,7 +492,7 @@ fn the_quick_start_serves_the_five_default_ports() {
     let tailnet = tailnet_over_cable(&host, &stub);
     let dir = temp_dir("quick-start");
     let certificate = Certificate::create_for(dir.path(), "controlplane.tailscale.com");
-    let _control = control_in_disguise(&host, &tailnet, &certificate, dir.path());
+    let _control = control_in_disguise(&host, &tailnet, &certificate);
     // The default state directory is the host's own, so one in memory covers it.
     let covered = ["sh", "-c", r#"mount -t tmpfs none /var/lib && exec "$@""#, "sh"];
     let edge = Edge::builder(env!("CARGO_BIN_EXE_tailwart-edge")).wrapped(&host.wrapper()).wrapped(&covered);
