@@ -257,8 +257,9 @@ func (j *join) login() (outcome error, decided bool) {
 	n.pending.Go(func() {
 		defer done()
 		key, err := n.obtainKey(until)
-		if err == nil {
-			err = until.Err() // the outcome may have been decided meanwhile
+		if err == nil && until.Err() != nil {
+			j.used <- nil // too late: what comes of it is decided
+			return
 		}
 		if err == nil {
 			err = n.restart(ipn.Options{AuthKey: key})
