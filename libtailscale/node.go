@@ -346,7 +346,7 @@ func (n *node) close() (failed error) {
 		n.flush()
 		n.abortAll()
 		n.server.Close()
-		os.RemoveAll(n.scratch) // a network map may have been cached there
+		os.RemoveAll(n.scratch) // builds without the build-tags cache the network map there
 		if n.staysListed.Load() {
 			failed = codeControlUnreachable
 		}

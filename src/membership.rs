@@ -37,10 +37,9 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 pub struct Membership {
     /// The node.
     pub node: Arc<Node>,
-    /// Where a credential may come from.
-    pub sources: Arc<Sources>,
-    /// How it is to join.
-    pub settings: config::Tailnet,
+    sources: Arc<Sources>,
+    settings: config::Tailnet,
+    /// One permit, for the one thread that reads the sources.
     reading: Arc<Semaphore>,
 }
 
