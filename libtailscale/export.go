@@ -161,18 +161,27 @@ func TsNew() C.int {
 	return nodes.last
 }
 
-// setText applies a string setting.
-func setText(sd C.int, value *C.char, set func(*node, string)) (ret C.int) {
+// onNode is an export on the node of a handle.
+func onNode(sd C.int, call func(*node) error) (ret C.int) {
 	defer guard(&ret)
 	n := nodeOf(sd)
 	if n == nil {
 		return C.int(codeBadHandle)
 	}
-	s, ok := text(value)
-	if !ok {
-		return result(n.report(codeBadArgument, errors.New("the value is NULL or not UTF-8")))
-	}
-	return result(n.configure(func() { set(n, s) }))
+	return result(call(n))
+}
+
+var errNotText = errors.New("the value is NULL or not UTF-8")
+
+// setText applies a string setting.
+func setText(sd C.int, value *C.char, set func(*node, string)) C.int {
+	return onNode(sd, func(n *node) error {
+		s, ok := text(value)
+		if !ok {
+			return n.report(codeBadArgument, errNotText)
+		}
+		return n.configure(func() { set(n, s) })
+	})
 }
 
 //export TsSetDir
@@ -198,28 +207,22 @@ func TsSetTags(sd C.int, tags *C.char) C.int {
 }
 
 //export TsSetEphemeral
-func TsSetEphemeral(sd C.int, ephemeral C.int) (ret C.int) {
-	defer guard(&ret)
-	n := nodeOf(sd)
-	if n == nil {
-		return C.int(codeBadHandle)
-	}
-	return result(n.configure(func() { n.server.Ephemeral = ephemeral != 0 }))
+func TsSetEphemeral(sd C.int, ephemeral C.int) C.int {
+	return onNode(sd, func(n *node) error {
+		return n.configure(func() { n.server.Ephemeral = ephemeral != 0 })
+	})
 }
 
 // setCredential applies a string of the credential.
-func setCredential(sd C.int, value *C.char, set func(*credential, string)) (ret C.int) {
-	defer guard(&ret)
-	n := nodeOf(sd)
-	if n == nil {
-		return C.int(codeBadHandle)
-	}
-	s, ok := text(value)
-	if !ok {
-		return result(n.report(codeBadArgument, errors.New("the value is NULL or not UTF-8")))
-	}
-	n.setCredential(func(c *credential) { set(c, s) })
-	return 0
+func setCredential(sd C.int, value *C.char, set func(*credential, string)) C.int {
+	return onNode(sd, func(n *node) error {
+		s, ok := text(value)
+		if !ok {
+			return n.report(codeBadArgument, errNotText)
+		}
+		n.setCredential(func(c *credential) { set(c, s) })
+		return nil
+	})
 }
 
 //export TsSetAuthkey
@@ -248,79 +251,54 @@ func TsSetAudience(sd C.int, audience *C.char) C.int {
 }
 
 //export TsSetPreauthorized
-func TsSetPreauthorized(sd C.int, preauthorized C.int) (ret C.int) {
-	defer guard(&ret)
-	n := nodeOf(sd)
-	if n == nil {
-		return C.int(codeBadHandle)
-	}
-	n.setCredential(func(c *credential) { c.preauthorized = preauthorized != 0 })
-	return 0
+func TsSetPreauthorized(sd C.int, preauthorized C.int) C.int {
+	return onNode(sd, func(n *node) error {
+		n.setCredential(func(c *credential) { c.preauthorized = preauthorized != 0 })
+		return nil
+	})
 }
 
 //export TsSetInteractive
-func TsSetInteractive(sd C.int, interactive C.int) (ret C.int) {
-	defer guard(&ret)
-	n := nodeOf(sd)
-	if n == nil {
-		return C.int(codeBadHandle)
-	}
-	n.interactive.Store(interactive != 0)
-	return 0
+func TsSetInteractive(sd C.int, interactive C.int) C.int {
+	return onNode(sd, func(n *node) error {
+		n.interactive.Store(interactive != 0)
+		return nil
+	})
 }
 
 //export TsSetUpTimeout
-func TsSetUpTimeout(sd C.int, timeoutMS C.int64_t) (ret C.int) {
-	defer guard(&ret)
-	n := nodeOf(sd)
-	if n == nil {
-		return C.int(codeBadHandle)
-	}
-	if timeoutMS < 0 {
-		return result(n.report(codeBadArgument, errors.New("the time-out is negative")))
-	}
-	n.upTimeout.Store(int64(timeoutMS))
-	return 0
+func TsSetUpTimeout(sd C.int, timeoutMS C.int64_t) C.int {
+	return onNode(sd, func(n *node) error {
+		if timeoutMS < 0 {
+			return n.report(codeBadArgument, errors.New("the time-out is negative"))
+		}
+		n.upTimeout.Store(int64(timeoutMS))
+		return nil
+	})
 }
 
 //export TsSetLogFD
-func TsSetLogFD(sd, fd C.int) (ret C.int) {
-	defer guard(&ret)
-	n := nodeOf(sd)
-	if n == nil {
-		return C.int(codeBadHandle)
-	}
-	return result(n.takeDescriptor(func() error { return n.logs.open(int(fd)) }))
+func TsSetLogFD(sd, fd C.int) C.int {
+	return onNode(sd, func(n *node) error {
+		return n.takeDescriptor(func() error { return n.logs.open(int(fd)) })
+	})
 }
 
 //export TsSetEventFD
-func TsSetEventFD(sd, fd C.int) (ret C.int) {
-	defer guard(&ret)
-	n := nodeOf(sd)
-	if n == nil {
-		return C.int(codeBadHandle)
-	}
-	return result(n.takeDescriptor(func() error { return n.openEvents(int(fd)) }))
+func TsSetEventFD(sd, fd C.int) C.int {
+	return onNode(sd, func(n *node) error {
+		return n.takeDescriptor(func() error { return n.openEvents(int(fd)) })
+	})
 }
 
 //export TsStart
-func TsStart(sd C.int) (ret C.int) {
-	defer guard(&ret)
-	n := nodeOf(sd)
-	if n == nil {
-		return C.int(codeBadHandle)
-	}
-	return result(n.start())
+func TsStart(sd C.int) C.int {
+	return onNode(sd, (*node).start)
 }
 
 //export TsUp
-func TsUp(sd C.int) (ret C.int) {
-	defer guard(&ret)
-	n := nodeOf(sd)
-	if n == nil {
-		return C.int(codeBadHandle)
-	}
-	return result(n.up())
+func TsUp(sd C.int) C.int {
+	return onNode(sd, (*node).up)
 }
 
 //export TsClose
