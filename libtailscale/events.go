@@ -78,7 +78,27 @@ func (n *node) follow() {
 		case <-n.ctx.Done():
 			return
 		}
+		n.leaveControl()
 		n.publish(lines)
+	}
+}
+
+// leaveControl stops asking a control server that has removed this node; up asks
+// it anew. Left alone, the control client would ask at ever longer intervals, and
+// could be neither replaced nor closed during one: it waits with its lock held,
+// for up to 45 seconds (control/controlclient/auto.go, mapRoutine).
+func (n *node) leaveControl() {
+	if !n.removed.Load() {
+		return
+	}
+	select {
+	case n.joining <- struct{}{}:
+		defer func() { <-n.joining }()
+	default:
+		return // up waits for the answer
+	}
+	if n.removed.Load() {
+		n.backend.DisconnectControl()
 	}
 }
 
@@ -112,6 +132,7 @@ func (n *node) log(format string, args ...any) {
 	case format == "Received error: %v" && len(args) == 1:
 		if err, ok := args[0].(error); ok && strings.Contains(err.Error(), "initial fetch failed 404: node not found") {
 			n.removed.Store(true)
+			n.rejections.Add(1)
 		}
 	case strings.HasPrefix(format, "failed to log out ephemeral node"):
 		n.staysListed.Store(true)

@@ -66,6 +66,10 @@ type join struct {
 	used    chan error // how the use of the credential went, told once
 	// asked is set once a person was asked to log in.
 	asked bool
+	// askedAnew is set once a control server that had removed this node was
+	// asked whether it still has, with so many rejections before.
+	askedAnew  bool
+	rejections int64
 	// stale is the network map of a place that is lost: the backend keeps it,
 	// and may call itself running with it. Guarded by staleMu.
 	staleMu sync.Mutex
@@ -163,7 +167,9 @@ func (j *join) hasJoined() bool {
 func (j *join) watch() (outcome error, decided bool) {
 	if j.node.removed.Load() && !j.offered && !j.asked {
 		// The backend knows nothing of it and believes itself to be running.
-		return j.login()
+		if outcome, decided = j.askAnew(); decided {
+			return outcome, decided
+		}
 	}
 	until, done := j.untilEnd()
 	defer done()
@@ -174,6 +180,26 @@ func (j *join) watch() (outcome error, decided bool) {
 		return !decided
 	})
 	return outcome, decided
+}
+
+// askAnew asks the control server once whether this node is still removed: a
+// server that was restored from a backup may know it again. If it is, the answer
+// is another rejection, or an address to log in at.
+func (j *join) askAnew() (outcome error, decided bool) {
+	n := j.node
+	if j.askedAnew {
+		if n.rejections.Load() != j.rejections || n.backend.StatusWithoutPeers().AuthURL != "" {
+			return j.login()
+		}
+		return nil, false
+	}
+	j.askedAnew = true
+	j.rejections = n.rejections.Load()
+	j.leaveStale()
+	if err := n.restart(ipn.Options{}); err != nil {
+		return n.report(codeError, err), true
+	}
+	return nil, false
 }
 
 // passing are messages after which Tailscale goes on by itself: the control

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -34,6 +35,7 @@ func online(tailnet *testnet.Net, name string) bool {
 // The control server's 404 is the only sign, and it is in a log line.
 func TestARemovedNodeIsNoticedAndEnrolsAgain(t *testing.T) {
 	e := startEdge(t, echo)
+	e.net.SetAuthKeys([]string{"tskey-auth-test"})
 	before := e.node.ips()
 	check(t, e.net.RemoveNode("edge"))
 	eventually(t, "the removal is noticed", func() bool { return statusNow(e.node).Removed })
@@ -55,6 +57,43 @@ func TestARemovedNodeIsNoticedAndEnrolsAgain(t *testing.T) {
 	c, err := dial(t, e.node, "mailbox", 25)
 	check(t, err)
 	c.close()
+}
+
+// The control client's waits grow with each refusal, and nothing can be done
+// with it during one.
+func TestAControlServerThatHasRemovedTheNodeIsLeftAlone(t *testing.T) {
+	e := startEdge(t, echo)
+	check(t, e.net.RemoveNode("edge"))
+	eventually(t, "the removal is noticed", func() bool { return statusNow(e.node).Removed })
+	var asked int64
+	eventually(t, "it is left alone", func() bool {
+		before := asked
+		asked = e.node.rejections.Load()
+		time.Sleep(2 * time.Second) // the seventeenth wait, after 18 s, would be as long
+		return asked == before
+	})
+	if asked > 12 {
+		t.Errorf("control was asked %d times", asked)
+	}
+	began := time.Now()
+	check(t, e.node.up())
+	if took := time.Since(began); took > 3*time.Second {
+		t.Errorf("enrolling again took %v", took)
+	}
+}
+
+func TestARemovedNodeThatControlKnowsAgainKeepsItsPlace(t *testing.T) {
+	e := startEdge(t, echo)
+	e.net.SetAuthKeys([]string{})
+	before := e.node.ips()
+	check(t, e.net.RemoveNode("edge"))
+	eventually(t, "the removal is noticed", func() bool { return statusNow(e.node).Removed })
+	wantCode(t, e.node.up(), codeAuthRefused)
+	check(t, e.net.RestoreNode("edge"))
+	check(t, e.node.up())
+	if now := statusNow(e.node); now.Removed || !now.InMapPoll || !slices.Equal(e.node.ips(), before) {
+		t.Errorf("after the restoration: %+v", now)
+	}
 }
 
 // A key that is refused leaves everything as it was: the node knows that it was

@@ -128,6 +128,7 @@ type node struct {
 
 	// What the backend knows and does not tell; see events.go.
 	removed        atomic.Bool  // the control server has no such node
+	rejections     atomic.Int64 // how often it said so
 	staysListed    atomic.Bool  // this ephemeral node could not be logged out
 	needsLogUpload atomic.Bool  // the tailnet refuses nodes without it
 	networkChanges atomic.Int64 // major ones of this machine's network

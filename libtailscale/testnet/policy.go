@@ -189,6 +189,16 @@ func (n *Net) RemoveNode(name string) error {
 	return n.changeNode(name, n.control.reg.removeLocked)
 }
 
+// RestoreNode takes RemoveNode back, as a control server does that was restored
+// from a backup.
+func (n *Net) RestoreNode(name string) error {
+	gen, err := n.control.reg.restore(name)
+	if err != nil {
+		return err
+	}
+	return n.awaitPushed(gen)
+}
+
 // changeNode changes what control knows about a node and waits until every
 // connected node has handled its new map.
 func (n *Net) changeNode(name string, f func(*record)) error {

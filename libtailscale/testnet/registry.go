@@ -220,6 +220,19 @@ func (r *registry) removeLocked(rec *record) {
 	r.progress.wake()
 }
 
+// restore takes the removal of a node back.
+func (r *registry) restore(name string) (uint64, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, rec := range r.records {
+		if rec.removed && rec.name() == name {
+			rec.removed = false
+			return r.bumpLocked(), nil
+		}
+	}
+	return 0, fmt.Errorf("no node called %q was removed", name)
+}
+
 // suspend is called before control stops: open map streams no longer count, and
 // what they said about who is online stays.
 func (r *registry) suspend() {
