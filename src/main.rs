@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use tailwart_edge::cli::{Cli, Command, ConfigArgs};
-use tailwart_edge::config::{Config, ConfigError, Upstream, config_path};
+use tailwart_edge::config::{Config, ConfigError, config_path};
 use tailwart_edge::credential::Sources;
 use tailwart_edge::{edge, tailnet};
 use tracing_subscriber::EnvFilter;
@@ -45,8 +45,7 @@ fn check(args: &ConfigArgs) -> ExitCode {
             }
             for listener in &config.listeners {
                 let addresses: Vec<String> = listener.listen.iter().map(ToString::to_string).collect();
-                let Upstream { host, port } = &listener.upstream;
-                println!("{}: {} -> {host}:{port}", listener.name, addresses.join(", "));
+                println!("{}: {} -> {}", listener.name, addresses.join(", "), listener.upstream);
             }
             println!("the configuration is good");
             ExitCode::SUCCESS
