@@ -5,7 +5,7 @@
 //! The modules in reading order: [`edge`] joins the parts; [`listener`]
 //! accepts; [`connection`] is one client's life: [`upstream`] dials,
 //! [`proxy_header`] writes, [`relay`] moves the bytes. [`trust`] recognises a mailbox
-//! that takes the header for commands. [`tailnet`] is the node
+//! that takes the header for commands, [`probe`] looks whether one is well. [`tailnet`] is the node
 //! and the C boundary, [`membership`] its life. The rest is what an operator touches: [`cli`],
 //! [`config`], [`credential`], [`secret`], [`state_dir`], [`limits`], [`drain`],
 //! [`admin`], [`metrics`].
@@ -25,6 +25,8 @@ pub mod proxy_header;
 pub mod relay;
 
 pub mod trust;
+
+pub mod probe;
 
 pub mod tailnet;
 
