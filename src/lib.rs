@@ -5,8 +5,10 @@
 //! The modules in reading order: [`edge`] joins the parts; [`listener`]
 //! accepts; [`connection`] is one client's life: [`upstream`] dials,
 //! [`proxy_header`] writes, [`relay`] moves the bytes, [`answer`] speaks when
-//! there is no mailbox that could; [`peers`] notices one that is gone. [`tailnet`]
-//! is the node and the C boundary, [`membership`] its life. The rest is what an operator touches: [`cli`],
+//! there is no mailbox that could. [`trust`] recognises a mailbox that takes the
+//! header for commands, [`probe`] looks whether one is well and [`health`] keeps
+//! looking; [`peers`] notices one that is gone. [`tailnet`] is the node and the C
+//! boundary, [`membership`] its life. The rest is what an operator touches: [`cli`],
 //! [`config`], [`credential`], [`secret`], [`state_dir`], [`limits`], [`drain`],
 //! [`admin`], [`metrics`].
 //!
@@ -25,6 +27,12 @@ pub mod proxy_header;
 pub mod relay;
 
 pub mod answer;
+
+pub mod trust;
+
+pub mod probe;
+
+pub mod health;
 
 pub mod peers;
 
