@@ -10,13 +10,14 @@ import (
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
-// TCP keepalive towards the peer. Keepalive is what notices a peer that went
-// away without a word under an idle connection; tsnet sets it on accepted
-// connections only, and the stack's defaults are two hours.
+// TCP keepalive towards the peer. Keepalive is what notices a server that went
+// away without a word under an idle connection while its node lives on: after 30
+// and five times five seconds. tsnet sets it on accepted connections only, and
+// the stack's defaults are two hours.
 const (
-	keepaliveIdle     = 60 * time.Second
-	keepaliveInterval = 15 * time.Second
-	keepaliveCount    = 4
+	keepaliveIdle     = 30 * time.Second
+	keepaliveInterval = 5 * time.Second
+	keepaliveCount    = 5
 )
 
 // conns holds every connection that C has a handle of.

@@ -29,6 +29,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"net/netip"
 	"os"
 	"runtime/debug"
 	"strings"
@@ -392,6 +393,26 @@ func TsPing(sd C.int, host *C.char, timeoutMS C.int64_t, buf *C.char, buflen C.s
 		return C.int(codeBadArgument)
 	}
 	return result(failed)
+}
+
+//export TsAbortPeer
+func TsAbortPeer(sd C.int, ip *C.char) (ret C.int) {
+	defer guard(&ret)
+	n := nodeOf(sd)
+	if n == nil {
+		return C.int(codeBadHandle)
+	}
+	address, ok := text(ip)
+	peer, err := netip.ParseAddr(address)
+	if !ok || err != nil {
+		return C.int(codeBadArgument)
+	}
+	if !n.isStarted() || !n.begin() {
+		return C.int(codeNotRunning)
+	}
+	defer n.pending.Done()
+	n.abortPeer(peer)
+	return 0
 }
 
 //export TsConnOpen

@@ -31,6 +31,9 @@ int tailscale_close(tailscale sd) { return TsClose(sd); }
 int tailscale_getips(tailscale sd, char* buf, size_t len) { return TsGetIPs(sd, buf, len); }
 int tailscale_status(tailscale sd, char* buf, size_t len) { return TsStatus(sd, buf, len); }
 int tailscale_errmsg(tailscale sd, char* buf, size_t len) { return TsErrmsg(sd, buf, len); }
+int tailscale_abort_peer(tailscale sd, const char* ip) {
+    return TsAbortPeer(sd, (char*)ip);
+}
 int tailscale_ping(tailscale sd, const char* host, int64_t ms, char* buf, size_t len) {
     return TsPing(sd, (char*)host, ms, buf, len);
 }

@@ -61,15 +61,15 @@ impl PublicName {
 }
 
 /// Tells the client that the service is away for now, and closes the connection in order. Whatever
-/// goes wrong is the client's loss alone. Cancellation closes it at once.
-pub async fn refuse(mut client: TcpStream, protocol: Protocol, name: &PublicName) {
+/// goes wrong is the client's loss alone. The caller drops the connection then.
+pub async fn refuse(client: &mut TcpStream, protocol: Protocol, name: &PublicName) {
     let text = refusal(protocol, &name.of(client.local_addr().ok()));
     let told = async {
         client.write_all(&text).await?;
         client.shutdown().await
     };
     if let Ok(Ok(())) = timeout(WRITE_LIMIT, told).await {
-        let _ = timeout(LINGER_LIMIT, discard(&mut client)).await;
+        let _ = timeout(LINGER_LIMIT, discard(client)).await;
     }
 }
 
@@ -158,8 +158,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_talks_over_it_still_reads_it_to_its_end() {
-        let (mut client, server) = pair().await;
-        let refused = tokio::spawn(async move { refuse(server, Protocol::Smtp, &name()).await });
+        let (mut client, mut server) = pair().await;
+        let refused = tokio::spawn(async move { refuse(&mut server, Protocol::Smtp, &name()).await });
         for _ in 0..20 {
             client.write_all(&[b'x'; 4096]).await.unwrap();
         }
@@ -172,16 +172,16 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_client_that_never_closes_is_left() {
-        let (_client, server) = pair().await;
+        let (_client, mut server) = pair().await;
         let began = Instant::now();
-        refuse(server, Protocol::Imap, &name()).await;
+        refuse(&mut server, Protocol::Imap, &name()).await;
         assert_eq!(began.elapsed(), LINGER_LIMIT);
     }
 
     #[tokio::test]
     async fn a_flood_is_cut() {
-        let (mut client, server) = pair().await;
-        let refused = tokio::spawn(async move { refuse(server, Protocol::Pop3, &name()).await });
+        let (mut client, mut server) = pair().await;
+        let refused = tokio::spawn(async move { refuse(&mut server, Protocol::Pop3, &name()).await });
         let flood = async { while client.write_all(&[b'x'; 65536]).await.is_ok() {} };
         timeout(LINGER_LIMIT, flood).await.expect("it is cut before the time is over");
         refused.await.unwrap();

@@ -108,11 +108,11 @@ enum Refusal {
 
 /// Serves one accepted connection to its end. Never fails: whatever happens is
 /// in the log line. Cancellation drops both connections.
-pub async fn serve<D: Dial>(service: &Service<D>, mut client: TcpStream, peer: SocketAddr) {
+pub async fn serve<D: Dial>(service: &Service<D>, client: &mut TcpStream, peer: SocketAddr) {
     static CONNECTIONS: AtomicU64 = AtomicU64::new(1);
     let id = CONNECTIONS.fetch_add(1, Ordering::Relaxed);
     let visit = Visit { id, client: peer, accepted: Instant::now() };
-    match converse(service, &mut client, &visit).await {
+    match converse(service, client, &visit).await {
         Ok(session) => log_session(service, &visit, &session),
         Err(refusal) => {
             log_refusal(service, &visit, &refusal);
@@ -234,25 +234,22 @@ async fn pass_on<D: Dial>(
     upstream: &mut D::Stream,
     server: &Server,
 ) -> Outcome {
+    let _connected = server.connected();
     let outcome = {
         // By reference, since an idle connection would otherwise hold each
         // twice: as an argument and as what is polled.
-        let (drain, failed) = (pin!(service.drain.cancelled()), pin!(failed(client, server)));
+        let (drain, client_gone) = (pin!(service.drain.cancelled()), pin!(reset(client)));
         let has_header = service.proxy_protocol != ProxyProtocol::Off;
         let watch = has_header.then(|| HeaderWatch::new(service.protocol)).flatten().map(Box::new);
         let first_words = FirstWords { due: service.protocol.greets(), watch };
-        relay(&mut SharedTcp(client), upstream, service.timeouts, first_words, drain, failed).await
+        relay(&mut SharedTcp(client), upstream, service.timeouts, first_words, drain, client_gone).await
     };
     if outcome.header_taken {
         service.upstream.distrusted(&service.name, server);
     }
     match outcome.end {
         End::Failed { side: Side::Client, .. } => upstream.reset(),
-        // A peer that is gone must not keep an endpoint of ours busy either.
-        End::Failed { side: Side::Upstream, .. } => {
-            client.reset();
-            upstream.reset();
-        }
+        End::Failed { side: Side::Upstream, .. } => client.reset(),
         // A cut stream must not look like a finished one.
         _ if outcome.unfinished => {
             client.reset();
@@ -261,14 +258,6 @@ async fn pass_on<D: Dial>(
         _ => {}
     }
     outcome
-}
-
-/// Completes when a side has failed in a way that reading from it may not tell.
-async fn failed(client: &TcpStream, server: &Server) -> (Side, io::Error) {
-    tokio::select! {
-        error = reset(client) => (Side::Client, error),
-        () = server.lost() => (Side::Upstream, io::Error::new(io::ErrorKind::TimedOut, "its node has gone silent")),
-    }
 }
 
 /// Completes when a client that is held has left: it has reset the connection,
@@ -439,6 +428,11 @@ mod tests {
         }
     }
 
+    /// Serves a connection and closes it.
+    async fn served(service: &Service<Loopback>, mut accepted: TcpStream, peer: SocketAddr) {
+        serve(service, &mut accepted, peer).await;
+    }
+
     /// A client's socket, and ours with the client's address.
     async fn client() -> (TcpStream, TcpStream, SocketAddr) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -461,7 +455,7 @@ mod tests {
             stream.read_to_string(&mut got).await.unwrap();
             got
         };
-        let ((), got) = tokio::join!(serve(&service, accepted, peer), mail);
+        let ((), got) = tokio::join!(served(&service, accepted, peer), mail);
         (got, peer, local)
     }
 
@@ -485,7 +479,7 @@ mod tests {
         let service = service(None, ProxyProtocol::V2);
         client.reset();
         drop(client);
-        timeout(Duration::from_secs(20), serve(&service, accepted, peer)).await.expect("the dial goes on");
+        timeout(Duration::from_secs(20), served(&service, accepted, peer)).await.expect("the dial goes on");
     }
 
     #[tokio::test(start_paused = true)]
@@ -494,7 +488,7 @@ mod tests {
         let service = service(None, ProxyProtocol::V2);
         client.shutdown().await.unwrap();
         let started = Instant::now();
-        serve(&service, accepted, peer).await;
+        served(&service, accepted, peer).await;
         assert_eq!(started.elapsed().as_secs(), 60, "the whole connect time-out");
     }
 
@@ -503,7 +497,7 @@ mod tests {
         let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let service = service(Some(mailbox.local_addr().unwrap()), ProxyProtocol::V2);
         let (mut client, accepted, peer) = client().await;
-        let serving = tokio::spawn(async move { serve(&service, accepted, peer).await });
+        let serving = tokio::spawn(async move { served(&service, accepted, peer).await });
         let (mut stalled, _) = mailbox.accept().await.unwrap();
         // Until every buffer on the way is full.
         while timeout(Duration::from_millis(200), client.write_all(&[0; 65536])).await.is_ok() {}
@@ -520,7 +514,7 @@ mod tests {
         let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let service = service(Some(mailbox.local_addr().unwrap()), ProxyProtocol::Off);
         let (mut client, accepted, peer) = client().await;
-        let serving = tokio::spawn(async move { serve(&service, accepted, peer).await });
+        let serving = tokio::spawn(async move { served(&service, accepted, peer).await });
         let (mut waiting, _) = mailbox.accept().await.unwrap();
         client.shutdown().await.unwrap();
         assert_eq!(waiting.read(&mut [0]).await.unwrap(), 0);
@@ -533,7 +527,7 @@ mod tests {
     async fn an_upstream_that_refuses_closes_the_client_in_order() {
         let unused = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
         let (mut client, accepted, peer) = client().await;
-        serve(&service(Some(unused), ProxyProtocol::V2), accepted, peer).await;
+        served(&service(Some(unused), ProxyProtocol::V2), accepted, peer).await;
         assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
     }
 
@@ -566,7 +560,7 @@ mod tests {
         peer: SocketAddr,
     ) -> tokio::task::JoinHandle<()> {
         let service = Arc::clone(service);
-        tokio::spawn(async move { serve(&service, accepted, peer).await })
+        tokio::spawn(async move { served(&service, accepted, peer).await })
     }
 
     const LONG: Duration = Duration::from_secs(600);
@@ -608,7 +602,7 @@ mod tests {
             drop(client);
             text
         };
-        let ((), text) = tokio::join!(serve(&service, accepted, peer), told);
+        let ((), text) = tokio::join!(served(&service, accepted, peer), told);
         assert!(text.starts_with("421 4.3.2 mx.example.org "), "{text}");
         assert!(began.elapsed() >= Duration::from_millis(300));
     }

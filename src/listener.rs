@@ -190,7 +190,7 @@ fn admit<D: Dial>(
     service: &Arc<Service<D>>,
     admission: &Admission,
     permit: tokio::sync::OwnedSemaphorePermit,
-    client: TcpStream,
+    mut client: TcpStream,
     peer: SocketAddr,
 ) {
     let place = match admission.clients.admit(peer.ip()) {
@@ -200,7 +200,8 @@ fn admit<D: Dial>(
     prepare(&client);
     let service = Arc::clone(service);
     admission.tasks.spawn(async move {
-        connection::serve(&*service, client, peer).await;
+        connection::serve(&*service, &mut client, peer).await;
+        drop(client); // before others may take its place
         drop((permit, place));
     });
 }

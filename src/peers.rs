@@ -12,11 +12,11 @@
 //! Deliberately not here: whether the mail server on it is well (see `probe.rs`).
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tracing::warn;
@@ -27,31 +27,28 @@ use crate::upstream::Dial;
 /// How many pings in a row a peer must leave unanswered.
 const PINGS: u32 = 5;
 
-/// A peer that connections go to. Cheap to share.
+/// A peer that connections go to.
 #[derive(Debug)]
 pub struct Peer {
     /// As the configuration names it.
     pub host: String,
-    lost: Notify,
-    /// Those who wait for that.
     connections: AtomicUsize,
 }
 
-/// Counts as a connection until it is dropped.
-struct Connection<'a>(&'a Peer);
+/// A connection to a peer; it counts until it is dropped.
+#[derive(Debug)]
+pub struct Connected<'a>(&'a Peer);
 
 impl Peer {
     /// A peer by its name in the configuration.
     pub fn new(host: String) -> Peer {
-        Peer { host, lost: Notify::new(), connections: AtomicUsize::new(0) }
+        Peer { host, connections: AtomicUsize::new(0) }
     }
 
-    /// Completes when the peer has gone silent. It counts as connected for as long as this is waited
-    /// for.
-    pub async fn lost(&self) {
+    /// Counts a connection. When the peer goes silent it is reset.
+    pub fn connected(&self) -> Connected<'_> {
         self.connections.fetch_add(1, Ordering::Relaxed);
-        let _connection = Connection(self);
-        self.lost.notified().await;
+        Connected(self)
     }
 
     fn connections(&self) -> usize {
@@ -59,7 +56,7 @@ impl Peer {
     }
 }
 
-impl Drop for Connection<'_> {
+impl Drop for Connected<'_> {
     fn drop(&mut self) {
         self.0.connections.fetch_sub(1, Ordering::Relaxed);
     }
@@ -76,8 +73,8 @@ impl Peers {
         Arc::clone(self.0.entry(host.to_owned()).or_insert_with(new))
     }
 
-    /// Watches over all of them until it is dropped: whoever waits in [`Peer::lost`] is told within
-    /// `limit` of a peer's last sign of life.
+    /// Watches over all of them until it is dropped: connections to a peer are reset within `limit`
+    /// of its last sign of life.
     pub async fn watch<D: Dial>(&self, dialler: &Arc<D>, limit: Duration) {
         let mut watching = JoinSet::new();
         for peer in self.0.values() {
@@ -90,32 +87,35 @@ impl Peers {
 async fn watch<D: Dial>(dialler: Arc<D>, peer: Arc<Peer>, limit: Duration) {
     let interval = limit / (PINGS + 1); // the first one comes up to an interval late
     let mut unanswered = 0;
+    // Remembered, since a peer that is removed has no address any more.
+    let mut address = None;
     loop {
         let began = Instant::now();
-        if peer.connections() == 0 {
-            unanswered = 0;
-        } else if is_silent(&*dialler, &peer.host, interval).await {
-            unanswered += 1;
-            if unanswered == PINGS {
-                let connections = peer.connections();
-                warn!(
-                    upstream = peer.host,
-                    connections,
-                    "the mailbox's node has not answered for {limit:?}: closing its connections; check that it runs and has a network"
-                );
-                peer.lost.notify_waiters();
-                unanswered = 0;
-            }
-        } else {
+        unanswered = match peer.connections() {
+            0 => 0,
+            _ if is_silent(&*dialler, &peer.host, interval, &mut address).await => unanswered + 1,
+            _ => 0,
+        };
+        if let (PINGS.., Some(address)) = (unanswered, address) {
+            let (upstream, connections) = (&peer.host, peer.connections());
+            warn!(
+                upstream,
+                connections,
+                "the mailbox's node has not answered for {limit:?}: closing its connections; check that it runs and has a network"
+            );
+            dialler.abort(address);
             unanswered = 0;
         }
         sleep_until(began + interval).await;
     }
 }
 
-async fn is_silent<D: Dial>(dialler: &D, host: &str, limit: Duration) -> bool {
+async fn is_silent<D: Dial>(dialler: &D, host: &str, limit: Duration, address: &mut Option<IpAddr>) -> bool {
     match dialler.ping(host, limit).await {
-        Ok(report) => !report.answered,
+        Ok(report) => {
+            *address = Some(report.ip);
+            !report.answered
+        }
         // It was removed, or the policy hides it: its connections are as dead.
         Err(ConnectError::NoSuchPeer) => true,
         Err(_) => false,
@@ -127,17 +127,30 @@ mod tests {
     use std::sync::Mutex;
 
     use tokio::net::TcpStream;
-    use tokio::time::{sleep, timeout};
+    use tokio::time::sleep;
 
     use super::*;
     use crate::tailnet::PingReport;
 
     const LIMIT: Duration = Duration::from_secs(50);
+    const ADDRESS: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(100, 64, 0, 1));
 
-    /// Answers a ping at once, or not at all.
+    /// Answers a ping at once, or not at all; notes when connections are reset.
     struct Pinged {
         answer: Mutex<Result<bool, ConnectError>>,
         pings: AtomicUsize,
+        aborted: Mutex<Vec<Instant>>,
+    }
+
+    impl Pinged {
+        fn answers(&self, answer: Result<bool, ConnectError>) {
+            *self.answer.lock().unwrap() = answer;
+        }
+
+        /// How long after `began` connections were reset for the first time.
+        fn aborted_after(&self, began: Instant) -> Option<Duration> {
+            self.aborted.lock().unwrap().first().map(|at| *at - began)
+        }
     }
 
     impl Dial for Pinged {
@@ -149,25 +162,24 @@ mod tests {
 
         async fn ping(&self, _: &str, limit: Duration) -> Result<PingReport, ConnectError> {
             self.pings.fetch_add(1, Ordering::Relaxed);
-            let answered = (*self.answer.lock().unwrap())?;
+            let answer = *self.answer.lock().unwrap();
+            let answered = answer?;
             if !answered {
                 sleep(limit).await;
             }
             let (direct, relay, last_seen) = (String::new(), String::new(), String::new());
-            Ok(PingReport {
-                ip: [100, 64, 0, 1].into(),
-                answered,
-                latency_ms: 1.0,
-                direct,
-                relay,
-                online: true,
-                last_seen,
-            })
+            Ok(PingReport { ip: ADDRESS, answered, latency_ms: 1.0, direct, relay, online: true, last_seen })
+        }
+
+        fn abort(&self, peer: IpAddr) {
+            assert_eq!(peer, ADDRESS);
+            self.aborted.lock().unwrap().push(Instant::now());
         }
     }
 
-    fn start(answer: Result<bool, ConnectError>) -> (Arc<Pinged>, Arc<Peer>, JoinSet<()>) {
-        let dialler = Arc::new(Pinged { answer: Mutex::new(answer), pings: AtomicUsize::new(0) });
+    fn start() -> (Arc<Pinged>, Arc<Peer>, JoinSet<()>) {
+        let (pings, aborted) = (AtomicUsize::new(0), Mutex::default());
+        let dialler = Arc::new(Pinged { answer: Mutex::new(Ok(true)), pings, aborted });
         let mut peers = Peers::default();
         let peer = peers.get("stalwart");
         assert!(Arc::ptr_eq(&peer, &peers.get("stalwart")), "one for all listeners");
@@ -178,49 +190,52 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_peer_that_goes_silent_is_lost_in_time() {
-        let (dialler, peer, _task) = start(Ok(true));
-        let lost = peer.lost();
-        tokio::pin!(lost);
-        assert!(timeout(Duration::from_secs(35 * 60), &mut lost).await.is_err(), "it answers");
-        let began = Instant::now();
-        *dialler.answer.lock().unwrap() = Ok(false);
-        lost.await;
-        let took = began.elapsed();
-        assert!((LIMIT * 4 / 6..=LIMIT).contains(&took), "{took:?}");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_peer_that_is_removed_is_lost_too() {
-        let (_, peer, _task) = start(Err(ConnectError::NoSuchPeer));
-        timeout(LIMIT, peer.lost()).await.expect("it is lost");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_silence_that_ends_in_time_is_forgotten() {
-        let (dialler, peer, _task) = start(Ok(true));
-        let lost = peer.lost();
-        tokio::pin!(lost);
-        for _ in 0..10 {
-            *dialler.answer.lock().unwrap() = Ok(false);
-            assert!(timeout(LIMIT / 2, &mut lost).await.is_err());
-            *dialler.answer.lock().unwrap() = Ok(true);
-            assert!(timeout(Duration::from_secs(15), &mut lost).await.is_err());
+    async fn a_peer_that_goes_silent_or_is_removed_loses_its_connections_in_time() {
+        for gone in [Ok(false), Err(ConnectError::NoSuchPeer)] {
+            let (dialler, peer, _task) = start();
+            let _connected = peer.connected();
+            sleep(Duration::from_secs(35 * 60)).await;
+            assert_eq!(dialler.aborted_after(Instant::now()), None, "it answers");
+            let began = Instant::now();
+            dialler.answers(gone);
+            sleep(LIMIT).await;
+            let took = dialler.aborted_after(began).expect("its connections are reset");
+            assert!((LIMIT / 2..=LIMIT).contains(&took), "{took:?}");
         }
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_silence_that_ends_in_time_is_forgotten() {
+        let (dialler, peer, _task) = start();
+        let _connected = peer.connected();
+        for _ in 0..10 {
+            dialler.answers(Ok(false));
+            sleep(LIMIT / 2).await;
+            dialler.answers(Ok(true));
+            sleep(Duration::from_secs(15)).await;
+        }
+        assert_eq!(dialler.aborted_after(Instant::now()), None);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn our_own_absence_is_not_the_peers_silence() {
-        let (_, peer, _task) = start(Err(ConnectError::NotRunning));
-        assert!(timeout(Duration::from_secs(3600), peer.lost()).await.is_err());
+        let (dialler, peer, _task) = start();
+        let _connected = peer.connected();
+        sleep(LIMIT).await;
+        dialler.answers(Err(ConnectError::NotRunning));
+        sleep(Duration::from_secs(3600)).await;
+        assert_eq!(dialler.aborted_after(Instant::now()), None);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_peer_without_connections_is_left_in_peace() {
-        let (dialler, peer, _task) = start(Ok(false));
+        let (dialler, peer, _task) = start();
+        dialler.answers(Ok(false));
         sleep(Duration::from_secs(600)).await;
         assert_eq!(dialler.pings.load(Ordering::Relaxed), 0);
         // Nor does the time without any count against it.
-        assert!(timeout(LIMIT / 2, peer.lost()).await.is_err());
+        let _connected = peer.connected();
+        sleep(LIMIT / 2).await;
+        assert_eq!(dialler.aborted_after(Instant::now()), None);
     }
 }

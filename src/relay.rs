@@ -142,9 +142,9 @@ pub enum End {
 }
 
 /// Relays until both directions ended, one side failed, or a time-out. `drain`
-/// completes when the edge begins to stop, `failed` when a side has failed in a
-/// way that reading does not tell: a client that resets while the upstream takes
-/// nothing, or after its end of stream; an upstream that went away without a word.
+/// completes when the edge begins to stop, `client_gone` when the client has
+/// reset its connection: reading does not tell while the upstream takes nothing,
+/// nor after the client's end of stream.
 ///
 /// Cancellation drops bytes that were read but not yet written.
 pub async fn relay<C, U>(
@@ -153,7 +153,7 @@ pub async fn relay<C, U>(
     timeouts: Timeouts,
     first_words: FirstWords,
     drain: impl Future<Output = ()>,
-    failed: impl Future<Output = (Side, io::Error)>,
+    client_gone: impl Future<Output = io::Error>,
 ) -> Outcome
 where
     C: AsyncRead + AsyncWrite + Unpin,
@@ -163,7 +163,7 @@ where
     relay.received.watch = first_words.watch;
     let mut timer = pin!(Timer::start(timeouts.idle));
     let mut drain = pin!(drain);
-    let mut failed = pin!(failed);
+    let mut client_gone = pin!(client_gone);
     let mut draining = false;
     poll_fn(|cx| {
         let before = relay.progress();
@@ -175,8 +175,8 @@ where
         if let Poll::Ready(end) = both {
             return Poll::Ready(end);
         }
-        if let Poll::Ready((side, error)) = failed.as_mut().poll(cx) {
-            return Poll::Ready(End::Failed { side, error });
+        if let Poll::Ready(error) = client_gone.as_mut().poll(cx) {
+            return Poll::Ready(End::Failed { side: Side::Client, error });
         }
         draining = draining || drain.as_mut().poll(cx).is_ready();
         let (limit, end) = match relay.first {

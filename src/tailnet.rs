@@ -13,6 +13,7 @@ mod ffi;
 mod status;
 
 use std::io;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -282,6 +283,12 @@ impl Node {
             .await
             .map_err(|_| ConnectError::Internal(Code::Panic))??;
         serde_json::from_str(&report).map_err(|_| ConnectError::Internal(Code::Error))
+    }
+
+    /// Resets every connection to a peer that is gone and will not end them itself.
+    pub fn abort_peer(&self, ip: IpAddr) {
+        // It fails only where there are no connections.
+        let _ = self.handle.abort_peer(ip);
     }
 
     /// Leaves the tailnet's network, waiting up to two seconds for bytes on their way to be

@@ -28,7 +28,7 @@ use tokio::sync::{Mutex, Notify, Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{info, warn};
 
-use crate::peers::Peer;
+use crate::peers::{Connected, Peer};
 use crate::relay::Reset;
 use crate::tailnet::{ConnectError, Node, PingReport, TailnetStream};
 use crate::trust;
@@ -73,6 +73,9 @@ pub trait Dial: Send + Sync + 'static {
         limit: Duration,
     ) -> impl Future<Output = Result<PingReport, ConnectError>> + Send;
 
+    /// Resets every connection to a peer's address.
+    fn abort(&self, _: IpAddr) {}
+
     /// The addresses that peers see us come from; none while that is not known.
     fn addresses(&self) -> Vec<IpAddr> {
         Vec::new()
@@ -88,6 +91,10 @@ impl Dial for Node {
 
     async fn ping(&self, host: &str, limit: Duration) -> Result<PingReport, ConnectError> {
         Node::ping(self, host, limit).await
+    }
+
+    fn abort(&self, peer: IpAddr) {
+        self.abort_peer(peer);
     }
 
     fn addresses(&self) -> Vec<IpAddr> {
@@ -233,9 +240,9 @@ impl Server {
         &self.peer.host
     }
 
-    /// Completes when the peer has gone silent under the connections to it.
-    pub async fn lost(&self) {
-        self.peer.lost().await;
+    /// Has the peer watched while there is this connection to it.
+    pub fn connected(&self) -> Connected<'_> {
+        self.peer.connected()
     }
 
     /// Completes when a connection to it has failed since the last time.

@@ -15,6 +15,7 @@
 
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::{Arc, Once};
 use std::task::{Context, Poll};
@@ -289,6 +290,13 @@ impl NodeHandle {
             None | Some(Code::TimedOut) => Ok(text_in(&buffer)),
             Some(code) => Err(code),
         }
+    }
+
+    /// Resets every connection to a peer's address.
+    pub fn abort_peer(&self, ip: IpAddr) -> Result<(), Code> {
+        let ip = CString::new(ip.to_string()).map_err(|_| Code::BadArgument)?;
+        // SAFETY: the string outlives the call.
+        check(unsafe { tailscale_abort_peer(self.0, ip.as_ptr()) })
     }
 
     /// Begins to connect; see [`Conn::poll_connected`].

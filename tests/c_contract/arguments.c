@@ -42,6 +42,7 @@ static void no_node(void) {
     EACH(handles, tailscale_set_eventfd(handles[i], -1), TAILSCALE_BAD_HANDLE);
     EACH(handles, tailscale_start(handles[i]), TAILSCALE_BAD_HANDLE);
     EACH(handles, tailscale_up(handles[i]), TAILSCALE_BAD_HANDLE);
+    EACH(handles, tailscale_abort_peer(handles[i], NULL), TAILSCALE_BAD_HANDLE);
     EACH(handles, tailscale_ping(handles[i], NULL, 0, NULL, 0), TAILSCALE_BAD_HANDLE);
     EACH(handles, tailscale_conn_open(handles[i], NULL, 0, 0, NULL), TAILSCALE_BAD_HANDLE);
     EACH(handles, tailscale_getips(handles[i], NULL, 0), EBADF);
@@ -70,6 +71,10 @@ static void settings(tailscale sd) {
 static void calls(tailscale sd) {
     char buf[512];
     tailscale_conn conn = 7;
+    EXPECT(tailscale_abort_peer(sd, NULL), TAILSCALE_BAD_ARGUMENT);
+    EXPECT(tailscale_abort_peer(sd, NO_TEXT), TAILSCALE_BAD_ARGUMENT);
+    EXPECT(tailscale_abort_peer(sd, "peer"), TAILSCALE_BAD_ARGUMENT);
+    EXPECT(tailscale_abort_peer(sd, "100.64.0.1"), TAILSCALE_NOT_RUNNING);
     EXPECT(tailscale_ping(sd, NULL, 1, buf, sizeof buf), TAILSCALE_BAD_ARGUMENT);
     EXPECT(tailscale_ping(sd, NO_TEXT, 1, buf, sizeof buf), TAILSCALE_BAD_ARGUMENT);
     EXPECT(tailscale_ping(sd, "peer", -1, buf, sizeof buf), TAILSCALE_BAD_ARGUMENT);
