@@ -320,7 +320,6 @@ impl Serving {
             }
             again = signals.stop() => warn!(signal = again, connections = tasks.len(), "stopping at once: connections were cut"),
         }
-        self.watching.abort_all();
         info!("stopped");
     }
 
@@ -334,6 +333,7 @@ impl Serving {
     async fn close_ports(&mut self) {
         self.drain.cancel();
         self.closed.clear();
+        self.watching.abort_all();
         while self.accepting.join_next().await.is_some() {}
     }
 }
