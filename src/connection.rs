@@ -41,6 +41,9 @@ use crate::upstream::{Dial, Failure, Server, Upstream, UpstreamError};
 /// buffer is empty, so it is immediate unless the connection has failed.
 const HEADER_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long the first attempt may take before the client counts as held.
+const HELD_AFTER: Duration = Duration::from_secs(1);
+
 /// How long a client that is held pauses before it tries a server again that has
 /// closed its connection without a word: twice as long each time, since every
 /// attempt may be a line in the server's log.
@@ -183,23 +186,35 @@ async fn reach<D: Dial>(
     visit: &Visit,
 ) -> Result<(D::Stream, Arc<Server>), Refusal> {
     let upstream = &service.upstream;
+    let why = || upstream.away();
     let holds = !service.hold.limit.is_zero();
-    // While others wait for it already there is no use in trying too.
-    if !holds || upstream.away().is_none() {
-        let connected = tokio::select! {
-            connected = upstream.connect() => connected,
-            _ = reset(client) => return Err(Refusal::ClientGone),
+    if holds && upstream.away().is_some() {
+        // While others wait for it already there is no use in trying too, unless
+        // those who have the places may wait for something else.
+        return match service.hold.places.available_permits() {
+            0 => upstream.connect_in_turn().await.map_err(Refusal::HoldFull),
+            _ => hold(service, client, visit, &why, upstream.reconnect()).await,
         };
-        match connected {
-            Ok(connected) => return Ok(connected),
-            Err(error) if holds && error.may_pass() => {}
-            Err(error) => return Err(Refusal::Away(error)),
-        }
-    } else if service.hold.places.available_permits() == 0 {
-        // Those who have the places may wait for something else.
-        return upstream.connect_in_turn().await.map_err(Refusal::HoldFull);
     }
-    hold(service, client, visit, &|| upstream.away(), upstream.reconnect()).await
+    let mut first = pin!(upstream.connect());
+    let unanswered = tokio::select! {
+        connected = &mut first => match connected {
+            Err(error) if holds && error.may_pass() => None,
+            connected => return connected.map_err(Refusal::Away),
+        },
+        _ = reset(client) => return Err(Refusal::ClientGone),
+        () = sleep(HELD_AFTER), if holds => Some(first),
+    };
+    let attempt = async {
+        if let Some(first) = unanswered {
+            match first.await {
+                Err(error) if error.may_pass() => {}
+                connected => return connected,
+            }
+        }
+        Ok(upstream.reconnect().await)
+    };
+    hold(service, client, visit, &why, attempt).await?.map_err(Refusal::Away)
 }
 
 /// Keeps the client waiting while `attempt` goes on, for as long as it may be
@@ -331,7 +346,7 @@ fn log_refusal<D: Dial>(service: &Service<D>, visit: &Visit, refusal: &Refusal) 
     let (listener, upstream, client, id) = (&service.name, &service.upstream, visit.client, visit.id);
     let total_ms = millis(visit.accepted.elapsed());
     let reason = |why: &Option<UpstreamError>| {
-        why.as_ref().map_or_else(|| "it has just come back".to_owned(), ToString::to_string)
+        why.as_ref().map_or_else(|| "no answer so far".to_owned(), ToString::to_string)
     };
     let problem = match refusal {
         Refusal::ClientGone => {
@@ -605,6 +620,23 @@ mod tests {
         let ((), text) = tokio::join!(served(&service, accepted, peer), told);
         assert!(text.starts_with("421 4.3.2 mx.example.org "), "{text}");
         assert!(began.elapsed() >= Duration::from_millis(300));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_meets_silence_is_held_no_longer_and_left_no_later() {
+        for leaves in [false, true] {
+            let mut service = service(None, ProxyProtocol::V2);
+            service.hold.limit = Duration::from_secs(2);
+            let (mut client, accepted, peer) = client().await;
+            if leaves {
+                client.shutdown().await.unwrap();
+            }
+            let began = Instant::now();
+            served(&service, accepted, peer).await;
+            let limit = if leaves { HELD_AFTER } else { service.hold.limit };
+            assert!(began.elapsed() >= limit && began.elapsed() < limit + Duration::from_secs(6));
+            drop(client);
+        }
     }
 
     #[tokio::test]

@@ -7,7 +7,8 @@
 //! [`Upstream::reconnect`] goes on trying for clients that are held.
 //!
 //! Invariants
-//! - A server that its probe calls down is tried last, not never: the probe may be wrong.
+//! - A server that its probe calls down, or that has just cost a client its time, is tried last,
+//!   not never: it may be well again, and the probe may be wrong.
 //! - However many clients wait for a mailbox, one of them tries; when it succeeds, the others follow
 //!   a few at a time.
 //! - Nothing is ever sent here, so that trying again repeats nothing.
@@ -39,6 +40,10 @@ const PING_LIMIT: Duration = Duration::from_secs(2);
 /// For how long what a ping found out is told to later connections too, so
 /// that a flood of them does not become a flood of pings.
 const FINDING_LIFE: Duration = Duration::from_secs(10);
+
+/// For how long a server that answered with silence, or left without a word, is tried last: what
+/// each client would have to wait for, one finds out.
+const DOUBT: Duration = Duration::from_secs(10);
 
 /// How long a SYN may go unanswered before a second attempt is made beside the first, from another
 /// port. A userspace stack at the other end (tsnet, a tailscaled without TUN) may keep an old
@@ -122,6 +127,8 @@ pub struct Server {
     /// The port.
     pub port: u16,
     up: AtomicBool,
+    /// When it last cost a client its time, unless it was well since.
+    doubted: std::sync::Mutex<Option<Instant>>,
     /// Told of each failure to connect, so that the probe need not wait for its next turn.
     suspected: Notify,
     /// The last answer to "why is it silent", and when it was found.
@@ -229,6 +236,7 @@ impl Server {
             peer,
             port,
             up: AtomicBool::new(true),
+            doubted: std::sync::Mutex::new(None),
             suspected: Notify::new(),
             finding: Mutex::new(None),
             distrust_told: std::sync::Mutex::new(None),
@@ -238,6 +246,25 @@ impl Server {
     /// The peer, as the configuration names it.
     pub fn host(&self) -> &str {
         &self.peer.host
+    }
+
+    /// Whether others are to be tried before it.
+    fn comes_last(&self) -> bool {
+        let doubted = *self.doubted.lock().unwrap_or_else(PoisonError::into_inner);
+        !self.up.load(Ordering::Relaxed) || doubted.is_some_and(|at| at.elapsed() < DOUBT)
+    }
+
+    /// Notes a failure, for the probe and for the order of the next attempts.
+    fn failed(&self, failure: &Failure) {
+        self.suspected.notify_one();
+        if matches!(failure, Failure::Silent { .. } | Failure::Wordless) {
+            *self.doubted.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        }
+    }
+
+    /// Notes that it is well.
+    fn is_well(&self) {
+        *self.doubted.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Has the peer watched while there is this connection to it.
@@ -295,6 +322,7 @@ impl<D: Dial> Upstream<D> {
     pub fn found(&self, server: &Server, up: bool) {
         server.up.store(up, Ordering::Relaxed);
         if up {
+            server.is_well();
             self.is_back();
         }
     }
@@ -305,7 +333,7 @@ impl<D: Dial> Upstream<D> {
     pub async fn connect(&self) -> Result<(D::Stream, Arc<Server>), UpstreamError> {
         let mut failures = Vec::new();
         let mut servers: Vec<&Arc<Server>> = self.servers.iter().collect();
-        servers.sort_by_key(|server| !server.up.load(Ordering::Relaxed)); // keeps their order
+        servers.sort_by_cached_key(|server| server.comes_last()); // keeps their order
         for server in servers {
             match self.connect_to(server).await {
                 Ok(stream) => {
@@ -313,7 +341,7 @@ impl<D: Dial> Upstream<D> {
                     return Ok((stream, Arc::clone(server)));
                 }
                 Err(failure) => {
-                    server.suspected.notify_one();
+                    server.failed(&failure);
                     failures.push((server.to_string(), failure));
                 }
             }
@@ -336,7 +364,7 @@ impl<D: Dial> Upstream<D> {
 
     /// Notes that a connection to a server failed after it was made.
     pub fn suspect(&self, server: &Server, failure: Failure) -> UpstreamError {
-        server.suspected.notify_one();
+        server.failed(&failure);
         UpstreamError { failures: vec![(server.to_string(), failure)] }
     }
 
@@ -632,6 +660,24 @@ mod tests {
         upstream.found(&upstream.servers()[0], true);
         dialler.set("b", Answer::Connect);
         assert_eq!(connected_host(&upstream).await, "a");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_costs_time_is_tried_last_for_a_while() {
+        let (dialler, upstream) = switched(&["a", "b"]);
+        dialler.set("a", Answer::Silence);
+        dialler.set("b", Answer::Connect);
+        assert_eq!(connected_host(&upstream).await, "b");
+        dialler.dials();
+        assert_eq!(connected_host(&upstream).await, "b");
+        assert_eq!(dialler.dials(), ["b"], "nobody waits for the first one again");
+        dialler.set("a", Answer::Connect);
+        tokio::time::advance(DOUBT).await;
+        assert_eq!(connected_host(&upstream).await, "a");
+        upstream.suspect(&upstream.servers()[0], Failure::Wordless);
+        assert_eq!(connected_host(&upstream).await, "b");
+        upstream.found(&upstream.servers()[0], true);
+        assert_eq!(connected_host(&upstream).await, "a", "its probe knows better");
     }
 
     #[tokio::test(start_paused = true)]
