@@ -21,6 +21,7 @@ use crate::admin::{self, Readiness};
 use crate::config::{self, Config};
 use crate::connection::Service;
 use crate::credential::Sources;
+use crate::doctor::Examiner;
 use crate::drain::StopSignals;
 use crate::limits::{ClientLimit, connection_limit};
 use crate::listener::{self, Admission, BindError};
@@ -92,13 +93,15 @@ pub async fn run(config: Config, sources: Sources) -> Result<(), RunError> {
     let _state_dir = (!settings.ephemeral).then(|| state_dir::lock(&settings.state_dir)).transpose()?;
 
     let (node_sender, node_receiver) = watch::channel(None);
+    let examiner = Arc::new(Examiner::new(config.clone()));
     if let Some(admin) = admin {
         announce("admin", &admin);
         let readiness = Readiness { node: node_receiver, tags: settings.tags.clone(), drain: drain.clone() };
-        tokio::spawn(admin::serve(admin, Arc::new(readiness)));
+        tokio::spawn(admin::serve(admin, Arc::new(readiness), Arc::clone(&examiner)));
     }
     let node = Arc::new(Node::start(settings)?);
     node_sender.send_replace(Some(node.status()));
+    examiner.set_node(Arc::clone(&node));
     let membership = Membership::new(Arc::clone(&node), sources, settings.clone());
 
     let joined = tokio::select! {
