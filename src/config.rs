@@ -51,6 +51,9 @@ pub const PATH_VARIABLE: &str = "TAILWART_CONFIG";
 /// Everything the program is told, checked and with defaults filled in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
+    /// `hostname`: the name by which the world knows this box, its MX name, for the answers that the
+    /// edge gives itself. Default: `None`, the system's if that is a full one.
+    pub hostname: Option<String>,
     /// `[tailnet]`: the node this process becomes.
     pub tailnet: Tailnet,
     /// `[[listener]]`: the public ports. Default: smtp 25, submissions 465, submission 587, imaps
@@ -61,6 +64,8 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// `[limits]`: how many connections are taken.
     pub limits: Limits,
+    /// `[probe]`: how the mailboxes are watched.
+    pub probe: Probe,
     /// `[admin] listen`: where health is served; `None` for `"off"`. Default:
     /// `127.0.0.1:9464`.
     pub admin: Option<SocketAddr>,
@@ -114,13 +119,17 @@ pub struct Listener {
     pub proxy_protocol: ProxyProtocol,
     /// How long a connection may stay without a byte in either direction. Default: by protocol.
     pub idle_timeout: Duration,
+    /// How long a client is held while the mailbox cannot be reached; zero turns it away at once.
+    /// Default: `timeouts.hold`, and zero for http and tcp.
+    pub hold: Duration,
 }
 
-/// A mailbox's address on the tailnet.
+/// A mailbox's addresses on the tailnet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Upstream {
-    /// A short name, a MagicDNS name (lower case, no trailing dot) or an IP address.
-    pub host: String,
+    /// At least one, in the order they are tried: short names, MagicDNS names (lower case, no
+    /// trailing dot) or IP addresses.
+    pub hosts: Vec<String>,
     /// The TCP port, never 0.
     pub port: u16,
 }
@@ -134,6 +143,13 @@ pub struct Timeouts {
     /// `half_close`: how long a connection closed in one direction may go without progress.
     /// Default: 60 seconds.
     pub half_close: Duration,
+    /// `hold`: how long a client of a mail port is held while the mailbox cannot be reached; zero
+    /// turns it away at once. Default: 45 seconds, which every sender waits: RFC 5321 section
+    /// 4.5.3.2.1 demands five minutes, and the least patient known gives 60 seconds.
+    pub hold: Duration,
+    /// `dead_peer`: how long a mailbox that went away without a word may go unnoticed before its
+    /// connections are closed. Default: 50 seconds.
+    pub dead_peer: Duration,
     /// `drain`: how long a stopping process waits for connections; zero cuts them at once. Default:
     /// 30 seconds.
     pub drain: Duration,
@@ -149,6 +165,20 @@ pub struct Limits {
     /// Default: 100, enough for an office of mail readers behind one address and for a large
     /// sender, while one address alone cannot take all descriptors.
     pub max_connections_per_client: usize,
+    /// Clients held at once while a mailbox cannot be reached; the rest is turned away. Default:
+    /// 2,500, which is 50 sessions a second for as long as one is held.
+    pub hold_max: usize,
+}
+
+/// `[probe]`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Probe {
+    /// `interval`: between two probes of one mailbox port; zero for none. Default: 30 seconds.
+    pub interval: Duration,
+    /// `rise`: probes that must succeed before a mailbox counts as up. Default: 2.
+    pub rise: u32,
+    /// `fall`: probes that must fail before it counts as down. Default: 3.
+    pub fall: u32,
 }
 
 /// What is spoken on a listener: decides its default port, its idle timeout and how a failure is
@@ -288,10 +318,37 @@ impl Protocol {
         }
     }
 
+    /// Whether the server speaks first.
+    pub const fn greets(self) -> bool {
+        matches!(
+            self,
+            Protocol::Smtp | Protocol::Submission | Protocol::Imap | Protocol::Pop3 | Protocol::Sieve
+        )
+    }
+
+    /// Whether TLS begins with the first byte.
+    pub const fn is_tls(self) -> bool {
+        matches!(self, Protocol::Submissions | Protocol::Imaps | Protocol::Pop3s)
+    }
+
     /// Whether an upstream that does not learn the client's address would misattribute mail or
     /// log-ins.
-    const fn is_mail(self) -> bool {
+    pub const fn is_mail(self) -> bool {
         !matches!(self, Protocol::Http | Protocol::Tcp)
+    }
+}
+
+impl fmt::Display for Upstream {
+    /// As people write it: `stalwart:25, stalwart-b:25`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, host) in self.hosts.iter().enumerate() {
+            let comma = if index == 0 { "" } else { ", " };
+            match host.parse::<std::net::Ipv6Addr>() {
+                Ok(v6) => write!(f, "{comma}[{v6}]:{}", self.port)?,
+                Err(_) => write!(f, "{comma}{host}:{}", self.port)?,
+            }
+        }
+        Ok(())
     }
 }
 

@@ -1,4 +1,4 @@
-//! One client's life: dial the upstream, write the PROXY header, relay, one
+//! One client's life: reach the upstream, write the PROXY header, relay, one
 //! log line.
 //!
 //! Invariants
@@ -6,13 +6,18 @@
 //!   before any byte of the client; if it cannot be written, nothing is.
 //! - Nothing is read from the client before the upstream is connected and has
 //!   its header; so a server that speaks first is heard at once, and a client
-//!   that speaks first loses nothing.
+//!   that speaks first loses nothing. What it sends meanwhile waits in the
+//!   kernel, which takes no more than a first window (64 kB) from it.
+//! - A client is never turned away without a word while its protocol has one for
+//!   it, and never held longer than `hold`.
+//! - A session is tried again only when not a byte has moved either way.
 //! - An abrupt end on one side becomes one on the other; an orderly end stays
 //!   orderly.
 
 use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -20,42 +25,84 @@ use std::time::Duration;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, timeout};
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::config::ProxyProtocol;
+use crate::answer::{self, PublicName};
+use crate::config::{Protocol, ProxyProtocol};
 use crate::proxy_header::proxy_header;
 use crate::relay::{End, Outcome, Reset, Side, Timeouts, relay};
-use crate::upstream::{Dial, Upstream, UpstreamError};
+use crate::upstream::{Dial, Failure, Server, Upstream, UpstreamError};
 
 /// How long the stack may take to accept the header: a new connection's send
 /// buffer is empty, so it is immediate unless the connection has failed.
 const HEADER_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long a client that is held pauses before it tries a server again that has
+/// closed its connection without a word: twice as long each time, since every
+/// attempt may be a line in the server's log.
+const PAUSE_FIRST: Duration = Duration::from_secs(1);
+const PAUSE_LAST: Duration = Duration::from_secs(8);
 
 /// What every connection of a listener shares.
 #[derive(Debug)]
 pub struct Service<D> {
     /// The listener's name.
     pub name: String,
+    /// What is spoken on it.
+    pub protocol: Protocol,
     /// Where its connections go.
     pub upstream: Upstream<D>,
     /// The header that they demand.
     pub proxy_protocol: ProxyProtocol,
     /// How long they may be silent.
     pub timeouts: Timeouts,
+    /// For how long clients wait for the upstream, and how many.
+    pub hold: Hold,
+    /// Who the edge is when it answers itself.
+    pub public_name: PublicName,
     /// Fires when the edge begins to stop.
     pub drain: CancellationToken,
 }
 
+/// For how long clients wait for an upstream that is away, and how many.
+#[derive(Debug)]
+pub struct Hold {
+    /// From the moment the client came; zero does not hold it at all.
+    pub limit: Duration,
+    /// One permit for each client that may be held, over all listeners.
+    pub places: Arc<Semaphore>,
+}
+
+/// A client's connection.
+struct Visit {
+    id: u64,
+    client: SocketAddr,
+    accepted: Instant,
+}
+
+/// A conversation that was relayed.
+struct Session {
+    server: Arc<Server>,
+    /// From the client's coming to the header.
+    connected: Duration,
+    outcome: Outcome,
+}
+
 /// How a connection ended before it was relayed.
 enum Refusal {
-    /// The client left while we were dialling.
+    /// The client left while it waited.
     ClientGone,
-    /// The upstream could not be reached.
-    Upstream(UpstreamError),
-    /// The upstream failed before it had the header.
-    Header(io::Error),
+    /// The upstream cannot be reached, and clients are not held.
+    Away(UpstreamError),
+    /// Nor could it be for as long as clients are held.
+    HoldEnded(Option<UpstreamError>),
+    /// As many clients as may be are held already.
+    HoldFull(Option<UpstreamError>),
+    /// The edge is stopping.
+    Stopping,
 }
 
 /// Serves one accepted connection to its end. Never fails: whatever happens is
@@ -63,21 +110,125 @@ enum Refusal {
 pub async fn serve<D: Dial>(service: &Service<D>, mut client: TcpStream, peer: SocketAddr) {
     static CONNECTIONS: AtomicU64 = AtomicU64::new(1);
     let id = CONNECTIONS.fetch_add(1, Ordering::Relaxed);
-    let accepted = Instant::now();
-    let mut upstream = match open(service, &client, peer).await {
-        Ok(upstream) => upstream,
-        Err(refusal) => return log_refusal(service, id, peer, accepted, &refusal),
+    let visit = Visit { id, client: peer, accepted: Instant::now() };
+    match converse(service, &mut client, &visit).await {
+        Ok(session) => log_session(service, &visit, &session),
+        Err(refusal) => {
+            log_refusal(service, &visit, &refusal);
+            if !matches!(refusal, Refusal::ClientGone) {
+                answer::refuse(client, service.protocol, &service.public_name).await;
+            }
+        }
+    }
+}
+
+/// Reaches the upstream, gives it the header and relays; again if a server that
+/// was to speak first leaves without a word, for as long as the client may be
+/// held.
+async fn converse<D: Dial>(
+    service: &Service<D>,
+    client: &mut TcpStream,
+    visit: &Visit,
+) -> Result<Session, Refusal> {
+    // Asked now: a socket that was reset meanwhile no longer knows it.
+    let local = client.local_addr().map_err(|_| Refusal::ClientGone)?;
+    let header = proxy_header(service.proxy_protocol, visit.client, local);
+    let mut pause = PAUSE_FIRST;
+    loop {
+        let (mut upstream, server) = reach(service, client, visit).await?;
+        let failure = match write_header(&mut upstream, header.as_deref()).await {
+            Ok(()) => {
+                let connected = visit.accepted.elapsed();
+                let outcome = pass_on(service, client, &mut upstream, &server).await;
+                if !matches!(outcome.end, End::Wordless) {
+                    return Ok(Session { server, connected, outcome });
+                }
+                Failure::Wordless
+            }
+            Err(error) => Failure::Header(error.kind()),
+        };
+        drop(upstream);
+        let why = service.upstream.suspect(&server, failure);
+        if service.hold.limit.is_zero() {
+            return Err(Refusal::Away(why));
+        }
+        hold(service, client, visit, &|| Some(why.clone()), sleep(pause)).await?;
+        pause = (pause * 2).min(PAUSE_LAST);
+    }
+}
+
+/// Connects to the upstream, holding the client while it cannot be reached.
+async fn reach<D: Dial>(
+    service: &Service<D>,
+    client: &TcpStream,
+    visit: &Visit,
+) -> Result<(D::Stream, Arc<Server>), Refusal> {
+    let upstream = &service.upstream;
+    let holds = !service.hold.limit.is_zero();
+    // While others wait for it already there is no use in trying too.
+    if !holds || upstream.away().is_none() {
+        let connected = tokio::select! {
+            connected = upstream.connect() => connected,
+            _ = reset(client) => return Err(Refusal::ClientGone),
+        };
+        match connected {
+            Ok(connected) => return Ok(connected),
+            Err(error) if holds && error.may_pass() => {}
+            Err(error) => return Err(Refusal::Away(error)),
+        }
+    } else if service.hold.places.available_permits() == 0 {
+        // Those who have the places may wait for something else.
+        return upstream.connect_in_turn().await.map_err(Refusal::HoldFull);
+    }
+    hold(service, client, visit, &|| upstream.away(), upstream.reconnect()).await
+}
+
+/// Keeps the client waiting while `attempt` goes on, for as long as it may be
+/// held. `why` tells what it is waiting for.
+async fn hold<D: Dial, T>(
+    service: &Service<D>,
+    client: &TcpStream,
+    visit: &Visit,
+    why: &(dyn Fn() -> Option<UpstreamError> + Sync),
+    attempt: impl Future<Output = T>,
+) -> Result<T, Refusal> {
+    let Ok(_place) = service.hold.places.try_acquire() else {
+        return Err(Refusal::HoldFull(why()));
     };
-    let connected = accepted.elapsed();
+    tokio::select! {
+        done = attempt => Ok(done),
+        () = left(client) => Err(Refusal::ClientGone),
+        () = sleep_until(visit.accepted + service.hold.limit) => Err(Refusal::HoldEnded(why())),
+        () = service.drain.cancelled() => Err(Refusal::Stopping),
+    }
+}
+
+async fn write_header<S: AsyncWrite + Unpin>(upstream: &mut S, header: Option<&[u8]>) -> io::Result<()> {
+    let Some(header) = header else { return Ok(()) };
+    timeout(HEADER_LIMIT, upstream.write_all(header)).await.unwrap_or(Err(io::ErrorKind::TimedOut.into()))
+}
+
+/// Relays, and ends on one side what was cut on the other.
+async fn pass_on<D: Dial>(
+    service: &Service<D>,
+    client: &mut TcpStream,
+    upstream: &mut D::Stream,
+    server: &Server,
+) -> Outcome {
     let outcome = {
         // By reference, since an idle connection would otherwise hold each
         // twice: as an argument and as what is polled.
-        let (drain, client_gone) = (pin!(service.drain.cancelled()), pin!(reset(&client)));
-        relay(&mut SharedTcp(&client), &mut upstream, service.timeouts, drain, client_gone).await
+        let (drain, failed) = (pin!(service.drain.cancelled()), pin!(failed(client, server)));
+        let speaks_first = service.protocol.greets();
+        relay(&mut SharedTcp(client), upstream, service.timeouts, speaks_first, drain, failed).await
     };
     match outcome.end {
         End::Failed { side: Side::Client, .. } => upstream.reset(),
-        End::Failed { side: Side::Upstream, .. } => client.reset(),
+        // A peer that is gone must not keep an endpoint of ours busy either.
+        End::Failed { side: Side::Upstream, .. } => {
+            client.reset();
+            upstream.reset();
+        }
         // A cut stream must not look like a finished one.
         _ if outcome.unfinished => {
             client.reset();
@@ -85,27 +236,31 @@ pub async fn serve<D: Dial>(service: &Service<D>, mut client: TcpStream, peer: S
         }
         _ => {}
     }
-    log_outcome(service, id, peer, accepted, connected, &outcome);
+    outcome
 }
 
-/// Dials the upstream and gives it the header, unless the client leaves first.
-async fn open<D: Dial>(
-    service: &Service<D>,
-    client: &TcpStream,
-    peer: SocketAddr,
-) -> Result<D::Stream, Refusal> {
-    // Asked now: a socket that was reset meanwhile no longer knows it.
-    let local = client.local_addr().map_err(|_| Refusal::ClientGone)?;
-    let header = proxy_header(service.proxy_protocol, peer, local);
-    let mut upstream = tokio::select! {
-        upstream = service.upstream.connect() => upstream.map_err(Refusal::Upstream)?,
-        _ = reset(client) => return Err(Refusal::ClientGone),
-    };
-    if let Some(header) = header {
-        let written = timeout(HEADER_LIMIT, upstream.write_all(&header)).await;
-        written.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(Refusal::Header)?;
+/// Completes when a side has failed in a way that reading from it may not tell.
+async fn failed(client: &TcpStream, server: &Server) -> (Side, io::Error) {
+    tokio::select! {
+        error = reset(client) => (Side::Client, error),
+        () = server.lost() => (Side::Upstream, io::Error::new(io::ErrorKind::TimedOut, "its node has gone silent")),
     }
-    Ok(upstream)
+}
+
+/// Completes when a client that is held has left: it has reset the connection,
+/// or ended it without having said a word. One that has said something may wait
+/// for the reply.
+async fn left(client: &TcpStream) {
+    let ended = async {
+        match client.peek(&mut [0]).await {
+            Ok(0) | Err(_) => {}
+            Ok(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        () = ended => {}
+        _ = reset(client) => {}
+    }
 }
 
 /// Completes when the client has reset the connection. A FIN is no reason to
@@ -159,37 +314,34 @@ impl AsyncWrite for SharedTcp<'_> {
     }
 }
 
-fn log_refusal<D: Dial>(
-    service: &Service<D>,
-    id: u64,
-    client: SocketAddr,
-    accepted: Instant,
-    refusal: &Refusal,
-) {
-    let (listener, upstream) = (&service.name, &service.upstream);
-    let total_ms = millis(accepted.elapsed());
-    match refusal {
+fn log_refusal<D: Dial>(service: &Service<D>, visit: &Visit, refusal: &Refusal) {
+    let (listener, upstream, client, id) = (&service.name, &service.upstream, visit.client, visit.id);
+    let total_ms = millis(visit.accepted.elapsed());
+    let reason = |why: &Option<UpstreamError>| {
+        why.as_ref().map_or_else(|| "it has just come back".to_owned(), ToString::to_string)
+    };
+    let problem = match refusal {
         Refusal::ClientGone => {
-            info!(id, listener, %client, %upstream, total_ms, end = "client reset while connecting", "connection");
+            return info!(id, listener, %client, %upstream, total_ms, end = "client left while connecting", "connection");
         }
-        Refusal::Upstream(error) => {
-            warn!(id, listener, %client, %upstream, total_ms, "connection closed: cannot reach {upstream}: {error}");
+        Refusal::Stopping => {
+            return info!(id, listener, %client, %upstream, total_ms, end = "turned away because the edge is stopping", "connection");
         }
-        Refusal::Header(error) => {
-            warn!(id, listener, %client, %upstream, total_ms, "connection closed: cannot send the PROXY header to {upstream}: {error}; check the mail server's log");
+        Refusal::Away(why) => format!("cannot reach {upstream}: {why}"),
+        Refusal::HoldEnded(why) => {
+            format!("held until its time was over: cannot reach {upstream}: {}", reason(why))
         }
-    }
+        Refusal::HoldFull(why) => {
+            format!("as many clients are held as hold_max allows: cannot reach {upstream}: {}", reason(why))
+        }
+    };
+    warn!(id, listener, %client, %upstream, total_ms, "connection closed: {problem}");
 }
 
-fn log_outcome<D: Dial>(
-    service: &Service<D>,
-    id: u64,
-    client: SocketAddr,
-    accepted: Instant,
-    connected: Duration,
-    outcome: &Outcome,
-) {
+fn log_session<D: Dial>(service: &Service<D>, visit: &Visit, session: &Session) {
+    let Session { server, connected, outcome } = session;
     let end = match &outcome.end {
+        End::Wordless => "upstream closed without a word".to_owned(),
         End::Closed { first } => format!("{first} closed"),
         End::Failed { side, error } => format!("{side} failed: {error}"),
         End::Idle => "idle time-out".to_owned(),
@@ -197,15 +349,15 @@ fn log_outcome<D: Dial>(
         End::Drained => "closed because the edge is stopping".to_owned(),
     };
     info!(
-        id,
+        id = visit.id,
         listener = service.name,
-        %client,
-        upstream = %service.upstream,
+        client = %visit.client,
+        upstream = %server,
         sent = outcome.sent,
         received = outcome.received,
-        connect_ms = millis(connected),
-        first_byte_ms = outcome.first_byte.map(|at| millis(at - accepted)),
-        total_ms = millis(accepted.elapsed()),
+        connect_ms = millis(*connected),
+        first_byte_ms = outcome.first_byte.map(|at| millis(at - visit.accepted)),
+        total_ms = millis(visit.accepted.elapsed()),
         end,
         "connection"
     );
@@ -224,16 +376,18 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
+    use crate::peers::Peer;
     use crate::tailnet::{ConnectError, PingReport};
 
     /// Dials a port of this machine, or nothing at all.
-    struct Loopback(Option<SocketAddr>);
+    struct Loopback(std::sync::Mutex<Option<SocketAddr>>);
 
     impl Dial for Loopback {
         type Stream = TcpStream;
 
         async fn dial(&self, _: &str, _: u16) -> Result<TcpStream, ConnectError> {
-            match self.0 {
+            let address = *self.0.lock().unwrap();
+            match address {
                 Some(address) => TcpStream::connect(address).await.map_err(|_| ConnectError::Refused),
                 None => std::future::pending().await,
             }
@@ -244,13 +398,19 @@ mod tests {
         }
     }
 
-    fn service(dialler: Loopback, proxy_protocol: ProxyProtocol) -> Service<Loopback> {
-        let second = Duration::from_secs(60);
+    /// A service that turns clients away at once when the mailbox is away, and the address it dials.
+    fn service(address: Option<SocketAddr>, proxy_protocol: ProxyProtocol) -> Service<Loopback> {
+        let dialler = Loopback(std::sync::Mutex::new(address));
+        let minute = Duration::from_secs(60);
+        let peer = Arc::new(Peer::new("mailbox".into()));
         Service {
             name: "smtp".into(),
-            upstream: Upstream::new(Arc::new(dialler), "mailbox".into(), 25, second),
+            protocol: Protocol::Tcp,
+            upstream: Upstream::new(Arc::new(dialler), vec![peer], 25, minute),
             proxy_protocol,
-            timeouts: Timeouts { idle: second, half_close: second, quiet: second },
+            timeouts: Timeouts { idle: minute, half_close: minute, quiet: minute },
+            hold: Hold { limit: Duration::ZERO, places: Arc::new(Semaphore::new(10)) },
+            public_name: PublicName::new(Some("mx.example.org".into())),
             drain: CancellationToken::new(),
         }
     }
@@ -266,7 +426,7 @@ mod tests {
     /// What the mailbox receives of a client that sends `hello` and ends.
     async fn received(proxy_protocol: ProxyProtocol) -> (String, SocketAddr, SocketAddr) {
         let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let service = service(Loopback(Some(mailbox.local_addr().unwrap())), proxy_protocol);
+        let service = service(Some(mailbox.local_addr().unwrap()), proxy_protocol);
         let (mut client, accepted, peer) = client().await;
         let local = accepted.local_addr().unwrap();
         client.write_all(b"hello").await.unwrap();
@@ -298,7 +458,7 @@ mod tests {
     #[tokio::test]
     async fn a_client_that_resets_while_we_dial_ends_the_dial() {
         let (mut client, accepted, peer) = client().await;
-        let service = service(Loopback(None), ProxyProtocol::V2);
+        let service = service(None, ProxyProtocol::V2);
         client.reset();
         drop(client);
         timeout(Duration::from_secs(20), serve(&service, accepted, peer)).await.expect("the dial goes on");
@@ -307,7 +467,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_client_that_only_ends_its_side_is_waited_for() {
         let (mut client, accepted, peer) = client().await;
-        let service = service(Loopback(None), ProxyProtocol::V2);
+        let service = service(None, ProxyProtocol::V2);
         client.shutdown().await.unwrap();
         let started = Instant::now();
         serve(&service, accepted, peer).await;
@@ -317,7 +477,7 @@ mod tests {
     #[tokio::test]
     async fn a_reset_is_noticed_while_the_mailbox_takes_nothing() {
         let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let service = service(Loopback(Some(mailbox.local_addr().unwrap())), ProxyProtocol::V2);
+        let service = service(Some(mailbox.local_addr().unwrap()), ProxyProtocol::V2);
         let (mut client, accepted, peer) = client().await;
         let serving = tokio::spawn(async move { serve(&service, accepted, peer).await });
         let (mut stalled, _) = mailbox.accept().await.unwrap();
@@ -334,7 +494,7 @@ mod tests {
     #[tokio::test]
     async fn a_reset_after_the_clients_end_of_stream_is_noticed() {
         let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let service = service(Loopback(Some(mailbox.local_addr().unwrap())), ProxyProtocol::Off);
+        let service = service(Some(mailbox.local_addr().unwrap()), ProxyProtocol::Off);
         let (mut client, accepted, peer) = client().await;
         let serving = tokio::spawn(async move { serve(&service, accepted, peer).await });
         let (mut waiting, _) = mailbox.accept().await.unwrap();
@@ -349,7 +509,185 @@ mod tests {
     async fn an_upstream_that_refuses_closes_the_client_in_order() {
         let unused = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
         let (mut client, accepted, peer) = client().await;
-        serve(&service(Loopback(Some(unused)), ProxyProtocol::V2), accepted, peer).await;
+        serve(&service(Some(unused), ProxyProtocol::V2), accepted, peer).await;
         assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
+    }
+
+    /// An address where nobody listens.
+    async fn closed_port() -> SocketAddr {
+        TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
+    }
+
+    /// A service on smtp that holds its clients, and has nothing to connect to.
+    async fn holding(limit: Duration, places: usize) -> Service<Loopback> {
+        let mut service = service(Some(closed_port().await), ProxyProtocol::V1);
+        service.protocol = Protocol::Smtp;
+        service.hold = Hold { limit, places: Arc::new(Semaphore::new(places)) };
+        service
+    }
+
+    async fn until(condition: impl Fn() -> bool) {
+        let polled = async {
+            while !condition() {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(Duration::from_secs(20), polled).await.expect("it never happens");
+    }
+
+    /// Serves a client in the background.
+    fn spawn(
+        service: &Arc<Service<Loopback>>,
+        accepted: TcpStream,
+        peer: SocketAddr,
+    ) -> tokio::task::JoinHandle<()> {
+        let service = Arc::clone(service);
+        tokio::spawn(async move { serve(&service, accepted, peer).await })
+    }
+
+    const LONG: Duration = Duration::from_secs(600);
+
+    #[tokio::test]
+    async fn a_held_client_reaches_a_mailbox_that_comes_back_with_all_it_said() {
+        let service = Arc::new(holding(LONG, 1).await);
+        let (mut client, accepted, peer) = client().await;
+        let local = accepted.local_addr().unwrap();
+        let serving = spawn(&service, accepted, peer);
+        client.write_all(b"early ").await.unwrap();
+        until(|| service.hold.places.available_permits() == 0).await;
+        client.write_all(b"bird").await.unwrap();
+        client.shutdown().await.unwrap(); // it said something, so it may wait for the reply
+        let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+        let (mut stream, _) = mailbox.accept().await.unwrap();
+        let mut got = String::new();
+        stream.read_to_string(&mut got).await.unwrap();
+        let (from, to) = (peer.port(), local.port());
+        assert_eq!(got, format!("PROXY TCP4 127.0.0.1 127.0.0.1 {from} {to}\r\nearly bird"));
+        assert_eq!(service.hold.places.available_permits(), 1, "it is not held any more");
+        stream.write_all(b"220 reply").await.unwrap();
+        drop(stream);
+        let mut reply = String::new();
+        client.read_to_string(&mut reply).await.unwrap();
+        assert_eq!(reply, "220 reply");
+        serving.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_hold_that_ends_is_answered() {
+        let service = holding(Duration::from_millis(300), 1).await;
+        let (mut client, accepted, peer) = client().await;
+        let began = Instant::now();
+        let told = async {
+            let mut text = String::new();
+            client.read_to_string(&mut text).await.unwrap();
+            drop(client);
+            text
+        };
+        let ((), text) = tokio::join!(serve(&service, accepted, peer), told);
+        assert!(text.starts_with("421 4.3.2 mx.example.org "), "{text}");
+        assert!(began.elapsed() >= Duration::from_millis(300));
+    }
+
+    #[tokio::test]
+    async fn a_client_too_many_is_answered_at_once() {
+        let service = Arc::new(holding(LONG, 1).await);
+        let (first, accepted, peer) = client().await;
+        let holding = spawn(&service, accepted, peer);
+        until(|| service.hold.places.available_permits() == 0).await;
+        let (mut second, accepted, peer) = client().await;
+        let refused = spawn(&service, accepted, peer);
+        let mut text = String::new();
+        second.read_to_string(&mut text).await.unwrap();
+        assert!(text.starts_with("421 "), "{text}");
+        drop((first, second));
+        refused.await.unwrap();
+        holding.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_full_table_does_not_keep_a_listener_from_trying() {
+        let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let service = Arc::new(holding(LONG, 1).await);
+        assert!(service.upstream.connect().await.is_err());
+        // Clients of other listeners have taken every place meanwhile, and the mailbox is back.
+        let _place = service.hold.places.acquire().await.unwrap();
+        *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+        let (client, accepted, peer) = client().await;
+        let serving = spawn(&service, accepted, peer);
+        mailbox.accept().await.unwrap();
+        drop(client);
+        serving.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_client_that_leaves_while_held_frees_its_place_at_once() {
+        let service = Arc::new(holding(LONG, 1).await);
+        for abruptly in [false, true] {
+            let (mut client, accepted, peer) = client().await;
+            let serving = spawn(&service, accepted, peer);
+            until(|| service.hold.places.available_permits() == 0).await;
+            if abruptly {
+                client.write_all(b"a word").await.unwrap();
+                client.reset();
+            }
+            drop(client);
+            timeout(Duration::from_secs(20), serving).await.expect("it is held for nobody").unwrap();
+            assert_eq!(service.hold.places.available_permits(), 1);
+        }
+    }
+
+    #[tokio::test]
+    async fn held_clients_are_turned_away_when_the_edge_stops() {
+        let service = Arc::new(holding(LONG, 1).await);
+        let (mut client, accepted, peer) = client().await;
+        let serving = spawn(&service, accepted, peer);
+        until(|| service.hold.places.available_permits() == 0).await;
+        service.drain.cancel();
+        let mut text = String::new();
+        client.read_to_string(&mut text).await.unwrap();
+        assert!(text.starts_with("421 "), "{text}");
+        drop(client);
+        serving.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_mailbox_that_closes_without_a_word_is_tried_again() {
+        let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let service = Arc::new(holding(LONG, 1).await);
+        *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+        let (mut client, accepted, peer) = client().await;
+        let serving = spawn(&service, accepted, peer);
+        drop(mailbox.accept().await.unwrap()); // unread, the header makes it a reset
+        let (mut starting, _) = mailbox.accept().await.unwrap();
+        starting.read_exact(&mut [0; 12]).await.unwrap();
+        while starting.try_read(&mut [0; 99]).is_ok_and(|read| read > 0) {}
+        drop(starting); // in order
+        let (mut stream, _) = mailbox.accept().await.unwrap();
+        stream.write_all(b"220 here\r\n").await.unwrap();
+        let mut greeting = [0; 10];
+        client.read_exact(&mut greeting).await.unwrap();
+        assert_eq!(&greeting, b"220 here\r\n");
+        drop((client, stream));
+        serving.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_session_of_which_a_byte_was_sent_is_never_tried_again() {
+        let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let service = Arc::new(holding(LONG, 1).await);
+        *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+        let (mut client, accepted, peer) = client().await;
+        let serving = spawn(&service, accepted, peer);
+        let (mut stream, _) = mailbox.accept().await.unwrap();
+        client.write_all(b"EHLO early\r\n").await.unwrap();
+        let mut got = Vec::new();
+        while !got.ends_with(b"early\r\n") {
+            stream.read_buf(&mut got).await.unwrap();
+        }
+        drop(stream);
+        assert_eq!(client.read(&mut [0]).await.unwrap(), 0, "the end is passed on");
+        drop(client);
+        serving.await.unwrap();
     }
 }

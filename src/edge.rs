@@ -1,9 +1,9 @@
 //! Joins the parts: bind, join the tailnet, accept, and stop in order.
 //!
 //! The order of the start is a promise. Ports are bound first, so that a
-//! mistake there does not use up an auth key; nothing is accepted before the
-//! node is on the tailnet, so that until then clients wait in the kernel's
-//! backlog instead of being turned away.
+//! mistake there does not use up an auth key. A node that is enrolled accepts at
+//! once, and holds its clients until it is on the tailnet; one that is not may
+//! never be, so until it is, clients wait in the kernel's backlog.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -13,19 +13,23 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
 use crate::admin::{self, Readiness};
+use crate::answer::PublicName;
 use crate::config::{self, Config};
-use crate::connection::Service;
+use crate::connection::{Hold, Service};
 use crate::credential::Sources;
 use crate::doctor::Examiner;
 use crate::drain::StopSignals;
 use crate::limits::{ClientLimit, connection_limit};
 use crate::listener::{self, Admission, BindError};
 use crate::membership::Membership;
+use crate::peers::Peers;
 use crate::relay::Timeouts;
 use crate::state_dir::{self, StateDirError};
 use crate::tailnet::{JoinError, Node, linked_version};
@@ -42,6 +46,9 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 /// How long the first contact with the upstreams may hold up the first client:
 /// enough for WireGuard to repeat a handshake, after 5 to 5.4 seconds.
 const GREETING_LIMIT: Duration = Duration::from_secs(7);
+
+/// How long those who wait for a tailnet that refuses this edge may take to read the answer.
+const TURN_AWAY_LIMIT: Duration = Duration::from_secs(3);
 
 /// Why the edge could not run; [`RunError::exit_code`] tells scripts.
 #[derive(Debug, Error)]
@@ -104,23 +111,9 @@ pub async fn run(config: Config, sources: Sources) -> Result<(), RunError> {
     examiner.set_node(Arc::clone(&node));
     let membership = Membership::new(Arc::clone(&node), sources, settings.clone());
 
-    let joined = tokio::select! {
-        joined = reach_tailnet(&membership, &config) => Some(joined),
-        signal = signals.stop() => {
-            info!(signal, "stopping before anything was served");
-            None
-        }
-    };
-    let outcome = match joined {
-        Some(Ok(())) => {
-            serve(&config, bound, membership, drain, &mut signals).await;
-            Ok(())
-        }
-        Some(Err(refused)) => Err(RunError::Join(refused)),
-        None => Ok(()),
-    };
+    let outcome = serve(&config, bound, membership, drain, &mut signals).await;
     close(&node, &mut signals).await;
-    outcome
+    outcome.map_err(RunError::Join)
 }
 
 /// Closes the node, within a limit and unless a signal says at once: whatever
@@ -166,79 +159,177 @@ fn announce(listener: &str, socket: &TcpListener) {
     }
 }
 
-/// Joins the tailnet and makes contact with the upstreams.
+/// Joins the tailnet and makes contact with the upstreams, unless a signal comes
+/// first, which is returned.
 ///
-/// The contact comes before the first client, because the first packets to a
+/// The contact comes before the first connection, because the first packets to a
 /// peer may be lost: it may not have heard of this node yet, and WireGuard asks
 /// again only after five seconds.
-async fn reach_tailnet(membership: &Membership, config: &Config) -> Result<(), JoinError> {
-    membership.join().await?;
-    let hosts: BTreeSet<&str> =
-        config.listeners.iter().map(|listener| listener.upstream.host.as_str()).collect();
-    let mut greetings = tokio::task::JoinSet::new();
-    for host in hosts {
-        greetings.spawn(greet_upstream(Arc::clone(&membership.node), host.to_owned()));
+async fn reach_tailnet(
+    membership: &Membership,
+    config: &Config,
+    signals: &mut StopSignals,
+) -> Result<Option<&'static str>, JoinError> {
+    let joined = async {
+        membership.join().await?;
+        let hosts: BTreeSet<&str> = config
+            .listeners
+            .iter()
+            .flat_map(|listener| &listener.upstream.hosts)
+            .map(String::as_str)
+            .collect();
+        let mut greetings = JoinSet::new();
+        for host in hosts {
+            greetings.spawn(greet_upstream(Arc::clone(&membership.node), host.to_owned()));
+        }
+        greetings.join_all().await;
+        Ok(None)
+    };
+    tokio::select! {
+        joined = joined => joined,
+        signal = signals.stop() => Ok(Some(signal)),
     }
-    greetings.join_all().await;
-    Ok(())
 }
 
-/// Accepts until a signal, then drains.
+/// Joins the tailnet and accepts until a signal, then drains.
 async fn serve(
     config: &Config,
     bound: Vec<Bound<'_>>,
     membership: Membership,
     drain: CancellationToken,
     signals: &mut StopSignals,
-) {
-    let sockets = bound.iter().map(|b| b.sockets.len()).sum();
-    let limit = connection_limit(config.limits.max_connections, sockets);
-    info!(
-        max_connections = limit.connections,
-        per_client = config.limits.max_connections_per_client,
-        "{}",
-        limit.reason
-    );
-    let admission = Admission {
-        permits: Arc::new(Semaphore::new(limit.connections)),
-        clients: ClientLimit::new(config.limits.max_connections_per_client),
-        tasks: TaskTracker::new(),
-    };
-    let mut accepting = tokio::task::JoinSet::new();
-    for Bound { listener, sockets } in bound {
-        let service = Arc::new(service(config, listener, &membership.node, &drain));
-        for socket in sockets {
-            announce(&listener.name, &socket);
-            accepting.spawn(listener::accept(socket, Arc::clone(&service), admission.clone()));
+) -> Result<(), JoinError> {
+    let node = Arc::clone(&membership.node);
+    let start = || Serving::start(config, bound, &node, drain);
+    let limit = config.timeouts.drain;
+    let serving = if node.is_enrolled()? {
+        let serving = start();
+        match reach_tailnet(&membership, config, signals).await {
+            Ok(None) => serving,
+            Ok(Some(signal)) => {
+                serving.stop(signal, limit, signals).await;
+                return Ok(());
+            }
+            Err(refused) => {
+                serving.turn_away().await;
+                return Err(refused);
+            }
         }
-    }
+    } else {
+        match reach_tailnet(&membership, config, signals).await? {
+            None => start(),
+            Some(signal) => {
+                info!(signal, "stopping before anything was served");
+                return Ok(());
+            }
+        }
+    };
     membership.announce();
     let keeping = tokio::spawn(async move { membership.keep().await });
-
     let signal = signals.stop().await;
     keeping.abort();
-    drain.cancel();
-    while accepting.join_next().await.is_some() {} // the ports are closed
-    stop(&admission.tasks, signal, config.timeouts.drain, signals).await;
+    serving.stop(signal, limit, signals).await;
+    Ok(())
 }
 
-fn service(
-    config: &Config,
-    listener: &config::Listener,
-    node: &Arc<Node>,
-    drain: &CancellationToken,
-) -> Service<Node> {
-    let config::Upstream { host, port } = listener.upstream.clone();
-    Service {
-        name: listener.name.clone(),
-        upstream: Upstream::new(Arc::clone(node), host, port, config.timeouts.connect),
-        proxy_protocol: listener.proxy_protocol,
-        timeouts: Timeouts {
-            idle: listener.idle_timeout,
-            half_close: config.timeouts.half_close,
-            quiet: QUIET,
-        },
-        drain: drain.clone(),
+/// The open ports, and what is connected through them.
+struct Serving {
+    accepting: JoinSet<()>,
+    watching: JoinSet<()>,
+    connections: TaskTracker,
+    drain: CancellationToken,
+}
+
+impl Serving {
+    fn start(config: &Config, bound: Vec<Bound<'_>>, node: &Arc<Node>, drain: CancellationToken) -> Serving {
+        let sockets = bound.iter().map(|b| b.sockets.len()).sum();
+        let limit = connection_limit(config.limits.max_connections, sockets);
+        let per_client = config.limits.max_connections_per_client;
+        info!(max_connections = limit.connections, per_client, "{}", limit.reason);
+        let admission = Admission {
+            permits: Arc::new(Semaphore::new(limit.connections)),
+            clients: ClientLimit::new(per_client),
+            tasks: TaskTracker::new(),
+        };
+        let shared = Shared {
+            node: Arc::clone(node),
+            held: Arc::new(Semaphore::new(config.limits.hold_max)),
+            public_name: PublicName::new(config.hostname.clone()),
+            drain: drain.clone(),
+        };
+        let (mut accepting, mut peers) = (JoinSet::new(), Peers::default());
+        for Bound { listener, sockets } in bound {
+            let service = Arc::new(shared.service(config, listener, &mut peers));
+            for socket in sockets {
+                announce(&listener.name, &socket);
+                accepting.spawn(listener::accept(socket, Arc::clone(&service), admission.clone()));
+            }
+        }
+        let mut watching = JoinSet::new();
+        let (node, dead_peer) = (Arc::clone(node), config.timeouts.dead_peer);
+        watching.spawn(async move { peers.watch(&node, dead_peer).await });
+        Serving { accepting, watching, connections: admission.tasks, drain }
+    }
+
+    /// Closes the ports and waits for the connections within `limit`; another signal ends the wait.
+    async fn stop(mut self, signal: &str, limit: Duration, signals: &mut StopSignals) {
+        self.close_ports().await;
+        let tasks = &self.connections;
+        info!(signal, connections = tasks.len(), "stopping");
+        tasks.close();
+        tokio::select! {
+            () = tasks.wait() => {}
+            () = tokio::time::sleep(limit) => {
+                warn!(connections = tasks.len(), "drain time-out of {limit:?} passed: connections were cut");
+            }
+            again = signals.stop() => warn!(signal = again, connections = tasks.len(), "stopping at once: connections were cut"),
+        }
+        self.watching.abort_all();
+        info!("stopped");
+    }
+
+    /// Closes the ports and turns away those who wait, who are all there are without a tailnet.
+    async fn turn_away(mut self) {
+        self.close_ports().await;
+        self.connections.close();
+        let _ = timeout(TURN_AWAY_LIMIT, self.connections.wait()).await;
+    }
+
+    async fn close_ports(&mut self) {
+        self.drain.cancel();
+        while self.accepting.join_next().await.is_some() {}
+    }
+}
+
+/// What all listeners share.
+struct Shared {
+    node: Arc<Node>,
+    /// One permit for each client that may be held.
+    held: Arc<Semaphore>,
+    public_name: PublicName,
+    drain: CancellationToken,
+}
+
+impl Shared {
+    fn service(&self, config: &Config, listener: &config::Listener, peers: &mut Peers) -> Service<Node> {
+        let config::Upstream { hosts, port } = &listener.upstream;
+        let servers = hosts.iter().map(|host| peers.get(host)).collect();
+        // Without a place for anybody nobody is held.
+        let limit = if config.limits.hold_max == 0 { Duration::ZERO } else { listener.hold };
+        Service {
+            name: listener.name.clone(),
+            protocol: listener.protocol,
+            upstream: Upstream::new(Arc::clone(&self.node), servers, *port, config.timeouts.connect),
+            proxy_protocol: listener.proxy_protocol,
+            timeouts: Timeouts {
+                idle: listener.idle_timeout,
+                half_close: config.timeouts.half_close,
+                quiet: QUIET,
+            },
+            hold: Hold { limit, places: Arc::clone(&self.held) },
+            public_name: self.public_name.clone(),
+            drain: self.drain.clone(),
+        }
     }
 }
 
@@ -255,20 +346,6 @@ async fn greet_upstream(node: Arc<Node>, host: String) {
         }
         Err(reason) => warn!(upstream = host, "upstream cannot be reached: {reason}"),
     }
-}
-
-/// Waits for the connections within `limit`; another signal ends the wait.
-async fn stop(tasks: &TaskTracker, signal: &str, limit: Duration, signals: &mut StopSignals) {
-    info!(signal, connections = tasks.len(), "stopping");
-    tasks.close();
-    tokio::select! {
-        () = tasks.wait() => {}
-        () = tokio::time::sleep(limit) => {
-            warn!(connections = tasks.len(), "drain time-out of {limit:?} passed: connections were cut");
-        }
-        again = signals.stop() => warn!(signal = again, connections = tasks.len(), "stopping at once: connections were cut"),
-    }
-    info!("stopped");
 }
 
 /// Writes the one line that ends a failed run.

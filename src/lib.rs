@@ -4,8 +4,9 @@
 //!
 //! The modules in reading order: [`edge`] joins the parts; [`listener`]
 //! accepts; [`connection`] is one client's life: [`upstream`] dials,
-//! [`proxy_header`] writes, [`relay`] moves the bytes. [`tailnet`] is the node
-//! and the C boundary, [`membership`] its life. The rest is what an operator touches: [`cli`],
+//! [`proxy_header`] writes, [`relay`] moves the bytes, [`answer`] speaks when
+//! there is no mailbox that could; [`peers`] notices one that is gone. [`tailnet`]
+//! is the node and the C boundary, [`membership`] its life. The rest is what an operator touches: [`cli`],
 //! [`config`], [`credential`], [`secret`], [`state_dir`], [`limits`], [`drain`],
 //! [`admin`], [`metrics`], [`doctor`].
 //!
@@ -22,6 +23,10 @@ pub mod upstream;
 pub mod proxy_header;
 
 pub mod relay;
+
+pub mod answer;
+
+pub mod peers;
 
 pub mod tailnet;
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use clap::Parser;
 use tailwart_edge::cli::{Cli, Command, ConfigArgs, DoctorArgs};
-use tailwart_edge::config::{Config, ConfigError, Upstream, config_path};
+use tailwart_edge::config::{Config, ConfigError, config_path};
 use tailwart_edge::credential::Sources;
 use tailwart_edge::doctor::{self, Patient};
 use tailwart_edge::{edge, tailnet};
@@ -49,8 +49,7 @@ fn check(args: &ConfigArgs) -> ExitCode {
             }
             for listener in &config.listeners {
                 let addresses: Vec<String> = listener.listen.iter().map(ToString::to_string).collect();
-                let Upstream { host, port } = &listener.upstream;
-                println!("{}: {} -> {host}:{port}", listener.name, addresses.join(", "));
+                println!("{}: {} -> {}", listener.name, addresses.join(", "), listener.upstream);
             }
             println!("the configuration is good");
             ExitCode::SUCCESS

@@ -101,6 +101,9 @@ pub struct Outcome {
 /// Why a relay ended.
 #[derive(Debug)]
 pub enum End {
+    /// The upstream ended or failed before any byte had moved either way, and was to speak first. The
+    /// client has not been told.
+    Wordless,
     /// Both directions ended in order.
     Closed {
         /// Whose end of stream came first.
@@ -126,26 +129,29 @@ pub enum End {
 }
 
 /// Relays until both directions ended, one side failed, or a time-out. `drain`
-/// completes when the edge begins to stop, `client_gone` when the client has
-/// reset its connection: reading does not tell while the upstream takes nothing,
-/// nor after the client's end of stream.
+/// completes when the edge begins to stop, `failed` when a side has failed in a
+/// way that reading does not tell: a client that resets while the upstream takes
+/// nothing, or after its end of stream; an upstream that went away without a word.
+/// `speaks_first` is whether the upstream is to say something before the client
+/// does.
 ///
 /// Cancellation drops bytes that were read but not yet written.
 pub async fn relay<C, U>(
     client: &mut C,
     upstream: &mut U,
     timeouts: Timeouts,
+    speaks_first: bool,
     drain: impl Future<Output = ()>,
-    client_gone: impl Future<Output = io::Error>,
+    failed: impl Future<Output = (Side, io::Error)>,
 ) -> Outcome
 where
     C: AsyncRead + AsyncWrite + Unpin,
     U: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut relay = Relay::default();
+    let mut relay = Relay { speaks_first, ..Relay::default() };
     let mut timer = pin!(Timer::start(timeouts.idle));
     let mut drain = pin!(drain);
-    let mut client_gone = pin!(client_gone);
+    let mut failed = pin!(failed);
     let mut draining = false;
     poll_fn(|cx| {
         let before = relay.progress();
@@ -157,8 +163,8 @@ where
         if let Poll::Ready(end) = both {
             return Poll::Ready(end);
         }
-        if let Poll::Ready(error) = client_gone.as_mut().poll(cx) {
-            return Poll::Ready(End::Failed { side: Side::Client, error });
+        if let Poll::Ready((side, error)) = failed.as_mut().poll(cx) {
+            return Poll::Ready(End::Failed { side, error });
         }
         draining = draining || drain.as_mut().poll(cx).is_ready();
         let (limit, end) = match relay.first {
@@ -189,6 +195,7 @@ impl End {
 struct Relay {
     sent: Direction,
     received: Direction,
+    speaks_first: bool,
     /// Whose end of stream came first.
     first: Option<Side>,
     /// Whether the client's bytes were the last to move: the upstream may be
@@ -209,6 +216,12 @@ impl Relay {
         !self.awaits_reply && self.sent.is_settled() && self.received.is_settled()
     }
 
+    /// Whether nothing has happened yet, and the upstream is to speak first.
+    fn awaits_first_word(&self) -> bool {
+        let silent = self.sent.first_byte.is_none() && self.received.first_byte.is_none();
+        self.speaks_first && self.first.is_none() && silent
+    }
+
     fn poll<C, U>(&mut self, cx: &mut Context<'_>, client: &mut C, upstream: &mut U) -> Poll<End>
     where
         C: AsyncRead + AsyncWrite + Unpin,
@@ -218,11 +231,13 @@ impl Relay {
         if self.first.is_none() && self.sent.ended() {
             self.first = Some(Side::Client);
         }
+        self.received.keeps_its_end = self.awaits_first_word();
         let received = self.received.poll(cx, upstream, client);
         if self.first.is_none() && self.received.ended() {
             self.first = Some(Side::Upstream);
         }
         match (sent, received) {
+            (_, Poll::Ready(Err(Fault::Source(_)))) if self.awaits_first_word() => Poll::Ready(End::Wordless),
             (Poll::Ready(Err(Fault::Source(error))), _) | (_, Poll::Ready(Err(Fault::Sink(error)))) => {
                 Poll::Ready(End::Failed { side: Side::Client, error })
             }
@@ -254,6 +269,8 @@ struct Direction {
     kept: Vec<u8>,
     kept_from: usize,
     state: State,
+    /// Whether an end of stream is a failure of the source, not to be passed on.
+    keeps_its_end: bool,
 }
 
 #[derive(Default, PartialEq, Eq)]
@@ -339,6 +356,9 @@ impl Direction {
             ready!(Pin::new(source).poll_read(cx, &mut read)).map_err(Fault::Source)?;
             let mut rest = read.filled();
             if rest.is_empty() {
+                if self.keeps_its_end && self.first_byte.is_none() {
+                    return Poll::Ready(Err(Fault::Source(io::ErrorKind::UnexpectedEof.into())));
+                }
                 self.state = State::Ending;
                 return Poll::Ready(Ok(()));
             }

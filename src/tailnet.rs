@@ -15,6 +15,7 @@ mod status;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -74,6 +75,8 @@ pub struct Node {
     /// For messages.
     control: String,
     tags: Vec<String>,
+    /// Whether the tags were found right, without which nothing is dialled.
+    tagged: AtomicBool,
 }
 
 impl Node {
@@ -95,7 +98,8 @@ impl Node {
             return Err(error);
         }
         let control = settings.control_url.clone().unwrap_or_else(|| "controlplane.tailscale.com".into());
-        Ok(Node { handle, sender, status, control, tags: settings.tags.clone() })
+        let (tags, tagged) = (settings.tags.clone(), AtomicBool::new(false));
+        Ok(Node { handle, sender, status, control, tags, tagged })
     }
 
     /// Joins the tailnet within `limit`, with what the node has on disk, and checks that every
@@ -227,17 +231,29 @@ impl Node {
     /// it. The state is asked for anew, since the last line of it may be older
     /// than the join.
     fn check_tags(&self) -> Result<(), JoinError> {
-        let line = self.handle.status().map_err(|code| JoinError::Start(failure(&self.handle, code)))?;
-        let status: NodeStatus =
-            serde_json::from_str(&line).map_err(|error| JoinError::Start(format!("its state: {error}")))?;
-        self.sender.send_replace(status.clone());
+        let status = self.look()?;
         let missing: Vec<&str> =
             self.tags.iter().filter(|tag| !status.tags.contains(tag)).map(String::as_str).collect();
         if missing.is_empty() {
+            self.tagged.store(true, Ordering::Relaxed);
             return Ok(());
         }
         let held = if status.tags.is_empty() { "no tag".to_owned() } else { status.tags.join(", ") };
         Err(JoinError::WrongTags { held, missing: missing.join(", ") })
+    }
+
+    /// The state as it is now.
+    fn look(&self) -> Result<NodeStatus, JoinError> {
+        let line = self.handle.status().map_err(|code| JoinError::Start(failure(&self.handle, code)))?;
+        let status: NodeStatus =
+            serde_json::from_str(&line).map_err(|error| JoinError::Start(format!("its state: {error}")))?;
+        self.sender.send_replace(status.clone());
+        Ok(status)
+    }
+
+    /// Whether the node has an identity, good or not, before it has said a word to the control server.
+    pub fn is_enrolled(&self) -> Result<bool, JoinError> {
+        Ok(self.look()?.enrolled)
     }
 
     /// The node's state; changes can be awaited.
@@ -247,8 +263,12 @@ impl Node {
 
     /// Connects to a peer by MagicDNS name, by its first label, or by tailnet
     /// address. It has no time limit of its own; dropping the future gives
-    /// the attempt up and frees everything.
+    /// the attempt up and frees everything. Until [`Node::up`] has found the tags right there are no
+    /// connections.
     pub async fn connect(&self, host: &str, port: u16) -> Result<TailnetStream, ConnectError> {
+        if !self.tagged.load(Ordering::Relaxed) {
+            return Err(ConnectError::NotRunning);
+        }
         let mut conn = self.handle.open(host, port)?;
         std::future::poll_fn(|cx| conn.poll_connected(cx)).await?;
         Ok(TailnetStream { conn })

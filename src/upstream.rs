@@ -1,23 +1,33 @@
 //! Where a listener's connections go, and how long to try.
 //!
-//! [`Dial`] is the seam to the network: the tailnet in production, anything
-//! that makes streams in tests. [`Upstream::connect`] bounds an attempt and,
-//! when it was met by silence, finds out what can be known: an access rule
-//! that denies a port has no error on a tailnet, it swallows the SYN.
+//! [`Dial`] is the seam to the network: the tailnet in production, anything that makes streams in
+//! tests. [`Upstream::connect`] tries each server once, in the order of the configuration, and says
+//! of each why it could not be reached; when one was met by silence it finds out what can be known:
+//! an access rule that denies a port has no error on a tailnet, it swallows the SYN.
+//! [`Upstream::reconnect`] goes on trying for clients that are held.
 //!
-//! One attempt is made; there is no retry, no failover and no health check
-//! here.
+//! Invariants
+//! - A server that its probe calls down is tried last, not never: the probe may be wrong.
+//! - However many clients wait for a mailbox, one of them tries; when it succeeds, the others follow
+//!   a few at a time.
+//! - Nothing is ever sent here, so that trying again repeats nothing.
+//!
+//! Deliberately not here: how long a client waits (see `connection.rs`), and probing.
 
 use std::fmt;
 use std::future::Future;
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::Mutex;
-use tokio::time::{Instant, timeout};
+use tokio::sync::{Mutex, Notify, Semaphore, watch};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tracing::{info, warn};
 
+use crate::peers::Peer;
 use crate::relay::Reset;
 use crate::tailnet::{ConnectError, Node, PingReport, TailnetStream};
 
@@ -27,6 +37,20 @@ const PING_LIMIT: Duration = Duration::from_secs(2);
 /// For how long what a ping found out is told to later connections too, so
 /// that a flood of them does not become a flood of pings.
 const FINDING_LIFE: Duration = Duration::from_secs(10);
+
+/// How long a SYN may go unanswered before a second attempt is made beside the first, from another
+/// port. A userspace stack at the other end (tsnet, a tailscaled without TUN) may keep an old
+/// connection from the first one's port and answer nothing.
+const SECOND_ATTEMPT: Duration = Duration::from_secs(2);
+
+/// How long whoever tries for the held clients pauses after a failure: twice as long each time, and
+/// never so long that a mailbox that is back waits noticeably.
+const PAUSE_FIRST: Duration = Duration::from_millis(100);
+const PAUSE_LAST: Duration = Duration::from_secs(2);
+
+/// How many held clients dial at once when their mailbox is back: it has just started, and its
+/// backlog is short (Postfix asks for 100).
+const RETURNING: usize = 64;
 
 /// Makes connections to peers.
 pub trait Dial: Send + Sync + 'static {
@@ -57,20 +81,48 @@ impl Dial for Node {
     }
 }
 
-/// A port of a peer, and how to reach it.
+/// The mailbox's servers as one listener sees them, and how to reach them.
 #[derive(Debug)]
 pub struct Upstream<D> {
     dialler: Arc<D>,
-    host: String,
-    port: u16,
+    servers: Vec<Arc<Server>>,
     connect_timeout: Duration,
+    /// Why no server could be reached at the last attempt; none while one can.
+    away: watch::Sender<Option<UpstreamError>>,
+    /// Held by the one who tries for all that wait.
+    turn: Mutex<Turn>,
+    returning: Semaphore,
+}
+
+/// A port of a peer.
+#[derive(Debug)]
+pub struct Server {
+    peer: Arc<Peer>,
+    /// The port.
+    pub port: u16,
+    up: AtomicBool,
+    /// Told of each failure to connect, so that the probe need not wait for its next turn.
+    suspected: Notify,
     /// The last answer to "why is it silent", and when it was found.
     finding: Mutex<Option<(Instant, Silence)>>,
 }
 
-/// Why an upstream could not be reached.
+/// When to try again for those who wait.
+#[derive(Debug)]
+struct Turn {
+    next: Instant,
+    pause: Duration,
+}
+
+/// Why no server of an upstream could be reached: each one's failure, in the order of the attempts.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-pub enum UpstreamError {
+pub struct UpstreamError {
+    failures: Vec<(String, Failure)>,
+}
+
+/// Why one server could not be reached.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum Failure {
     /// The attempt ended with an answer.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -82,6 +134,14 @@ pub enum UpstreamError {
         /// What a ping found out afterwards.
         silence: Silence,
     },
+    /// The connection failed before the server had the header.
+    #[error("cannot send it the PROXY header: {0}; check the mail server's log")]
+    Header(io::ErrorKind),
+    /// The server took the connection and ended it before either side had said a word.
+    #[error(
+        "the mail server closes the connection without a word; it may be starting, or it may not trust this edge's PROXY header: look into its log"
+    )]
+    Wordless,
 }
 
 /// What is behind a silent port.
@@ -121,32 +181,209 @@ impl fmt::Display for Silence {
     }
 }
 
-impl<D: Dial> Upstream<D> {
-    /// A port of a peer; nothing is dialled or looked up yet.
-    pub fn new(dialler: Arc<D>, host: String, port: u16, connect_timeout: Duration) -> Upstream<D> {
-        Upstream { dialler, host, port, connect_timeout, finding: Mutex::new(None) }
+impl fmt::Display for UpstreamError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let [(_, only)] = &self.failures[..] {
+            return only.fmt(f);
+        }
+        for (index, (server, failure)) in self.failures.iter().enumerate() {
+            write!(f, "{}{server}: {failure}", if index == 0 { "" } else { "; " })?;
+        }
+        Ok(())
+    }
+}
+
+impl UpstreamError {
+    /// Whether waiting may help. A name that is our own is a mistake in the configuration.
+    pub fn may_pass(&self) -> bool {
+        self.failures.iter().any(|(_, failure)| *failure != Failure::Connect(ConnectError::IsSelf))
+    }
+}
+
+impl Server {
+    fn new(peer: Arc<Peer>, port: u16) -> Server {
+        let (suspected, finding) = (Notify::new(), Mutex::new(None));
+        Server { peer, port, up: AtomicBool::new(true), suspected, finding }
     }
 
-    /// Connects, or says why not, within the connect time-out and, after a
-    /// silence, two seconds more. Dropping the future gives up.
-    pub async fn connect(&self) -> Result<D::Stream, UpstreamError> {
-        match timeout(self.connect_timeout, self.dialler.dial(&self.host, self.port)).await {
-            Ok(Err(ConnectError::TimedOut)) | Err(_) => {
-                Err(UpstreamError::Silent { limit: self.connect_timeout, silence: self.silence().await })
+    /// The peer, as the configuration names it.
+    pub fn host(&self) -> &str {
+        &self.peer.host
+    }
+
+    /// Completes when the peer has gone silent under the connections to it.
+    pub async fn lost(&self) {
+        self.peer.lost().await;
+    }
+
+    /// Completes when a connection to it has failed since the last time.
+    pub async fn suspected(&self) {
+        self.suspected.notified().await;
+    }
+}
+
+impl fmt::Display for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host().parse::<std::net::Ipv6Addr>() {
+            Ok(v6) => write!(f, "[{v6}]:{}", self.port),
+            Err(_) => write!(f, "{}:{}", self.host(), self.port),
+        }
+    }
+}
+
+impl<D: Dial> Upstream<D> {
+    /// The same port of one peer or several, in the order they are tried; nothing is dialled or
+    /// looked up yet.
+    pub fn new(dialler: Arc<D>, peers: Vec<Arc<Peer>>, port: u16, connect_timeout: Duration) -> Upstream<D> {
+        Upstream {
+            dialler,
+            servers: peers.into_iter().map(|peer| Arc::new(Server::new(peer, port))).collect(),
+            connect_timeout,
+            away: watch::Sender::new(None),
+            turn: Mutex::new(Turn { next: Instant::now(), pause: PAUSE_FIRST }),
+            returning: Semaphore::new(RETURNING),
+        }
+    }
+
+    /// What it dials with.
+    #[cfg(test)]
+    pub fn dialler(&self) -> &D {
+        &self.dialler
+    }
+
+    /// Its servers, in their order.
+    pub fn servers(&self) -> &[Arc<Server>] {
+        &self.servers
+    }
+
+    /// Why no server could be reached at the last attempt; `None` while one can.
+    pub fn away(&self) -> Option<UpstreamError> {
+        self.away.borrow().clone()
+    }
+
+    /// Notes what a probe has found: a server that is down is tried last, and one that is up is
+    /// worth an attempt by those who wait.
+    pub fn found(&self, server: &Server, up: bool) {
+        server.up.store(up, Ordering::Relaxed);
+        if up {
+            self.is_back();
+        }
+    }
+
+    /// Connects to the first server that can be reached, or says why none can: for each server
+    /// within the connect time-out and, after a silence, two seconds more. Dropping the future gives
+    /// up.
+    pub async fn connect(&self) -> Result<(D::Stream, Arc<Server>), UpstreamError> {
+        let mut failures = Vec::new();
+        let mut servers: Vec<&Arc<Server>> = self.servers.iter().collect();
+        servers.sort_by_key(|server| !server.up.load(Ordering::Relaxed)); // keeps their order
+        for server in servers {
+            match self.connect_to(server).await {
+                Ok(stream) => {
+                    self.is_back();
+                    return Ok((stream, Arc::clone(server)));
+                }
+                Err(failure) => {
+                    server.suspected.notify_one();
+                    failures.push((server.to_string(), failure));
+                }
             }
-            Ok(outcome) => outcome.map_err(UpstreamError::Connect),
+        }
+        Err(self.failed(UpstreamError { failures }))
+    }
+
+    /// Notes that a connection to a server failed after it was made.
+    pub fn suspect(&self, server: &Server, failure: Failure) -> UpstreamError {
+        server.suspected.notify_one();
+        UpstreamError { failures: vec![(server.to_string(), failure)] }
+    }
+
+    fn failed(&self, error: UpstreamError) -> UpstreamError {
+        self.away.send_if_modified(|away| {
+            if away.is_none() {
+                warn!(upstream = %self, "cannot be reached: {error}");
+            }
+            *away = Some(error.clone());
+            false // those who wait are not woken for another reason to wait
+        });
+        error
+    }
+
+    fn is_back(&self) {
+        if self.away.send_if_modified(|away| away.take().is_some()) {
+            info!(upstream = %self, "reached again");
+        }
+    }
+
+    /// Connects as soon as a server can be reached. Of all who wait, one tries, again and again with
+    /// growing pauses; when it succeeds, or a probe does, the others try too. It has no time limit;
+    /// dropping the future gives up, and another one tries on.
+    pub async fn reconnect(&self) -> (D::Stream, Arc<Server>) {
+        loop {
+            tokio::select! {
+                mut turn = self.turn.lock() => {
+                    let _ = timeout_at(turn.next, self.back()).await;
+                    let connected = self.connect().await;
+                    turn.took(connected.is_ok());
+                    if let Ok(connected) = connected {
+                        return connected;
+                    }
+                }
+                () = self.back() => {
+                    let _few = self.returning.acquire().await;
+                    if let Ok(connected) = self.connect().await {
+                        return connected;
+                    }
+                }
+            }
+        }
+    }
+
+    /// As [`Upstream::connect`], unless another one is trying for those who wait: then, or if it
+    /// fails, the reason why no server could be reached.
+    pub async fn connect_in_turn(&self) -> Result<(D::Stream, Arc<Server>), Option<UpstreamError>> {
+        let Ok(mut turn) = self.turn.try_lock() else { return Err(self.away()) };
+        let connected = self.connect().await;
+        turn.took(connected.is_ok());
+        connected.map_err(Some)
+    }
+
+    /// Completes when the last attempt was a success.
+    async fn back(&self) {
+        // What it returns is a lock, and must not outlive this line.
+        let _ = self.away.subscribe().wait_for(Option::is_none).await;
+    }
+
+    async fn connect_to(&self, server: &Server) -> Result<D::Stream, Failure> {
+        match timeout(self.connect_timeout, self.dial_twice(server)).await {
+            Ok(Err(ConnectError::TimedOut)) | Err(_) => {
+                Err(Failure::Silent { limit: self.connect_timeout, silence: self.silence(server).await })
+            }
+            Ok(outcome) => outcome.map_err(Failure::Connect),
+        }
+    }
+
+    async fn dial_twice(&self, server: &Server) -> Result<D::Stream, ConnectError> {
+        let mut first = std::pin::pin!(self.dialler.dial(server.host(), server.port));
+        tokio::select! {
+            answer = &mut first => return answer,
+            () = sleep(SECOND_ATTEMPT) => {}
+        }
+        tokio::select! {
+            answer = &mut first => answer,
+            answer = self.dialler.dial(server.host(), server.port) => answer,
         }
     }
 
     /// Finds out what is behind a silent port; one ping at a time.
-    async fn silence(&self) -> Silence {
-        let mut finding = self.finding.lock().await;
+    async fn silence(&self, server: &Server) -> Silence {
+        let mut finding = server.finding.lock().await;
         if let Some((found, silence)) = &*finding
             && found.elapsed() < FINDING_LIFE
         {
             return silence.clone();
         }
-        let silence = match self.dialler.ping(&self.host, PING_LIMIT).await {
+        let silence = match self.dialler.ping(server.host(), PING_LIMIT).await {
             Ok(report) if report.answered => Silence::Port,
             Ok(report) => Silence::Peer { online: report.online, last_seen: report.last_seen },
             // Nothing was found out, so there is nothing to tell others.
@@ -157,12 +394,24 @@ impl<D: Dial> Upstream<D> {
     }
 }
 
+impl Turn {
+    /// Notes an attempt that just ended.
+    fn took(&mut self, success: bool) {
+        if success {
+            *self = Turn { next: Instant::now(), pause: PAUSE_FIRST };
+        } else {
+            self.next = Instant::now() + self.pause;
+            self.pause = (self.pause * 2).min(PAUSE_LAST);
+        }
+    }
+}
+
 impl<D> fmt::Display for Upstream<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.host.parse::<std::net::Ipv6Addr>() {
-            Ok(v6) => write!(f, "[{v6}]:{}", self.port),
-            Err(_) => write!(f, "{}:{}", self.host, self.port),
+        for (index, server) in self.servers.iter().enumerate() {
+            write!(f, "{}{server}", if index == 0 { "" } else { ", " })?;
         }
+        Ok(())
     }
 }
 
@@ -202,8 +451,13 @@ mod tests {
 
     fn silent(ping: Result<PingReport, ConnectError>) -> (Arc<Silent>, Upstream<Silent>) {
         let dialler = Arc::new(Silent { ping, pings: AtomicUsize::new(0) });
-        let upstream = Upstream::new(Arc::clone(&dialler), "stalwart".into(), 25, Duration::from_secs(5));
+        let upstream = upstream(Arc::clone(&dialler), &["stalwart"], Duration::from_secs(5));
         (dialler, upstream)
+    }
+
+    fn upstream<D: Dial>(dialler: Arc<D>, hosts: &[&str], limit: Duration) -> Upstream<D> {
+        let peers = hosts.iter().map(|host| Arc::new(Peer::new((*host).to_owned()))).collect();
+        Upstream::new(dialler, peers, 25, limit)
     }
 
     async fn message(ping: Result<PingReport, ConnectError>) -> String {
@@ -248,13 +502,187 @@ mod tests {
         assert_eq!(dialler.pings.load(Ordering::Relaxed), 2, "an old finding is not told");
     }
 
+    /// Each host refuses, connects, or is silent, as the test says; every dial is noted.
+    #[derive(Default)]
+    struct Switched {
+        hosts: std::sync::Mutex<std::collections::HashMap<String, Answer>>,
+        dials: std::sync::Mutex<Vec<String>>,
+        at_once: AtomicUsize,
+        most_at_once: AtomicUsize,
+    }
+
+    #[derive(Clone, Copy, PartialEq)]
+    enum Answer {
+        Refuse,
+        Connect,
+        Silence,
+    }
+
+    impl Switched {
+        fn set(&self, host: &str, answer: Answer) {
+            self.hosts.lock().unwrap().insert(host.to_owned(), answer);
+        }
+
+        fn dials(&self) -> Vec<String> {
+            std::mem::take(&mut *self.dials.lock().unwrap())
+        }
+    }
+
+    impl Dial for Switched {
+        type Stream = tokio::io::DuplexStream;
+
+        async fn dial(&self, host: &str, _: u16) -> Result<Self::Stream, ConnectError> {
+            self.dials.lock().unwrap().push(host.to_owned());
+            let at_once = 1 + self.at_once.fetch_add(1, Ordering::Relaxed);
+            self.most_at_once.fetch_max(at_once, Ordering::Relaxed);
+            sleep(Duration::from_millis(1)).await;
+            self.at_once.fetch_sub(1, Ordering::Relaxed);
+            let answer = self.hosts.lock().unwrap().get(host).copied();
+            match answer.unwrap_or(Answer::Refuse) {
+                Answer::Refuse => Err(ConnectError::Refused),
+                Answer::Connect => Ok(tokio::io::duplex(1).0),
+                Answer::Silence => pending().await,
+            }
+        }
+
+        async fn ping(&self, _: &str, _: Duration) -> Result<PingReport, ConnectError> {
+            Ok(report(true, true, ""))
+        }
+    }
+
+    impl Reset for tokio::io::DuplexStream {
+        fn reset(&mut self) {}
+    }
+
+    const LIMIT: Duration = Duration::from_secs(8);
+
+    fn switched(hosts: &[&str]) -> (Arc<Switched>, Arc<Upstream<Switched>>) {
+        let dialler = Arc::new(Switched::default());
+        (Arc::clone(&dialler), Arc::new(upstream(dialler, hosts, LIMIT)))
+    }
+
+    async fn connected_host(upstream: &Upstream<Switched>) -> String {
+        upstream.connect().await.expect("one can be reached").1.host().to_owned()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn servers_are_tried_in_their_order() {
+        let (dialler, upstream) = switched(&["a", "b", "c"]);
+        dialler.set("b", Answer::Connect);
+        dialler.set("c", Answer::Connect);
+        assert_eq!(connected_host(&upstream).await, "b");
+        assert_eq!(dialler.dials(), ["a", "b"]);
+        dialler.set("a", Answer::Connect);
+        assert_eq!(connected_host(&upstream).await, "a", "the first one, as soon as it is there");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_whose_probe_fails_is_tried_last_until_it_passes() {
+        let (dialler, upstream) = switched(&["a", "b"]);
+        dialler.set("a", Answer::Silence);
+        dialler.set("b", Answer::Connect);
+        upstream.found(&upstream.servers()[0], false);
+        assert_eq!(connected_host(&upstream).await, "b");
+        assert_eq!(dialler.dials(), ["b"], "nobody waits for the first one");
+        dialler.set("a", Answer::Connect);
+        dialler.set("b", Answer::Refuse);
+        assert_eq!(connected_host(&upstream).await, "a", "the probe may be wrong");
+        upstream.found(&upstream.servers()[0], true);
+        dialler.set("b", Answer::Connect);
+        assert_eq!(connected_host(&upstream).await, "a");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn every_failure_is_told() {
+        let (dialler, upstream) = switched(&["a", "fd7a::1"]);
+        dialler.set("fd7a::1", Answer::Silence);
+        let error = upstream.connect().await.expect_err("neither can be reached");
+        let text = error.to_string();
+        assert!(text.starts_with("a:25: the peer refused the connection; check"), "{text}");
+        assert!(
+            text.contains("; [fd7a::1]:25: no answer within 8s: the peer itself answers a ping"),
+            "{text}"
+        );
+        assert_eq!(upstream.away(), Some(error));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lost_first_attempt_is_made_good_by_a_second() {
+        struct SecondWins(AtomicUsize);
+        impl Dial for SecondWins {
+            type Stream = tokio::io::DuplexStream;
+            async fn dial(&self, _: &str, _: u16) -> Result<Self::Stream, ConnectError> {
+                match self.0.fetch_add(1, Ordering::Relaxed) {
+                    0 => pending().await,
+                    _ => Ok(tokio::io::duplex(1).0),
+                }
+            }
+            async fn ping(&self, _: &str, _: Duration) -> Result<PingReport, ConnectError> {
+                Err(ConnectError::NoSuchPeer)
+            }
+        }
+        let upstream = upstream(Arc::new(SecondWins(AtomicUsize::new(0))), &["a"], LIMIT);
+        let began = Instant::now();
+        upstream.connect().await.expect("the second one connects");
+        assert_eq!(began.elapsed(), SECOND_ATTEMPT);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_all_who_wait_one_tries_and_all_follow() {
+        let (dialler, upstream) = switched(&["a"]);
+        assert!(upstream.connect().await.is_err());
+        let mut waiting = tokio::task::JoinSet::new();
+        for _ in 0..1000 {
+            let upstream = Arc::clone(&upstream);
+            waiting.spawn(async move { upstream.reconnect().await });
+        }
+        dialler.dials();
+        sleep(Duration::from_secs(30)).await;
+        // After 0, 0.1, 0.3, 0.7, 1.5 and 3.1 s, and then every two seconds.
+        assert!((15..=20).contains(&dialler.dials().len()), "one at a time, with pauses");
+        dialler.most_at_once.store(0, Ordering::Relaxed);
+        dialler.set("a", Answer::Connect);
+        let came_back = Instant::now();
+        while waiting.join_next().await.is_some() {}
+        assert!(came_back.elapsed() < PAUSE_LAST + Duration::from_millis(100), "{:?}", came_back.elapsed());
+        assert!(dialler.most_at_once.load(Ordering::Relaxed) <= RETURNING + 1, "not all at once");
+        assert_eq!(dialler.dials().len(), 1000);
+        assert_eq!(upstream.away(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn when_the_one_who_tries_leaves_another_one_does() {
+        let (dialler, upstream) = switched(&["a"]);
+        assert!(upstream.connect().await.is_err());
+        let mut first = Box::pin(upstream.reconnect());
+        assert!(timeout(Duration::from_secs(3), &mut first).await.is_err());
+        let mut second = Box::pin(upstream.reconnect());
+        assert!(timeout(Duration::from_secs(3), &mut second).await.is_err());
+        drop(first);
+        dialler.set("a", Answer::Connect);
+        timeout(PAUSE_LAST * 2, second).await.expect("it tries");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_probe_that_passes_brings_those_who_wait_back() {
+        let (dialler, upstream) = switched(&["a"]);
+        assert!(upstream.connect().await.is_err());
+        let turn = upstream.turn.lock().await; // nobody tries
+        let mut waiting = Box::pin(upstream.reconnect());
+        assert!(timeout(Duration::from_secs(60), &mut waiting).await.is_err());
+        dialler.set("a", Answer::Connect);
+        upstream.found(&upstream.servers()[0], true);
+        timeout(Duration::from_millis(100), waiting).await.expect("it tries at once");
+        drop(turn);
+    }
+
     #[test]
     fn an_upstream_is_written_as_people_write_it() {
         for (host, expected) in
             [("stalwart", "stalwart:25"), ("100.64.0.1", "100.64.0.1:25"), ("fd7a::1", "[fd7a::1]:25")]
         {
             let (dialler, _) = silent(Err(ConnectError::NoSuchPeer));
-            let upstream = Upstream::new(dialler, host.into(), 25, Duration::from_secs(5));
+            let upstream = upstream(dialler, &[host], Duration::from_secs(5));
             assert_eq!(upstream.to_string(), expected);
         }
     }

@@ -19,12 +19,14 @@ use super::{Listener, Protocol, ProxyProtocol, Upstream, values};
 
 /// What `[upstream]` and `--upstream` give to listeners that name nothing of their own.
 pub(super) struct Shared {
-    pub host: Option<String>,
+    pub hosts: Option<Vec<String>>,
     /// Whether a host was given at all, good or bad.
     pub host_given: bool,
     pub host_place: Place,
     pub proxy_protocol: ProxyProtocol,
     pub proxy_place: Place,
+    /// For the mail protocols.
+    pub hold: Duration,
 }
 
 /// The listeners of the file, or the five default ones, and the addresses they claim.
@@ -44,15 +46,20 @@ pub(super) fn listeners(
     (drafts.into_iter().filter_map(|draft| draft.finish(shared)).collect(), claims)
 }
 
-/// An upstream's host. Several hosts per upstream are planned; until then a list is refused in so
-/// many words.
-pub(super) fn host(table: &mut Table, key: &'static str, mistakes: &mut Mistakes) -> Option<String> {
-    if let Some(place) = table.place_of_array(key, mistakes) {
-        let expected = values::HOST.expected;
-        mistakes.value(&place, &format!("a list of hosts is not supported yet; expected {expected}"));
-        return None;
+/// An upstream's host, or several in an array; `None` if there is none.
+pub(super) fn hosts(table: &mut Table, key: &'static str, mistakes: &mut Mistakes) -> Option<Vec<String>> {
+    if !table.is_array(key) {
+        return table.get(key, &values::HOST, mistakes).map(|host| vec![host.value]);
     }
-    table.get(key, &values::HOST, mistakes).map(|host| host.value)
+    let mut hosts: Vec<String> = Vec::new();
+    for host in table.list(key, &values::HOST, mistakes)? {
+        if hosts.contains(&host.value) {
+            let problem = format!("{} is named twice; expected each host once", host.shown);
+            mistakes.value(&host.place, &problem);
+        }
+        hosts.push(host.value);
+    }
+    (!hosts.is_empty()).then_some(hosts)
 }
 
 /// A listener as far as its table goes; `None` is what is absent, or wrong and reported.
@@ -63,10 +70,11 @@ struct Draft {
     protocol: Option<Protocol>,
     claims: Vec<Claim>,
     configured: bool,
-    host: Host,
+    hosts: Hosts,
     port: Option<u16>,
     proxy_protocol: Option<Found<ProxyProtocol>>,
     idle_timeout: Option<Duration>,
+    hold: Option<Duration>,
 }
 
 struct Name {
@@ -76,10 +84,10 @@ struct Name {
     place: Place,
 }
 
-enum Host {
+enum Hosts {
     Shared,
-    /// The listener's own; `None` if it is wrong.
-    Own(Option<String>),
+    /// The listener's own; `None` if they are wrong.
+    Own(Option<Vec<String>>),
 }
 
 impl Draft {
@@ -91,10 +99,11 @@ impl Draft {
             protocol: Some(protocol),
             claims: default_claims(protocol, &place, &owner),
             configured: false,
-            host: Host::Shared,
+            hosts: Hosts::Shared,
             port: protocol.default_port(),
             proxy_protocol: None,
             idle_timeout: None,
+            hold: None,
             owner,
         }
     }
@@ -111,31 +120,34 @@ impl Draft {
         let configured = table.has("listen");
         let claims = claims(&mut table, protocol, &owner, mistakes);
         let port = upstream_port(&mut table, protocol, mistakes);
-        let host = match table.has("upstream") {
-            true => Host::Own(host(&mut table, "upstream", mistakes)),
-            false => Host::Shared,
+        let hosts = match table.has("upstream") {
+            true => Hosts::Own(hosts(&mut table, "upstream", mistakes)),
+            false => Hosts::Shared,
         };
         let proxy_protocol = table.get("proxy_protocol", &values::PROXY_PROTOCOL, mistakes);
         let idle_timeout = table.get("idle_timeout", &values::DURATION, mistakes).map(|found| found.value);
+        let hold = table.get("hold", &values::DURATION_OR_ZERO, mistakes).map(|found| found.value);
         table.finish(mistakes);
-        Draft { owner, name, protocol, claims, configured, host, port, proxy_protocol, idle_timeout }
+        Draft { owner, name, protocol, claims, configured, hosts, port, proxy_protocol, idle_timeout, hold }
     }
 
     /// `None` if something is missing or wrong, which has been reported.
     fn finish(self, shared: &Shared) -> Option<Listener> {
         let protocol = self.protocol?;
-        let host = match self.host {
-            Host::Own(host) => host,
-            Host::Shared => shared.host.clone(),
+        let hosts = match self.hosts {
+            Hosts::Own(hosts) => hosts,
+            Hosts::Shared => shared.hosts.clone(),
         };
+        let hold = if protocol.is_mail() { shared.hold } else { Duration::ZERO };
         Some(Listener {
             name: self.name?.text,
             protocol,
             listen: self.claims.iter().map(|claim| claim.address).collect(),
             configured: self.configured,
-            upstream: Upstream { host: host?, port: self.port? },
+            upstream: Upstream { hosts: hosts?, port: self.port? },
             proxy_protocol: self.proxy_protocol.map_or(shared.proxy_protocol, |found| found.value),
             idle_timeout: self.idle_timeout.unwrap_or(protocol.default_idle_timeout()),
+            hold: self.hold.unwrap_or(hold),
         })
     }
 }
@@ -196,7 +208,7 @@ fn upstream_port(table: &mut Table, protocol: Option<Protocol>, mistakes: &mut M
 }
 
 fn report_missing_host(drafts: &[Draft], shared: &Shared, mistakes: &mut Mistakes) {
-    if !shared.host_given && drafts.iter().any(|draft| matches!(draft.host, Host::Shared)) {
+    if !shared.host_given && drafts.iter().any(|draft| matches!(draft.hosts, Hosts::Shared)) {
         let problem = "missing; set it to the mailbox's name on the tailnet, or give --upstream HOST";
         mistakes.structure(&shared.host_place, problem);
     }

@@ -16,13 +16,15 @@ use super::mistakes::{At, Mistakes, Place, key_shown, quoted, shown};
 use super::values::{Kind, substitute};
 
 /// Keys that people try, and where the setting really is.
-const ELSEWHERE: [(&str, &str, &str); 10] = [
+const ELSEWHERE: [(&str, &str, &str); 12] = [
     ("tailnet", "auth_key", "set auth_key_file here or TS_AUTHKEY in the environment"),
     ("tailnet", "authkey", "set auth_key_file here or TS_AUTHKEY in the environment"),
     ("upstream", "port", "set upstream_port of a [[listener]]"),
     ("upstream", "connect_timeout", "set timeouts.connect"),
     ("upstream", "idle_timeout", "set idle_timeout of a [[listener]]"),
     ("timeouts", "idle", "set idle_timeout of a [[listener]]"),
+    ("upstream", "hosts", "set host to one host or to an array of them"),
+    ("limits", "hold", "set timeouts.hold, and limits.hold_max"),
     ("timeouts", "join", "set tailnet.join_timeout"),
     ("listener", "port", "set listen and upstream_port"),
     ("listener", "host", "set upstream"),
@@ -66,10 +68,9 @@ impl<'t> Table<'t> {
         &self.place.key
     }
 
-    /// Where the key's value is, if it is an array. Makes the key known.
-    pub fn place_of_array(&mut self, key: &'static str, mistakes: &Mistakes) -> Option<Place> {
-        let value = self.raw(key).filter(|value| value.get_ref().is_array())?;
-        Some(Place { at: mistakes.line(&value.span()), ..self.place(key) })
+    /// Whether the key's value is an array. Makes the key known.
+    pub fn is_array(&mut self, key: &'static str) -> bool {
+        self.raw(key).is_some_and(|value| value.get_ref().is_array())
     }
 
     /// A string of the given kind.

@@ -15,25 +15,28 @@ use super::clashes::{Claim, report_clashes};
 use super::listeners::{self, Shared};
 use super::mistakes::{At, Mistakes, Place, quoted};
 use super::reader::{Found, Table};
-use super::{Config, ConfigError, Limits, ProxyProtocol, Tailnet, Timeouts, syntax, values};
+use super::{Config, ConfigError, Limits, Probe, ProxyProtocol, Tailnet, Timeouts, syntax, values};
 
 /// Everything in the file; `upstream` is the value of `--upstream`.
 pub(super) fn config(mut mistakes: Mistakes, upstream: Option<&str>) -> Result<Config, ConfigError> {
     let text = syntax::rescue(mistakes.text, &mut mistakes);
     let (document, _) = DeTable::parse_recoverable(&text);
     let mut root = Table::root(document.get_ref());
+    let hostname = root.get("hostname", &values::PUBLIC_NAME, &mut mistakes).map(value);
     let tailnet = tailnet(root.table("tailnet", &mut mistakes), &mut mistakes);
-    let shared = shared(root.table("upstream", &mut mistakes), upstream, &mut mistakes);
+    let timeouts = timeouts(root.table("timeouts", &mut mistakes), &mut mistakes);
+    let shared = shared(root.table("upstream", &mut mistakes), upstream, timeouts.hold, &mut mistakes);
     let tables = root.tables("listener", &mut mistakes);
     let (listeners, mut claims) = listeners::listeners(tables, &shared, &mut mistakes);
-    let timeouts = timeouts(root.table("timeouts", &mut mistakes), &mut mistakes);
     let limits = limits(root.table("limits", &mut mistakes), &mut mistakes);
+    let probe = probe(root.table("probe", &mut mistakes), &mut mistakes);
     let admin = admin(root.table("admin", &mut mistakes), &mut mistakes);
     root.finish(&mut mistakes);
     claims.extend(admin.clone());
     report_clashes(&claims, &mut mistakes);
     let warnings = mistakes.finish()?;
-    Ok(Config { tailnet, listeners, timeouts, limits, admin: admin.map(|claim| claim.address), warnings })
+    let admin = admin.map(|claim| claim.address);
+    Ok(Config { hostname, tailnet, listeners, timeouts, limits, probe, admin, warnings })
 }
 
 fn tailnet(mut table: Table, mistakes: &mut Mistakes) -> Tailnet {
@@ -82,19 +85,19 @@ fn control_url_variable(mistakes: &mut Mistakes) -> Option<String> {
 }
 
 /// `[upstream]`: what listeners use that name nothing of their own.
-fn shared(mut table: Table, flag: Option<&str>, mistakes: &mut Mistakes) -> Shared {
+fn shared(mut table: Table, flag: Option<&str>, hold: Duration, mistakes: &mut Mistakes) -> Shared {
     let host_place = table.place("host");
     let host_given = table.has("host") || flag.is_some();
-    let host = match flag {
-        Some(flag) => host_flag(flag, mistakes),
-        None => listeners::host(&mut table, "host", mistakes),
+    let hosts = match flag {
+        Some(flag) => host_flag(flag, mistakes).map(|host| vec![host]),
+        None => listeners::hosts(&mut table, "host", mistakes),
     };
     let proxy_place = table.place("proxy_protocol");
     let proxy = table.get("proxy_protocol", &values::PROXY_PROTOCOL, mistakes);
     table.finish(mistakes);
     let (proxy_protocol, proxy_place) =
         proxy.map_or((ProxyProtocol::V2, proxy_place), |proxy| (proxy.value, proxy.place));
-    Shared { host, host_given, host_place, proxy_protocol, proxy_place }
+    Shared { hosts, host_given, host_place, proxy_protocol, proxy_place, hold }
 }
 
 fn host_flag(flag: &str, mistakes: &mut Mistakes) -> Option<String> {
@@ -109,11 +112,15 @@ fn host_flag(flag: &str, mistakes: &mut Mistakes) -> Option<String> {
 fn timeouts(mut table: Table, mistakes: &mut Mistakes) -> Timeouts {
     let connect = table.get("connect", &values::DURATION, mistakes).map(value);
     let half_close = table.get("half_close", &values::DURATION, mistakes).map(value);
+    let hold = table.get("hold", &values::DURATION_OR_ZERO, mistakes).map(value);
+    let dead_peer = table.get("dead_peer", &values::DURATION, mistakes).map(value);
     let drain = table.get("drain", &values::DURATION_OR_ZERO, mistakes).map(value);
     table.finish(mistakes);
     Timeouts {
         connect: connect.unwrap_or(Duration::from_secs(8)),
         half_close: half_close.unwrap_or(Duration::from_secs(60)),
+        hold: hold.unwrap_or(Duration::from_secs(45)),
+        dead_peer: dead_peer.unwrap_or(Duration::from_secs(50)),
         drain: drain.unwrap_or(Duration::from_secs(30)),
     }
 }
@@ -126,10 +133,29 @@ fn limits(mut table: Table, mistakes: &mut Mistakes) -> Limits {
     let total = table.number("max_connections", 1..=MAX_CONNECTIONS, what, mistakes);
     let what = "a number of connections (0 for no limit)";
     let per_client = table.number("max_connections_per_client", 0..=MAX_CONNECTIONS, what, mistakes);
+    let what = "a number of connections (0 to hold none)";
+    let hold_max = table.number("hold_max", 0..=MAX_CONNECTIONS, what, mistakes);
     table.finish(mistakes);
     Limits {
         max_connections: total.map(|number| number as usize),
         max_connections_per_client: per_client.unwrap_or(100) as usize,
+        hold_max: hold_max.unwrap_or(2500) as usize,
+    }
+}
+
+/// More in a row than this is a slip: at the usual interval it takes hours.
+const MAX_IN_A_ROW: u32 = 100;
+
+fn probe(mut table: Table, mistakes: &mut Mistakes) -> Probe {
+    let interval = table.get("interval", &values::DURATION_OR_ZERO, mistakes).map(value);
+    let what = "a number of probes in a row";
+    let rise = table.number("rise", 1..=MAX_IN_A_ROW, what, mistakes);
+    let fall = table.number("fall", 1..=MAX_IN_A_ROW, what, mistakes);
+    table.finish(mistakes);
+    Probe {
+        interval: interval.unwrap_or(Duration::from_secs(30)),
+        rise: rise.unwrap_or(2),
+        fall: fall.unwrap_or(3),
     }
 }
 

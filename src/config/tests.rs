@@ -52,11 +52,15 @@ fn no_file_and_a_host_give_the_documented_defaults() {
     let timeouts = Timeouts {
         connect: Duration::from_secs(8),
         half_close: Duration::from_secs(60),
+        hold: Duration::from_secs(45),
+        dead_peer: Duration::from_secs(50),
         drain: Duration::from_secs(30),
     };
     assert_eq!(config.timeouts, timeouts);
-    let limits = Limits { max_connections: None, max_connections_per_client: 100 };
+    let limits = Limits { max_connections: None, max_connections_per_client: 100, hold_max: 2500 };
     assert_eq!(config.limits, limits);
+    assert_eq!(config.probe, Probe { interval: Duration::from_secs(30), rise: 2, fall: 3 });
+    assert_eq!(config.hostname, None);
     assert_eq!(config.admin, Some("127.0.0.1:9464".parse().expect("an address")));
     assert_eq!(config.warnings, [""; 0]);
 }
@@ -77,9 +81,10 @@ fn the_five_default_listeners() {
         let any = [format!("0.0.0.0:{port}"), format!("[::]:{port}")];
         assert_eq!(listener.listen, addresses(&[&any[0], &any[1]]));
         assert!(!listener.configured);
-        assert_eq!(listener.upstream, Upstream { host: "stalwart".to_owned(), port });
+        assert_eq!(listener.upstream, Upstream { hosts: vec!["stalwart".to_owned()], port });
         assert_eq!(listener.proxy_protocol, ProxyProtocol::V2);
         assert_eq!(listener.idle_timeout, Duration::from_secs(minutes * 60));
+        assert_eq!(listener.hold, config.timeouts.hold);
     }
     assert_eq!(with("").listeners, config.listeners, "a file without listeners");
 }
@@ -106,6 +111,7 @@ fn every_protocol_has_its_port_and_idle_timeout() {
 
 /// Every key of the file, none at its default.
 const EVERY_KEY: &str = r#"
+    hostname = "mx.example.org"
     [tailnet]
     hostname = "edge-1"
     tags = ["tag:mail", "tag:Edge-2"]
@@ -117,7 +123,7 @@ const EVERY_KEY: &str = r#"
     preauthorized = true
     log_upload = true
     [upstream]
-    host = "Stalwart.Tail1234.ts.net."
+    host = ["Stalwart.Tail1234.ts.net.", "stalwart-b"]
     proxy_protocol = "v1"
     [[listener]]
     name = "web"
@@ -127,15 +133,23 @@ const EVERY_KEY: &str = r#"
     upstream = "fd7a:115c:a1e0:0::1"
     proxy_protocol = "off"
     idle_timeout = "90s"
+    hold = "1s"
     [[listener]]
     protocol = "pop3s"
     [timeouts]
     connect = "500ms"
     half_close = "1h"
+    hold = "20s"
+    dead_peer = "30s"
     drain = "0s"
     [limits]
     max_connections = 1_000
     max_connections_per_client = 0
+    hold_max = 0
+    [probe]
+    interval = "0s"
+    rise = 1
+    fall = 100
     [admin]
     listen = "off"
 "#;
@@ -158,10 +172,14 @@ fn every_key_outside_listeners_is_read() {
     let timeouts = Timeouts {
         connect: Duration::from_millis(500),
         half_close: Duration::from_secs(3600),
+        hold: Duration::from_secs(20),
+        dead_peer: Duration::from_secs(30),
         drain: Duration::ZERO,
     };
     assert_eq!(config.timeouts, timeouts);
-    let limits = Limits { max_connections: Some(1000), max_connections_per_client: 0 };
+    assert_eq!(config.hostname.as_deref(), Some("mx.example.org"));
+    assert_eq!(config.probe, Probe { interval: Duration::ZERO, rise: 1, fall: 100 });
+    let limits = Limits { max_connections: Some(1000), max_connections_per_client: 0, hold_max: 0 };
     assert_eq!(config.limits, limits);
     assert_eq!(config.admin, None);
 }
@@ -173,20 +191,32 @@ fn every_key_of_listeners_is_read() {
         protocol: Protocol::Http,
         listen: addresses(&["127.0.0.1:8080", "[::1]:0"]),
         configured: true,
-        upstream: Upstream { host: "fd7a:115c:a1e0::1".to_owned(), port: 80 },
+        upstream: Upstream { hosts: vec!["fd7a:115c:a1e0::1".to_owned()], port: 80 },
         proxy_protocol: ProxyProtocol::Off,
         idle_timeout: Duration::from_secs(90),
+        hold: Duration::from_secs(1),
     };
     let pop3s = Listener {
         name: "pop3s".to_owned(),
         protocol: Protocol::Pop3s,
         listen: addresses(&["0.0.0.0:995", "[::]:995"]),
         configured: false,
-        upstream: Upstream { host: "stalwart.tail1234.ts.net".to_owned(), port: 995 },
+        upstream: Upstream {
+            hosts: vec!["stalwart.tail1234.ts.net".to_owned(), "stalwart-b".to_owned()],
+            port: 995,
+        },
         proxy_protocol: ProxyProtocol::V1,
         idle_timeout: Duration::from_secs(15 * 60),
+        hold: Duration::from_secs(20),
     };
     assert_eq!(parse(EVERY_KEY).listeners, [web, pop3s]);
+}
+
+#[test]
+fn http_and_tcp_are_not_held_unless_they_say_so() {
+    let web = "[[listener]]\nprotocol = \"http\"\nlisten = [\"127.0.0.1:8080\"]\nupstream_port = 80\n";
+    assert_eq!(with(web).listeners[0].hold, Duration::ZERO);
+    assert_eq!(with(&format!("{web}hold = \"5s\"\n")).listeners[0].hold, Duration::from_secs(5));
 }
 
 #[test]
@@ -244,7 +274,7 @@ fn the_flag_goes_before_the_file_whose_host_is_not_looked_at() {
              [[listener]]\nprotocol = \"imaps\"\nupstream = \"own\"\n"
         );
         let config = Config::parse(&text, Some("from-flag"), NO_ENV).expect("a valid file");
-        let hosts: Vec<&str> = config.listeners.iter().map(|l| l.upstream.host.as_str()).collect();
+        let hosts: Vec<&str> = config.listeners.iter().map(|l| l.upstream.hosts[0].as_str()).collect();
         assert_eq!(hosts, ["from-flag", "own"]);
     }
 }
@@ -298,7 +328,7 @@ fn the_control_url_may_come_from_the_environment() {
 #[test]
 fn no_shared_host_is_needed_when_every_listener_has_its_own() {
     let config = parse("[[listener]]\nprotocol = \"smtp\"\nupstream = \"own\"\n");
-    assert_eq!(config.listeners[0].upstream.host, "own");
+    assert_eq!(config.listeners[0].upstream.hosts, ["own"]);
 }
 
 #[test]
@@ -316,7 +346,7 @@ fn variables_are_replaced_inside_strings_after_parsing() {
     "#;
     let config = Config::parse(text, None, &env).expect("a valid file");
     let listener = &config.listeners[0];
-    assert_eq!(listener.upstream.host, "stalwart.stalwart.ts.net");
+    assert_eq!(listener.upstream.hosts, ["stalwart.stalwart.ts.net"]);
     assert_eq!(listener.listen, addresses(&["127.0.0.1:2525"]));
     assert_eq!(listener.proxy_protocol, ProxyProtocol::V2, "a value adds no key");
     assert_eq!(config.tailnet.state_dir, PathBuf::from("/a/$/stalwart/$HOME/${NAME}/$"));
@@ -441,7 +471,7 @@ fn the_path_comes_from_the_flag_then_the_environment_then_the_default() {
 #[test]
 fn windows_line_ends_and_a_byte_order_mark_do_no_harm() {
     let config = parse("\u{feff}[upstream]\r\nhost = \"stalwart\"\r\n");
-    assert_eq!(config.listeners[0].upstream.host, "stalwart");
+    assert_eq!(config.listeners[0].upstream.hosts, ["stalwart"]);
     let found = mistakes("[upstream]\r\nhost = \"stalwart\"\r\n\r\nx = 1\r\n");
     assert_eq!(found, ["line 4: upstream.x: unknown key; allowed here: host, proxy_protocol"]);
 }

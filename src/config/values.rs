@@ -55,6 +55,15 @@ pub(super) const HOSTNAME: Kind<String> = Kind {
     },
 };
 
+pub(super) const PUBLIC_NAME: Kind<String> = Kind {
+    expected: "a full DNS name such as mx.example.org",
+    parse: |text| {
+        let labels: Vec<&str> = text.split('.').collect();
+        let good = text.len() <= 253 && labels.len() > 1 && labels.iter().all(|label| is_label(label));
+        if good { Ok(text.to_owned()) } else { Err("is not a full DNS name") }
+    },
+};
+
 pub(super) const TAG: Kind<String> = Kind {
     expected: "tag: and letters, digits and hyphens, a letter first, such as tag:reverse-proxy",
     parse: tag,

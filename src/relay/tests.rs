@@ -26,7 +26,7 @@ fn start(
     let (client, mut near_client) = duplex(PIPE_BYTES);
     let (upstream, mut near_upstream) = duplex(PIPE_BYTES);
     let relayed =
-        async move { relay(&mut near_client, &mut near_upstream, TIMEOUTS, drain, pending()).await };
+        async move { relay(&mut near_client, &mut near_upstream, TIMEOUTS, false, drain, pending()).await };
     (client, upstream, tokio::spawn(relayed))
 }
 
@@ -210,7 +210,7 @@ async fn reset_by(side: Side) -> Outcome {
     };
     failing.write_all(b"before").await.unwrap();
     let relay = tokio::spawn(async move {
-        relay(&mut near_client, &mut near_upstream, TIMEOUTS, pending(), pending()).await
+        relay(&mut near_client, &mut near_upstream, TIMEOUTS, false, pending(), pending()).await
     });
     let mut got = [0; 6];
     other.read_exact(&mut got).await.unwrap();

@@ -1,0 +1,189 @@
+//! What a client is told when there is no mailbox to speak to it: the refusal of its protocol, and
+//! a close that leaves it time to read it.
+//!
+//! A mail client that is told "later" comes back later; one whose connection is reset tells its user
+//! that something is broken.
+//!
+//! Invariants
+//! - The text is the first thing that the client gets, and the last.
+//! - No RST goes before it: what the client has sent and nobody read would make the kernel send one,
+//!   and a RST takes the text out of the client's hands. So its bytes are read, and thrown away.
+//! - It ends within [`WRITE_LIMIT`] and [`LINGER_LIMIT`], whatever the client does.
+//!
+//! Deliberately not here: when to answer (see `connection.rs`). On a port whose protocol is not known
+//! (http, tcp) nothing is said.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::config::Protocol;
+
+/// How long the client may take to accept the text: it fits into any window.
+const WRITE_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long the client may take to close its side after it.
+const LINGER_LIMIT: Duration = Duration::from_secs(5);
+
+/// How much of what the client sends is read meanwhile: more than its first window, and a flood is
+/// cut all the same.
+const LINGER_BYTES: usize = 256 * 1024;
+
+/// A fatal TLS alert, internal_error (RFC 8446 section 6.2), in a record of the version that every
+/// client takes before one is agreed upon (section 5.1). Clients show it as a failure of the server,
+/// not as an attack, and try again.
+const TLS_ALERT: [u8; 7] = [0x15, 0x03, 0x03, 0x00, 0x02, 0x02, 0x50];
+
+/// Who the edge is when it speaks for itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PublicName(Option<String>);
+
+impl PublicName {
+    /// The configured name, else the system's if it is a full one. There is no look-up: a name that
+    /// needs one is not what the world calls this box by.
+    pub fn new(configured: Option<String>) -> PublicName {
+        let system = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        PublicName(configured.or_else(|| (system.contains('.')).then_some(system)))
+    }
+
+    /// The name, or the address literal of RFC 5321 section 4.1.3.
+    fn of(&self, local: Option<SocketAddr>) -> String {
+        match (&self.0, local.map(|local| local.ip().to_canonical())) {
+            (Some(name), _) => name.clone(),
+            (None, Some(IpAddr::V4(ip))) => format!("[{ip}]"),
+            (None, Some(IpAddr::V6(ip))) => format!("[IPv6:{ip}]"),
+            (None, None) => "localhost".to_owned(),
+        }
+    }
+}
+
+/// Tells the client that the service is away for now, and closes the connection in order. Whatever
+/// goes wrong is the client's loss alone. Cancellation closes it at once.
+pub async fn refuse(mut client: TcpStream, protocol: Protocol, name: &PublicName) {
+    let text = refusal(protocol, &name.of(client.local_addr().ok()));
+    let told = async {
+        client.write_all(&text).await?;
+        client.shutdown().await
+    };
+    if let Ok(Ok(())) = timeout(WRITE_LIMIT, told).await {
+        let _ = timeout(LINGER_LIMIT, discard(&mut client)).await;
+    }
+}
+
+/// Reads until the client closes its side, or has sent too much.
+async fn discard(client: &mut TcpStream) {
+    let mut bytes = [0; 4096];
+    let mut left = LINGER_BYTES;
+    while let Ok(read @ 1..) = client.read(&mut bytes).await {
+        left = left.saturating_sub(read);
+        if left == 0 {
+            return;
+        }
+    }
+}
+
+/// The bytes that refuse service for now.
+fn refusal(protocol: Protocol, name: &str) -> Vec<u8> {
+    match protocol {
+        // RFC 5321 section 3.8 (421 and close); RFC 3463: 4.3.2, system not accepting network messages.
+        Protocol::Smtp | Protocol::Submission => {
+            format!("421 4.3.2 {name} Service not available, please try again later\r\n").into_bytes()
+        }
+        // RFC 9051 section 7.1.5 (BYE as greeting), RFC 5530 section 3 (UNAVAILABLE).
+        Protocol::Imap => b"* BYE [UNAVAILABLE] Service not available, please try again later\r\n".to_vec(),
+        // RFC 3206 section 4 (SYS/TEMP).
+        Protocol::Pop3 => b"-ERR [SYS/TEMP] Service not available, please try again later\r\n".to_vec(),
+        // RFC 5804 section 1.3 (BYE, TRYLATER).
+        Protocol::Sieve => b"BYE (TRYLATER) \"Service not available, please try again later\"\r\n".to_vec(),
+        Protocol::Submissions | Protocol::Imaps | Protocol::Pop3s => TLS_ALERT.to_vec(),
+        Protocol::Http | Protocol::Tcp => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+    use tokio::time::Instant;
+
+    use super::*;
+
+    const NAME: &str = "mx.example.org";
+
+    async fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        (client, listener.accept().await.unwrap().0)
+    }
+
+    fn name() -> PublicName {
+        PublicName(Some(NAME.to_owned()))
+    }
+
+    #[test]
+    fn each_protocol_has_its_own_refusal() {
+        let expected: [(Protocol, &[u8]); 10] = [
+            (Protocol::Smtp, b"421 4.3.2 mx.example.org Service not available, please try again later\r\n"),
+            (
+                Protocol::Submission,
+                b"421 4.3.2 mx.example.org Service not available, please try again later\r\n",
+            ),
+            (Protocol::Submissions, b"\x15\x03\x03\x00\x02\x02\x50"),
+            (Protocol::Imap, b"* BYE [UNAVAILABLE] Service not available, please try again later\r\n"),
+            (Protocol::Imaps, b"\x15\x03\x03\x00\x02\x02\x50"),
+            (Protocol::Pop3, b"-ERR [SYS/TEMP] Service not available, please try again later\r\n"),
+            (Protocol::Pop3s, b"\x15\x03\x03\x00\x02\x02\x50"),
+            (Protocol::Sieve, b"BYE (TRYLATER) \"Service not available, please try again later\"\r\n"),
+            (Protocol::Http, b""),
+            (Protocol::Tcp, b""),
+        ];
+        assert_eq!(expected.map(|(protocol, _)| protocol), Protocol::ALL, "every protocol is here");
+        for (protocol, text) in expected {
+            assert_eq!(refusal(protocol, NAME), text, "{protocol}");
+        }
+    }
+
+    #[test]
+    fn without_a_name_it_is_the_address_literal() {
+        let nameless = PublicName(None);
+        let of = |address: &str| nameless.of(Some(address.parse().unwrap()));
+        assert_eq!(of("192.0.2.1:25"), "[192.0.2.1]");
+        assert_eq!(of("[2001:db8::1]:25"), "[IPv6:2001:db8::1]");
+        assert_eq!(of("[::ffff:192.0.2.1]:25"), "[192.0.2.1]");
+        assert_eq!(name().of(None), NAME);
+        assert_eq!(PublicName::new(Some(NAME.to_owned())), name(), "the configured one comes first");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_talks_over_it_still_reads_it_to_its_end() {
+        let (mut client, server) = pair().await;
+        let refused = tokio::spawn(async move { refuse(server, Protocol::Smtp, &name()).await });
+        for _ in 0..20 {
+            client.write_all(&[b'x'; 4096]).await.unwrap();
+        }
+        let mut text = String::new();
+        client.read_to_string(&mut text).await.expect("an end of stream and no reset");
+        assert!(text.starts_with("421 4.3.2 mx.example.org "), "{text}");
+        drop(client);
+        refused.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_never_closes_is_left() {
+        let (_client, server) = pair().await;
+        let began = Instant::now();
+        refuse(server, Protocol::Imap, &name()).await;
+        assert_eq!(began.elapsed(), LINGER_LIMIT);
+    }
+
+    #[tokio::test]
+    async fn a_flood_is_cut() {
+        let (mut client, server) = pair().await;
+        let refused = tokio::spawn(async move { refuse(server, Protocol::Pop3, &name()).await });
+        let flood = async { while client.write_all(&[b'x'; 65536]).await.is_ok() {} };
+        timeout(LINGER_LIMIT, flood).await.expect("it is cut before the time is over");
+        refused.await.unwrap();
+    }
+}
