@@ -12,6 +12,7 @@ mod clock;
 mod dns;
 mod http;
 mod local;
+mod mailbox;
 mod outbound;
 mod report;
 mod resolver;

@@ -10,6 +10,8 @@
 //! - No TLV. Stalwart takes the TLS one (0x20) as proof that the client is on
 //!   TLS. And an older Dovecot reads at most 232 bytes.
 //! - v1 is at most 107 bytes (section 2.1), v2 without TLVs at most 52.
+//! - Who speaks for nobody, a probe, says so: [`LOCAL`], in v2 also where the
+//!   listener sends v1, since v1 has no such thing.
 //!
 //! This module writes headers only; it never parses one, and whether a header
 //! is sent is the connection's business.
@@ -19,6 +21,11 @@ use std::net::{IpAddr, SocketAddr};
 use ppp::{v1, v2};
 
 use crate::config::ProxyProtocol;
+
+/// The v2 header of a connection that is on nobody's behalf (section 2.2):
+/// receivers go on with our own address. Its length is 0, as the reader of some
+/// Dovecots chokes on LOCAL with an address block.
+pub const LOCAL: [u8; 16] = *b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
 
 /// The header for a client that connected to `local`, as seen on our own
 /// socket. `None` if the listener wants none.
@@ -162,6 +169,17 @@ mod tests {
             "[fe80::1%3]:25",
             b"PROXY TCP6 fe80::7 fe80::1 50123 25\r\n",
         );
+    }
+
+    #[test]
+    fn local_is_what_the_library_makes_of_it() {
+        let made = v2::Builder::new(
+            v2::Version::Two | v2::Command::Local,
+            v2::AddressFamily::Unspecified | v2::Protocol::Unspecified,
+        );
+        assert_eq!(made.build().unwrap(), LOCAL);
+        let parsed = v2::Header::try_from(&LOCAL[..]).unwrap();
+        assert_eq!((parsed.command, parsed.length()), (v2::Command::Local, 0));
     }
 
     #[test]

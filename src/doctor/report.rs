@@ -7,8 +7,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// The most characters of a finding or a remedy.
-const TEXT_CHARS: usize = 500;
+/// The most characters of a finding or a remedy; the advice on trust has some 900.
+const TEXT_CHARS: usize = 1500;
 
 /// How a check went.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]

@@ -23,10 +23,11 @@ use tokio::time::timeout;
 
 use super::http;
 use super::local::{Place, Running, is_enrolled};
+use super::mailbox::{self, Visit};
 use super::report::{Check, Outcome};
 use crate::config::{self, Config};
 use crate::tailnet::{ConnectError, JoinError, Node, NodeStatus, PingReport, Trouble};
-use crate::upstream::{Silence, Upstream, UpstreamError};
+use crate::upstream::Silence;
 
 /// The path at which a running edge looks by itself.
 pub const PATH: &str = "/doctor";
@@ -105,28 +106,21 @@ async fn look_around(node: &Arc<Node>, config: &Config, checks: &mut Vec<Check>)
     if !status.is_running() {
         return; // every peer would fail for this same reason
     }
-    let hosts: BTreeSet<String> = upstreams(config).map(|(_, host, _)| host.to_owned()).collect();
-    let mut reachable = BTreeSet::new();
-    for (host, ping) in in_order(hosts.into_iter().map(|host| ping(Arc::clone(node), host))).await {
-        checks.push(peer(&host, &ping));
-        if ping.is_ok() {
-            reachable.insert(host);
-        }
-    }
-    let ports: BTreeSet<(String, u16)> = upstreams(config)
-        .filter(|(_, host, _)| reachable.contains(*host))
-        .map(|(_, host, port)| (host.to_owned(), port))
-        .collect();
-    let connect = config.timeouts.connect;
-    let dials = ports.into_iter().map(|(host, port)| dial(Arc::clone(node), host, port, connect));
-    checks.extend(in_order(dials).await);
+    let hosts: BTreeSet<String> = targets(config).map(|(_, host, _)| host.to_owned()).collect();
+    let pings = in_order(hosts.into_iter().map(|host| ping(Arc::clone(node), host))).await;
+    checks.extend(pings.iter().map(|(host, ping)| peer(host, ping)));
+    let is_known = |host: &str| pings.iter().any(|(known, ping)| known == host && ping.is_ok());
+    let visits = targets(config).filter(|(_, host, _)| is_known(host)).map(|(listener, host, port)| {
+        mailbox::visit(Arc::clone(node), Visit::new(listener, host, port, config.timeouts.connect))
+    });
+    checks.extend(in_order(visits).await.into_iter().flatten());
 }
 
-/// Every listener with its upstream's host and port.
-fn upstreams(config: &Config) -> impl Iterator<Item = (&config::Listener, &str, u16)> {
-    config.listeners.iter().map(|listener| {
-        let config::Upstream { host, port } = &listener.upstream;
-        (listener, host.as_str(), *port)
+/// Every upstream server of every listener.
+fn targets(config: &Config) -> impl Iterator<Item = (&config::Listener, &str, u16)> {
+    config.listeners.iter().flat_map(|listener| {
+        let config::Upstream { hosts, port } = &listener.upstream;
+        hosts.iter().map(move |host| (listener, host.as_str(), *port))
     })
 }
 
@@ -209,27 +203,6 @@ fn peer(host: &str, ping: &Result<PingReport, ConnectError>) -> Check {
         false => format!("{ip}: {}", check.finding),
     };
     check
-}
-
-/// Whether a port of a peer takes connections, and if not, why.
-async fn dial(node: Arc<Node>, host: String, port: u16, connect: Duration) -> Check {
-    let upstream = Upstream::new(node, host, port, connect);
-    let name = format!("upstream {upstream}");
-    match upstream.connect().await {
-        Ok(_) => Check::pass(name, "takes connections"),
-        Err(error) => Check::told(name, Outcome::Fail, &in_words(&error)),
-    }
-}
-
-/// The error with the words for what is behind it in front.
-fn in_words(error: &UpstreamError) -> String {
-    let kind = match error {
-        UpstreamError::Connect(ConnectError::Refused) => "refused",
-        UpstreamError::Silent { silence: Silence::Port, .. } => "denied or dropped",
-        UpstreamError::Silent { silence: Silence::Peer { .. }, .. } => "peer out of reach",
-        _ => return error.to_string(),
-    };
-    format!("{kind}: {error}")
 }
 
 /// Looks at the tailnet as the state of things allows: through the running edge, or as the node.
@@ -404,16 +377,6 @@ mod tests {
         let unknown = look(Err(ConnectError::NoSuchPeer));
         assert!(unknown.outcome == Outcome::Fail && unknown.finding.contains("no peer of that name"));
         assert!(unknown.remedy.unwrap().contains("check the upstream's name"));
-    }
-
-    #[test]
-    fn what_is_behind_a_failed_connection_comes_first() {
-        let refused = in_words(&UpstreamError::Connect(ConnectError::Refused));
-        assert!(refused.starts_with("refused: the peer refused"), "{refused}");
-        let silent = |silence| in_words(&UpstreamError::Silent { limit: Duration::from_secs(8), silence });
-        assert!(silent(Silence::Port).starts_with("denied or dropped: no answer within 8s: the peer itself"));
-        let peer = Silence::Peer { online: false, last_seen: String::new() };
-        assert!(silent(peer).starts_with("peer out of reach: no answer within 8s: the peer is offline"));
     }
 
     #[tokio::test]

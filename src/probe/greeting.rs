@@ -1,0 +1,157 @@
+//! What a probe hears and says in plain text: the greeting, complaints about
+//! the header, and goodbye.
+//!
+//! Deliberately not here: what a line means, see [`Language`].
+
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::Instant;
+
+use super::talk::{Stop, Talk};
+use super::{Clock, LOOK, ProbeError, harmless};
+use crate::trust::{Language, Line, word};
+
+/// How long the mailbox has for its answer to goodbye and for its end of the
+/// stream.
+const GOODBYE: Duration = Duration::from_secs(2);
+
+/// The first line of the greeting, once all of it was heard.
+pub(super) async fn hear<S: AsyncRead + AsyncWrite + Unpin>(
+    talk: &mut Talk<S>,
+    language: Language,
+    header: bool,
+    clock: Clock,
+) -> Result<String, ProbeError> {
+    let mut first = None;
+    loop {
+        let line = match talk.line(clock.deadline).await {
+            Ok(line) => line,
+            Err(stop) => return Err(no_greeting(&stop, talk, language, header, clock)),
+        };
+        match language.line(&line, false) {
+            Line::More => drop(first.get_or_insert(line)),
+            Line::Greeting => return Ok(harmless(&first.unwrap_or(line))),
+            Line::Complaint if header => return Err(ProbeError::HeaderTaken { said: harmless(&line) }),
+            Line::Complaint | Line::Refusal => return Err(ProbeError::Refused { greeting: harmless(&line) }),
+            Line::Other => return Err(ProbeError::WrongProtocol { found: found(&line) }),
+        }
+    }
+}
+
+/// Why there was no greeting.
+fn no_greeting<S: AsyncRead + AsyncWrite + Unpin>(
+    stop: &Stop,
+    talk: &Talk<S>,
+    language: Language,
+    header: bool,
+    clock: Clock,
+) -> ProbeError {
+    match stop {
+        Stop::Ended | Stop::Failed(_) if !talk.heard_something() => ProbeError::ClosedSilently { header },
+        Stop::Late if !talk.heard_something() => ProbeError::Silent { limit: clock.limit },
+        _ => {
+            let open = talk.unfinished();
+            if !open.is_empty() && language.line(open, false) == Line::Other {
+                return ProbeError::WrongProtocol { found: found(open) };
+            }
+            ProbeError::Cut(match stop {
+                Stop::Ended => "closed the connection in the middle of its greeting".to_owned(),
+                Stop::Failed(error) => {
+                    format!("the connection failed in the middle of its greeting: {error}")
+                }
+                Stop::Late => format!("did not end its greeting within {:?}", clock.limit),
+                Stop::TooMuch => "did not end its greeting".to_owned(),
+            })
+        }
+    }
+}
+
+/// What was found in place of a greeting.
+fn found(line: &[u8]) -> String {
+    match line {
+        [0x15 | 0x16, 0x03, ..] => "(TLS)".to_owned(),
+        text => harmless(text),
+    }
+}
+
+/// Looks for what a mailbox says that took the header for commands. One that is
+/// well says nothing now.
+pub(super) async fn look_for_complaints<S: AsyncRead + AsyncWrite + Unpin>(
+    talk: &mut Talk<S>,
+    language: Language,
+    clock: Clock,
+) -> Result<(), ProbeError> {
+    let until = clock.deadline.min(Instant::now() + LOOK);
+    loop {
+        match talk.line(until).await {
+            Ok(line) => match language.line(&line, true) {
+                Line::Complaint => return Err(ProbeError::HeaderTaken { said: harmless(&line) }),
+                Line::Refusal => return Err(ProbeError::Refused { greeting: harmless(&line) }),
+                Line::More | Line::Greeting | Line::Other => {}
+            },
+            Err(Stop::Late) => return Ok(()),
+            Err(stop) => return Err(cut(&stop, "after its greeting")),
+        }
+    }
+}
+
+/// Takes leave, so that the mailbox's log has nothing to complain of.
+pub(super) async fn say_goodbye<S: AsyncRead + AsyncWrite + Unpin>(
+    talk: &mut Talk<S>,
+    language: Language,
+    header: bool,
+    clock: Clock,
+) -> Result<(), ProbeError> {
+    let until = clock.deadline.min(Instant::now() + GOODBYE);
+    let command = goodbye(language);
+    let context = format!("in answer to {command}");
+    talk.say(&format!("{command}\r\n"), until).await.map_err(|stop| cut(&stop, &context))?;
+    loop {
+        let line = talk.line(until).await.map_err(|stop| cut(&stop, &context))?;
+        if answers(language, &line) {
+            break;
+        }
+        match language.line(&line, true) {
+            Line::Complaint if header => return Err(ProbeError::HeaderTaken { said: harmless(&line) }),
+            // IMAP's BYE comes before the answer.
+            Line::Refusal if language != Language::Imap => {
+                return Err(ProbeError::Refused { greeting: harmless(&line) });
+            }
+            Line::Complaint => {
+                return Err(ProbeError::Cut(format!("said \"{}\" {context}", harmless(&line))));
+            }
+            _ => {}
+        }
+    }
+    talk.close(until).await;
+    Ok(())
+}
+
+fn goodbye(language: Language) -> &'static str {
+    match language {
+        Language::Smtp | Language::Pop3 => "QUIT",
+        Language::Imap => "a LOGOUT",
+        Language::Sieve => "LOGOUT",
+    }
+}
+
+/// Whether a line is the answer to our goodbye, the last that we are told.
+fn answers(language: Language, line: &[u8]) -> bool {
+    let first = word(line, 0);
+    match language {
+        Language::Smtp => first == b"221",
+        Language::Imap => first == b"a" && word(line, 1).eq_ignore_ascii_case(b"OK"),
+        Language::Pop3 => first == b"+OK",
+        Language::Sieve => first.eq_ignore_ascii_case(b"OK") || first.eq_ignore_ascii_case(b"BYE"),
+    }
+}
+
+fn cut(stop: &Stop, when: &str) -> ProbeError {
+    ProbeError::Cut(match stop {
+        Stop::Ended => format!("closed the connection {when}"),
+        Stop::Failed(error) => format!("the connection failed {when}: {error}"),
+        Stop::Late => format!("said nothing {when}"),
+        Stop::TooMuch => format!("said far too much {when}"),
+    })
+}
