@@ -4,17 +4,11 @@
 //! because it is the one server that the edge depends on anyway.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::Uri;
 use hyper::header::DATE;
 use jiff::{SignedDuration, Timestamp};
-use rustls::ClientConfig;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::CryptoProvider;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{DigitallySignedStruct, Error, SignatureScheme};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -23,6 +17,7 @@ use tokio_rustls::TlsConnector;
 use super::http;
 use super::report::{Check, harmless};
 use super::resolver::Resolver;
+use crate::probe::tls;
 
 const NAME: &str = "clock";
 
@@ -73,7 +68,7 @@ fn judge(server: &str, theirs: Timestamp, ours: Timestamp) -> Check {
 /// The time that the server says it is.
 async fn ask(server: &str, resolver: &Result<Resolver, String>) -> Result<Timestamp, String> {
     let uri: Uri = server.parse().map_err(|error| format!("it is no URL: {error}"))?;
-    let (tls, default_port) = match uri.scheme_str() {
+    let (encrypted, default_port) = match uri.scheme_str() {
         Some("https") => (true, 443),
         _ => (false, 80),
     };
@@ -82,11 +77,12 @@ async fn ask(server: &str, resolver: &Result<Resolver, String>) -> Result<Timest
     let addresses = resolver.addresses(host).await.map_err(|error| error.to_string())?;
     let port = uri.port_u16().unwrap_or(default_port);
     let stream = connect(&addresses, port).await?;
-    if !tls {
+    if !encrypted {
         return date(stream, &uri).await;
     }
-    let name = ServerName::try_from(host.to_owned()).map_err(|error| error.to_string())?;
-    let connector = TlsConnector::from(Arc::new(any_certificate()));
+    // Any certificate will do: with a wrong clock, which is what is looked for, none would be valid.
+    // Only the date is read, and nothing is sent that anybody may not see.
+    let (name, connector) = (tls::server_name(host), TlsConnector::from(tls::config()));
     date(connector.connect(name, stream).await.map_err(|error| format!("TLS: {error}"))?, &uri).await
 }
 
@@ -120,63 +116,11 @@ async fn date(
         .map_err(|_| format!("its answer has no good Date: {}", harmless(date)))
 }
 
-/// TLS that takes any certificate: with a wrong clock, which is what is looked for, none would be
-/// valid. Only the date is read, and nothing is sent that anybody may not see.
-fn any_certificate() -> ClientConfig {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(Arc::clone(&provider))
-        .with_safe_default_protocol_versions()
-        .expect("ring has the cipher suites of both TLS versions");
-    config
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
-        .with_no_client_auth()
-}
-
-#[derive(Debug)]
-struct AnyCertificate(Arc<CryptoProvider>);
-
-impl ServerCertVerifier for AnyCertificate {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        let algorithms = &self.0.signature_verification_algorithms;
-        rustls::crypto::verify_tls12_signature(message, certificate, signature, algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        let algorithms = &self.0.signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, certificate, signature, algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
     use std::net::TcpListener;
+    use std::sync::Arc;
 
     use super::*;
     use crate::doctor::report::Outcome;

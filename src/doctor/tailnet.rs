@@ -50,6 +50,10 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 /// Time enough to do something about a key that expires.
 const EXPIRES_SOON: SignedDuration = SignedDuration::from_hours(14 * 24);
 
+/// What to do about an edge that cannot be asked.
+const NO_ANSWER: &str =
+    "check that admin.listen is what the edge was started with, and its log; restart it if it hangs";
+
 /// A node to look through, once there is one: what the admin port needs for [`PATH`].
 #[derive(Debug)]
 pub struct Examiner {
@@ -214,7 +218,7 @@ pub async fn look(place: Place, running: Running, can_enrol: bool, config: &Conf
             drop(held);
             checks
         }
-        (_, Running::Yes | Running::Unwell) => match config.admin {
+        (_, Running::Yes) => match config.admin {
             Some(admin) => through_the_edge(admin).await,
             None => vec![Check::warn(
                 NAME,
@@ -222,6 +226,11 @@ pub async fn look(place: Place, running: Running, can_enrol: bool, config: &Conf
                 "set admin.listen to an address of the loopback, or stop the edge for the time of the look",
             )],
         },
+        (_, Running::Unwell) => vec![Check::fail(
+            NAME,
+            "not looked at: an edge holds the state directory, and does not answer on the admin address",
+            NO_ANSWER,
+        )],
         _ if config.tailnet.ephemeral => vec![Check::warn(
             NAME,
             "not looked at: an ephemeral node has no identity while it does not run",
