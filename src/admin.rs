@@ -1,20 +1,21 @@
-//! The admin listener: `/livez`, `/readyz` and `/metrics` over HTTP/1.1, for
-//! supervisors, load balancers and Prometheus, and `/doctor` for our own
-//! `doctor`.
+//! The admin listener: `/livez`, `/readyz`, `/status` and `/metrics` over
+//! HTTP/1.1, for supervisors, load balancers, people and Prometheus, and
+//! `/doctor` for our own `doctor`.
 //!
 //! `/livez` is 200 while the process runs. `/readyz` is 200 when mail can be
 //! accepted: the node is running, the control server sees it, a relay can be
 //! reached, it holds its tags, and the edge is not stopping; otherwise 503 with
-//! the reasons as JSON. `/metrics` is what [`crate::metrics`] has. `/doctor`
-//! looks at the tailnet through the running node, which may take a minute and
-//! makes connections to the mailbox: one look at a time, 429 for whoever comes
-//! meanwhile.
+//! the reasons as JSON. `/status` is what is known of the node and of each
+//! server of the mailbox, as JSON. `/metrics` is what [`crate::metrics`] has.
+//! `/doctor` looks at the tailnet through the running node, which may take a
+//! minute and makes connections to the mailbox: one look at a time, 429 for
+//! whoever comes meanwhile.
 //!
 //! It is meant for loopback and has no authentication; it shows no secret and
 //! changes nothing.
 
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use http_body_util::Full;
@@ -32,6 +33,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use crate::doctor::{self, Examiner, NoLook};
+use crate::health::{Board, Monitor};
 use crate::metrics;
 use crate::tailnet::NodeStatus;
 
@@ -49,6 +51,8 @@ pub struct Readiness {
     pub node: watch::Receiver<Option<watch::Receiver<NodeStatus>>>,
     /// The tags it must hold.
     pub tags: Vec<String>,
+    /// What is known of the mailbox; empty before it is looked for.
+    pub board: Arc<OnceLock<Board>>,
     /// Fires when the edge begins to stop.
     pub drain: CancellationToken,
 }
@@ -69,6 +73,37 @@ impl Readiness {
         }
         reasons
     }
+
+    /// What is known, for people and scripts. The login address is left out: whoever opens it first
+    /// owns the node.
+    fn status(&self) -> serde_json::Value {
+        let node = self.node.borrow().as_ref().map(|node| node.borrow().clone()).unwrap_or_default();
+        let board = self.board.get();
+        let upstreams: Vec<_> =
+            board.into_iter().flat_map(|board| &board.monitors).map(upstream_status).collect();
+        serde_json::json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "node": {
+                "name": node.name,
+                "ips": node.ips,
+                "tags": node.tags,
+                "state": node.state,
+                "key_expiry": node.key_expiry,
+            },
+            "not_ready": self.reasons(),
+            "held": board.map_or(0, Board::held),
+            "upstreams": upstreams,
+        })
+    }
+}
+
+fn upstream_status(monitor: &Arc<Monitor>) -> serde_json::Value {
+    serde_json::json!({
+        "listener": monitor.listener,
+        "upstream": monitor.upstream,
+        "protocol": monitor.target.protocol.name(),
+        "probe": monitor.seen(),
+    })
 }
 
 /// Answers requests for as long as the edge lives.
@@ -120,15 +155,17 @@ fn answer(request: &Request<Incoming>, readiness: &Readiness) -> Response<Full<B
             let code = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
             json(code, &serde_json::json!({"ready": reasons.is_empty(), "reasons": reasons}))
         }
+        "/status" => json(StatusCode::OK, &readiness.status()),
         "/metrics" => {
             let node = readiness.node.borrow().as_ref().map(|node| node.borrow().clone());
-            body(StatusCode::OK, metrics::CONTENT_TYPE, metrics::text(&node.unwrap_or_default()))
+            let text = metrics::text(&node.unwrap_or_default(), readiness.board.get());
+            body(StatusCode::OK, metrics::CONTENT_TYPE, text)
         }
         // Whoever asks for the head alone does not want the work done.
         doctor::PATH => only("GET"),
         _ => json(
             StatusCode::NOT_FOUND,
-            &serde_json::json!({"error": "there is /livez, /readyz, /metrics and /doctor"}),
+            &serde_json::json!({"error": "there is /livez, /readyz, /status, /metrics and /doctor"}),
         ),
     }
 }
@@ -185,7 +222,8 @@ mod tests {
             drain.cancel();
         }
         let node = node.map(|status| watch::channel(status).1);
-        Readiness { node: watch::channel(node).1, tags: vec!["tag:reverse-proxy".into()], drain }.reasons()
+        let (tags, board) = (vec!["tag:reverse-proxy".into()], Arc::default());
+        Readiness { node: watch::channel(node).1, tags, board, drain }.reasons()
     }
 
     #[test]

@@ -33,7 +33,8 @@ use tracing::{info, warn};
 use crate::answer::{self, PublicName};
 use crate::config::{Protocol, ProxyProtocol};
 use crate::proxy_header::proxy_header;
-use crate::relay::{End, Outcome, Reset, Side, Timeouts, relay};
+use crate::relay::{End, FirstWords, Outcome, Reset, Side, Timeouts, relay};
+use crate::trust::HeaderWatch;
 use crate::upstream::{Dial, Failure, Server, Upstream, UpstreamError};
 
 /// How long the stack may take to accept the header: a new connection's send
@@ -116,7 +117,7 @@ pub async fn serve<D: Dial>(service: &Service<D>, mut client: TcpStream, peer: S
         Err(refusal) => {
             log_refusal(service, &visit, &refusal);
             if !matches!(refusal, Refusal::ClientGone) {
-                answer::refuse(client, service.protocol, &service.public_name).await;
+                Box::pin(answer::refuse(client, service.protocol, &service.public_name)).await;
             }
         }
     }
@@ -135,7 +136,8 @@ async fn converse<D: Dial>(
     let header = proxy_header(service.proxy_protocol, visit.client, local);
     let mut pause = PAUSE_FIRST;
     loop {
-        let (mut upstream, server) = reach(service, client, visit).await?;
+        // In a box, since an idle connection would otherwise keep the room for it.
+        let (mut upstream, server) = Box::pin(reach(service, client, visit)).await?;
         let failure = match write_header(&mut upstream, header.as_deref()).await {
             Ok(()) => {
                 let connected = visit.accepted.elapsed();
@@ -152,7 +154,7 @@ async fn converse<D: Dial>(
         if service.hold.limit.is_zero() {
             return Err(Refusal::Away(why));
         }
-        hold(service, client, visit, &|| Some(why.clone()), sleep(pause)).await?;
+        Box::pin(hold(service, client, visit, &|| Some(why.clone()), sleep(pause))).await?;
         pause = (pause * 2).min(PAUSE_LAST);
     }
 }
@@ -219,9 +221,14 @@ async fn pass_on<D: Dial>(
         // By reference, since an idle connection would otherwise hold each
         // twice: as an argument and as what is polled.
         let (drain, failed) = (pin!(service.drain.cancelled()), pin!(failed(client, server)));
-        let speaks_first = service.protocol.greets();
-        relay(&mut SharedTcp(client), upstream, service.timeouts, speaks_first, drain, failed).await
+        let has_header = service.proxy_protocol != ProxyProtocol::Off;
+        let watch = has_header.then(|| HeaderWatch::new(service.protocol)).flatten();
+        let first_words = FirstWords { due: service.protocol.greets(), watch };
+        relay(&mut SharedTcp(client), upstream, service.timeouts, first_words, drain, failed).await
     };
+    if outcome.header_taken {
+        service.upstream.distrusted(&service.name, server);
+    }
     match outcome.end {
         End::Failed { side: Side::Client, .. } => upstream.reset(),
         // A peer that is gone must not keep an endpoint of ours busy either.

@@ -2,12 +2,13 @@
 //!
 //! The order of the start is a promise. Ports are bound first, so that a
 //! mistake there does not use up an auth key. A node that is enrolled accepts at
-//! once, and holds its clients until it is on the tailnet; one that is not may
-//! never be, so until it is, clients wait in the kernel's backlog.
+//! once, and holds its clients until it is on the tailnet. One that is not may
+//! never be, and some listeners hold nobody: there, clients wait in the kernel's
+//! backlog until then.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -26,6 +27,7 @@ use crate::connection::{Hold, Service};
 use crate::credential::Sources;
 use crate::doctor::Examiner;
 use crate::drain::StopSignals;
+use crate::health::{self, Board, Monitor};
 use crate::limits::{ClientLimit, connection_limit};
 use crate::listener::{self, Admission, BindError};
 use crate::membership::Membership;
@@ -100,10 +102,12 @@ pub async fn run(config: Config, sources: Sources) -> Result<(), RunError> {
     let _state_dir = (!settings.ephemeral).then(|| state_dir::lock(&settings.state_dir)).transpose()?;
 
     let (node_sender, node_receiver) = watch::channel(None);
+    let board = Arc::new(OnceLock::new());
     let examiner = Arc::new(Examiner::new(config.clone()));
     if let Some(admin) = admin {
         announce("admin", &admin);
-        let readiness = Readiness { node: node_receiver, tags: settings.tags.clone(), drain: drain.clone() };
+        let (tags, board) = (settings.tags.clone(), Arc::clone(&board));
+        let readiness = Readiness { node: node_receiver, tags, board, drain: drain.clone() };
         tokio::spawn(admin::serve(admin, Arc::new(readiness), Arc::clone(&examiner)));
     }
     let node = Arc::new(Node::start(settings)?);
@@ -111,7 +115,7 @@ pub async fn run(config: Config, sources: Sources) -> Result<(), RunError> {
     examiner.set_node(Arc::clone(&node));
     let membership = Membership::new(Arc::clone(&node), sources, settings.clone());
 
-    let outcome = serve(&config, bound, membership, drain, &mut signals).await;
+    let outcome = serve(&config, bound, membership, &board, drain, &mut signals).await;
     close(&node, &mut signals).await;
     outcome.map_err(RunError::Join)
 }
@@ -196,13 +200,14 @@ async fn serve(
     config: &Config,
     bound: Vec<Bound<'_>>,
     membership: Membership,
+    board: &OnceLock<Board>,
     drain: CancellationToken,
     signals: &mut StopSignals,
 ) -> Result<(), JoinError> {
     let node = Arc::clone(&membership.node);
-    let start = || Serving::start(config, bound, &node, drain);
+    let start = || Serving::start(config, bound, &node, board, drain);
     let limit = config.timeouts.drain;
-    let serving = if node.is_enrolled()? {
+    let mut serving = if node.is_enrolled()? {
         let serving = start();
         match reach_tailnet(&membership, config, signals).await {
             Ok(None) => serving,
@@ -224,6 +229,7 @@ async fn serve(
             }
         }
     };
+    serving.open(|_| true);
     membership.announce();
     let keeping = tokio::spawn(async move { membership.keep().await });
     let signal = signals.stop().await;
@@ -232,16 +238,31 @@ async fn serve(
     Ok(())
 }
 
-/// The open ports, and what is connected through them.
+/// The ports, and what is connected through them.
 struct Serving {
+    /// Those that do not accept yet.
+    closed: Vec<Port>,
     accepting: JoinSet<()>,
     watching: JoinSet<()>,
-    connections: TaskTracker,
+    admission: Admission,
     drain: CancellationToken,
 }
 
+/// A listener's sockets, and what is done for who comes there.
+struct Port {
+    sockets: Vec<TcpListener>,
+    service: Arc<Service<Node>>,
+}
+
 impl Serving {
-    fn start(config: &Config, bound: Vec<Bound<'_>>, node: &Arc<Node>, drain: CancellationToken) -> Serving {
+    /// Opens the ports whose clients can be held.
+    fn start(
+        config: &Config,
+        bound: Vec<Bound<'_>>,
+        node: &Arc<Node>,
+        board: &OnceLock<Board>,
+        drain: CancellationToken,
+    ) -> Serving {
         let sockets = bound.iter().map(|b| b.sockets.len()).sum();
         let limit = connection_limit(config.limits.max_connections, sockets);
         let per_client = config.limits.max_connections_per_client;
@@ -257,24 +278,42 @@ impl Serving {
             public_name: PublicName::new(config.hostname.clone()),
             drain: drain.clone(),
         };
-        let (mut accepting, mut peers) = (JoinSet::new(), Peers::default());
-        for Bound { listener, sockets } in bound {
-            let service = Arc::new(shared.service(config, listener, &mut peers));
-            for socket in sockets {
-                announce(&listener.name, &socket);
-                accepting.spawn(listener::accept(socket, Arc::clone(&service), admission.clone()));
-            }
-        }
+        let mut peers = Peers::default();
+        let closed: Vec<Port> = bound
+            .into_iter()
+            .map(|Bound { listener, sockets }| Port {
+                sockets,
+                service: Arc::new(shared.service(config, listener, &mut peers)),
+            })
+            .collect();
         let mut watching = JoinSet::new();
+        let monitors = probe_all(&mut watching, &closed, node, config.probe);
+        let _ = board.set(Board { monitors, places: shared.held, hold_max: config.limits.hold_max });
         let (node, dead_peer) = (Arc::clone(node), config.timeouts.dead_peer);
         watching.spawn(async move { peers.watch(&node, dead_peer).await });
-        Serving { accepting, watching, connections: admission.tasks, drain }
+        let mut serving = Serving { closed, accepting: JoinSet::new(), watching, admission, drain };
+        serving.open(|service| !service.hold.limit.is_zero());
+        serving
+    }
+
+    /// Accepts for those listeners that do not accept yet.
+    fn open(&mut self, wanted: impl Fn(&Service<Node>) -> bool) {
+        let (open, closed) =
+            std::mem::take(&mut self.closed).into_iter().partition(|port: &Port| wanted(&port.service));
+        self.closed = closed;
+        for Port { sockets, service } in open as Vec<Port> {
+            for socket in sockets {
+                announce(&service.name, &socket);
+                let (service, admission) = (Arc::clone(&service), self.admission.clone());
+                self.accepting.spawn(listener::accept(socket, service, admission));
+            }
+        }
     }
 
     /// Closes the ports and waits for the connections within `limit`; another signal ends the wait.
     async fn stop(mut self, signal: &str, limit: Duration, signals: &mut StopSignals) {
         self.close_ports().await;
-        let tasks = &self.connections;
+        let tasks = &self.admission.tasks;
         info!(signal, connections = tasks.len(), "stopping");
         tasks.close();
         tokio::select! {
@@ -291,14 +330,36 @@ impl Serving {
     /// Closes the ports and turns away those who wait, who are all there are without a tailnet.
     async fn turn_away(mut self) {
         self.close_ports().await;
-        self.connections.close();
-        let _ = timeout(TURN_AWAY_LIMIT, self.connections.wait()).await;
+        self.admission.tasks.close();
+        let _ = timeout(TURN_AWAY_LIMIT, self.admission.tasks.wait()).await;
     }
 
     async fn close_ports(&mut self) {
         self.drain.cancel();
+        self.closed.clear();
         while self.accepting.join_next().await.is_some() {}
     }
+}
+
+/// Begins to probe every server of every port, unless probing is off.
+fn probe_all(
+    watching: &mut JoinSet<()>,
+    ports: &[Port],
+    node: &Arc<Node>,
+    settings: config::Probe,
+) -> Vec<Arc<Monitor>> {
+    let mut monitors = Vec::new();
+    for service in ports.iter().map(|port| &port.service) {
+        for server in service.upstream.servers() {
+            let monitor = Arc::new(Monitor::new(service, server));
+            monitors.push(Arc::clone(&monitor));
+            if !settings.interval.is_zero() {
+                let (service, server, node) = (Arc::clone(service), Arc::clone(server), Arc::clone(node));
+                watching.spawn(health::keep_probing(monitor, service, server, node, settings));
+            }
+        }
+    }
+    monitors
 }
 
 /// What all listeners share.

@@ -5,9 +5,10 @@
 //! The modules in reading order: [`edge`] joins the parts; [`listener`]
 //! accepts; [`connection`] is one client's life: [`upstream`] dials,
 //! [`proxy_header`] writes, [`relay`] moves the bytes, [`answer`] speaks when
-//! there is no mailbox that could; [`peers`] notices one that is gone, [`trust`] one that takes the
-//! header for commands, and [`probe`] looks whether one is well. [`tailnet`]
-//! is the node and the C boundary, [`membership`] its life. The rest is what an operator touches: [`cli`],
+//! there is no mailbox that could. [`trust`] recognises a mailbox that takes the
+//! header for commands, [`probe`] looks whether one is well and [`health`] keeps
+//! looking; [`peers`] notices one that is gone. [`tailnet`] is the node and the C
+//! boundary, [`membership`] its life. The rest is what an operator touches: [`cli`],
 //! [`config`], [`credential`], [`secret`], [`state_dir`], [`limits`], [`drain`],
 //! [`admin`], [`metrics`], [`doctor`].
 //!
@@ -27,11 +28,13 @@ pub mod relay;
 
 pub mod answer;
 
-pub mod peers;
-
 pub mod trust;
 
 pub mod probe;
+
+pub mod health;
+
+pub mod peers;
 
 pub mod tailnet;
 

@@ -29,7 +29,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize, Serializer};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::config::Protocol;
 use crate::proxy_header::LOCAL;
@@ -37,6 +37,10 @@ use crate::tailnet::ConnectError;
 use crate::trust::{Language, has_tls};
 use crate::upstream::Dial;
 use talk::Talk;
+
+/// How long connecting may take, as for a client's connection by default; what
+/// follows may take longer, since some mail servers make strangers wait.
+const CONNECT_LIMIT: Duration = Duration::from_secs(8);
 
 /// How long we look for complaints about the header before we say anything, so
 /// that they are not taken for an answer. A mailbox that has any makes them at
@@ -171,8 +175,11 @@ impl Serialize for ProbeError {
 pub async fn probe<D: Dial>(dialler: &D, target: &Target, limit: Duration) -> Result<Finding, ProbeError> {
     let started = Instant::now();
     let clock = Clock { deadline: started + limit, limit };
-    let mut stream = match timeout_at(clock.deadline, dialler.dial(&target.host, target.port)).await {
-        Ok(Err(ConnectError::TimedOut)) | Err(_) => return Err(ProbeError::ConnectTimedOut { limit }),
+    let connect_limit = limit.min(CONNECT_LIMIT);
+    let mut stream = match timeout(connect_limit, dialler.dial(&target.host, target.port)).await {
+        Ok(Err(ConnectError::TimedOut)) | Err(_) => {
+            return Err(ProbeError::ConnectTimedOut { limit: connect_limit });
+        }
         Ok(outcome) => outcome?,
     };
     let connect = started.elapsed();

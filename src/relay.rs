@@ -28,6 +28,8 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
+use crate::trust::{HeaderWatch, Verdict};
+
 /// Bytes moved per read. With 64 KiB a wake of the network stack (about
 /// 60 kB) is taken in one read; smaller ones cost a call into Go each.
 const BUFFER_BYTES: usize = 64 * 1024;
@@ -82,6 +84,15 @@ pub struct Timeouts {
     pub quiet: Duration,
 }
 
+/// What is expected of the upstream before the client speaks.
+#[derive(Debug, Default)]
+pub struct FirstWords {
+    /// Whether it is to speak first.
+    pub due: bool,
+    /// Recognises one that takes the PROXY header for a command.
+    pub watch: Option<HeaderWatch>,
+}
+
 /// What a relay did, and why it ended.
 #[derive(Debug)]
 pub struct Outcome {
@@ -94,6 +105,8 @@ pub struct Outcome {
     /// Whether bytes or an end of stream were taken from one side that the
     /// other has not got.
     pub unfinished: bool,
+    /// Whether the upstream took the PROXY header for a command.
+    pub header_taken: bool,
     /// Why it ended.
     pub end: End,
 }
@@ -132,15 +145,13 @@ pub enum End {
 /// completes when the edge begins to stop, `failed` when a side has failed in a
 /// way that reading does not tell: a client that resets while the upstream takes
 /// nothing, or after its end of stream; an upstream that went away without a word.
-/// `speaks_first` is whether the upstream is to say something before the client
-/// does.
 ///
 /// Cancellation drops bytes that were read but not yet written.
 pub async fn relay<C, U>(
     client: &mut C,
     upstream: &mut U,
     timeouts: Timeouts,
-    speaks_first: bool,
+    first_words: FirstWords,
     drain: impl Future<Output = ()>,
     failed: impl Future<Output = (Side, io::Error)>,
 ) -> Outcome
@@ -148,7 +159,8 @@ where
     C: AsyncRead + AsyncWrite + Unpin,
     U: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut relay = Relay { speaks_first, ..Relay::default() };
+    let mut relay = Relay { first_words_due: first_words.due, ..Relay::default() };
+    relay.received.watch = first_words.watch;
     let mut timer = pin!(Timer::start(timeouts.idle));
     let mut drain = pin!(drain);
     let mut failed = pin!(failed);
@@ -184,6 +196,7 @@ impl End {
             sent: relay.sent.bytes,
             received: relay.received.bytes,
             first_byte: relay.received.first_byte,
+            header_taken: relay.received.header_taken,
             unfinished: !relay.sent.is_settled() || !relay.received.is_settled(),
             end: self,
         }
@@ -195,7 +208,7 @@ impl End {
 struct Relay {
     sent: Direction,
     received: Direction,
-    speaks_first: bool,
+    first_words_due: bool,
     /// Whose end of stream came first.
     first: Option<Side>,
     /// Whether the client's bytes were the last to move: the upstream may be
@@ -219,7 +232,7 @@ impl Relay {
     /// Whether nothing has happened yet, and the upstream is to speak first.
     fn awaits_first_word(&self) -> bool {
         let silent = self.sent.first_byte.is_none() && self.received.first_byte.is_none();
-        self.speaks_first && self.first.is_none() && silent
+        self.first_words_due && self.first.is_none() && silent
     }
 
     fn poll<C, U>(&mut self, cx: &mut Context<'_>, client: &mut C, upstream: &mut U) -> Poll<End>
@@ -232,6 +245,9 @@ impl Relay {
             self.first = Some(Side::Client);
         }
         self.received.keeps_its_end = self.awaits_first_word();
+        if self.sent.first_byte.is_some() {
+            self.received.watch = None; // what comes now may be the answer to it
+        }
         let received = self.received.poll(cx, upstream, client);
         if self.first.is_none() && self.received.ended() {
             self.first = Some(Side::Upstream);
@@ -271,6 +287,10 @@ struct Direction {
     state: State,
     /// Whether an end of stream is a failure of the source, not to be passed on.
     keeps_its_end: bool,
+    /// Looks at what comes, until it has decided or the other direction has
+    /// begun.
+    watch: Option<HeaderWatch>,
+    header_taken: bool,
 }
 
 #[derive(Default, PartialEq, Eq)]
@@ -363,6 +383,12 @@ impl Direction {
                 return Poll::Ready(Ok(()));
             }
             self.first_byte.get_or_insert_with(Instant::now);
+            if let Some(verdict) = self.watch.as_mut().map(|watch| watch.server_said(rest))
+                && verdict != Verdict::Undecided
+            {
+                self.header_taken = verdict == Verdict::Taken;
+                self.watch = None;
+            }
             while !rest.is_empty() {
                 match poll_write(cx, sink, rest) {
                     Poll::Ready(written) => {

@@ -17,8 +17,9 @@
 use std::fmt;
 use std::future::Future;
 use std::io;
-use std::sync::Arc;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -30,6 +31,7 @@ use tracing::{info, warn};
 use crate::peers::Peer;
 use crate::relay::Reset;
 use crate::tailnet::{ConnectError, Node, PingReport, TailnetStream};
+use crate::trust;
 
 /// How long a peer has to answer the ping that follows a silent connect.
 const PING_LIMIT: Duration = Duration::from_secs(2);
@@ -52,6 +54,9 @@ const PAUSE_LAST: Duration = Duration::from_secs(2);
 /// backlog is short (Postfix asks for 100).
 const RETURNING: usize = 64;
 
+/// Between two lines that tell of the same server's distrust.
+const DISTRUST_INTERVAL: Duration = Duration::from_secs(600);
+
 /// Makes connections to peers.
 pub trait Dial: Send + Sync + 'static {
     /// A connection.
@@ -67,6 +72,11 @@ pub trait Dial: Send + Sync + 'static {
         host: &str,
         limit: Duration,
     ) -> impl Future<Output = Result<PingReport, ConnectError>> + Send;
+
+    /// The addresses that peers see us come from; none while that is not known.
+    fn addresses(&self) -> Vec<IpAddr> {
+        Vec::new()
+    }
 }
 
 impl Dial for Node {
@@ -78,6 +88,10 @@ impl Dial for Node {
 
     async fn ping(&self, host: &str, limit: Duration) -> Result<PingReport, ConnectError> {
         Node::ping(self, host, limit).await
+    }
+
+    fn addresses(&self) -> Vec<IpAddr> {
+        self.status().borrow().ips.clone()
     }
 }
 
@@ -105,6 +119,8 @@ pub struct Server {
     suspected: Notify,
     /// The last answer to "why is it silent", and when it was found.
     finding: Mutex<Option<(Instant, Silence)>>,
+    /// When it was last told that it does not take the header for what it is.
+    distrust_told: std::sync::Mutex<Option<Instant>>,
 }
 
 /// When to try again for those who wait.
@@ -207,8 +223,14 @@ impl UpstreamError {
 
 impl Server {
     fn new(peer: Arc<Peer>, port: u16) -> Server {
-        let (suspected, finding) = (Notify::new(), Mutex::new(None));
-        Server { peer, port, up: AtomicBool::new(true), suspected, finding }
+        Server {
+            peer,
+            port,
+            up: AtomicBool::new(true),
+            suspected: Notify::new(),
+            finding: Mutex::new(None),
+            distrust_told: std::sync::Mutex::new(None),
+        }
     }
 
     /// The peer, as the configuration names it.
@@ -295,6 +317,19 @@ impl<D: Dial> Upstream<D> {
             }
         }
         Err(self.failed(UpstreamError { failures }))
+    }
+
+    /// Notes that a server took the PROXY header for a command, and says so with what to do about
+    /// it; not with every connection.
+    pub fn distrusted(&self, listener: &str, server: &Server) {
+        server.suspected.notify_one();
+        let mut told = server.distrust_told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.is_some_and(|at| at.elapsed() < DISTRUST_INTERVAL) {
+            return;
+        }
+        *told = Some(Instant::now());
+        let advice = trust::advice(&self.dialler.addresses());
+        warn!(listener, upstream = %server, "the mailbox takes the PROXY header for a command, so mail cannot pass: {advice}");
     }
 
     /// Notes that a connection to a server failed after it was made.

@@ -8,6 +8,7 @@ use tokio::time::{advance, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::*;
+use crate::config::Protocol;
 
 const TIMEOUTS: Timeouts = Timeouts {
     idle: Duration::from_secs(35 * 60),
@@ -25,8 +26,9 @@ fn start(
 ) -> (DuplexStream, DuplexStream, JoinHandle<Outcome>) {
     let (client, mut near_client) = duplex(PIPE_BYTES);
     let (upstream, mut near_upstream) = duplex(PIPE_BYTES);
-    let relayed =
-        async move { relay(&mut near_client, &mut near_upstream, TIMEOUTS, false, drain, pending()).await };
+    let relayed = async move {
+        relay(&mut near_client, &mut near_upstream, TIMEOUTS, FirstWords::default(), drain, pending()).await
+    };
     (client, upstream, tokio::spawn(relayed))
 }
 
@@ -210,7 +212,8 @@ async fn reset_by(side: Side) -> Outcome {
     };
     failing.write_all(b"before").await.unwrap();
     let relay = tokio::spawn(async move {
-        relay(&mut near_client, &mut near_upstream, TIMEOUTS, false, pending(), pending()).await
+        relay(&mut near_client, &mut near_upstream, TIMEOUTS, FirstWords::default(), pending(), pending())
+            .await
     });
     let mut got = [0; 6];
     other.read_exact(&mut got).await.unwrap();
@@ -244,4 +247,78 @@ async fn an_idle_relay_holds_no_buffer() {
     assert!(relay.poll(&mut cx, &mut near_client, &mut near_upstream).is_pending());
     read_exactly(&mut upstream, &pattern(PIPE_BYTES)).await;
     assert_eq!((relay.sent.kept.capacity(), relay.received.kept.capacity()), (0, 0));
+}
+
+/// A relay whose upstream is to speak first, in SMTP.
+fn start_with_greeting() -> (DuplexStream, DuplexStream, JoinHandle<Outcome>) {
+    let (client, mut near_client) = duplex(PIPE_BYTES);
+    let (upstream, mut near_upstream) = duplex(PIPE_BYTES);
+    let relayed = async move {
+        let first_words = FirstWords { due: true, watch: HeaderWatch::new(Protocol::Smtp) };
+        relay(&mut near_client, &mut near_upstream, TIMEOUTS, first_words, pending(), pending()).await
+    };
+    (client, upstream, tokio::spawn(relayed))
+}
+
+#[tokio::test]
+async fn an_upstream_that_leaves_without_the_word_that_is_due_is_no_end_for_the_client() {
+    let (client, mut near_client) = duplex(PIPE_BYTES);
+    let (upstream, mut near_upstream) = duplex(PIPE_BYTES);
+    drop(upstream);
+    let first_words = FirstWords { due: true, watch: None };
+    let outcome =
+        relay(&mut near_client, &mut near_upstream, TIMEOUTS, first_words, pending(), pending()).await;
+    assert!(matches!(outcome.end, End::Wordless), "{:?}", outcome.end);
+    near_client.write_all(b"421 later").await.unwrap();
+    drop(near_client);
+    let mut text = String::new();
+    { client }.read_to_string(&mut text).await.unwrap();
+    assert_eq!(text, "421 later", "it was told nothing before");
+}
+
+#[tokio::test]
+async fn an_upstream_that_leaves_after_a_word_of_either_has_ended() {
+    for word_of_client in [true, false] {
+        let (mut client, mut upstream, relay) = start_with_greeting();
+        let speaker = if word_of_client { &mut client } else { &mut upstream };
+        speaker.write_all(b"word").await.unwrap();
+        let listener = if word_of_client { &mut upstream } else { &mut client };
+        read_exactly(listener, b"word").await;
+        drop(upstream);
+        assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
+        drop(client);
+        let outcome = relay.await.unwrap();
+        assert!(!matches!(outcome.end, End::Wordless), "{:?}", outcome.end);
+    }
+}
+
+#[tokio::test]
+async fn an_upstream_that_greets_and_leaves_in_one_breath_has_ended() {
+    let (mut client, mut upstream, relay) = start_with_greeting();
+    upstream.write_all(b"554 no").await.unwrap();
+    drop(upstream);
+    let mut text = String::new();
+    client.read_to_string(&mut text).await.unwrap();
+    assert_eq!(text, "554 no");
+    drop(client);
+    assert!(matches!(relay.await.unwrap().end, End::Closed { first: Side::Upstream }));
+}
+
+#[tokio::test]
+async fn a_header_that_was_taken_for_a_command_is_noticed_before_the_client_speaks_and_not_after() {
+    for client_spoke in [false, true] {
+        let (mut client, mut upstream, relay) = start_with_greeting();
+        let said: &[u8] = b"220 mail ESMTP\r\n";
+        upstream.write_all(said).await.unwrap();
+        read_exactly(&mut client, said).await;
+        if client_spoke {
+            client.write_all(b"HELP\r\n").await.unwrap();
+            read_exactly(&mut upstream, b"HELP\r\n").await;
+        }
+        let said: &[u8] = b"500 5.5.1 Invalid command.\r\n";
+        upstream.write_all(said).await.unwrap();
+        read_exactly(&mut client, said).await;
+        drop((client, upstream));
+        assert_eq!(relay.await.unwrap().header_taken, !client_spoke);
+    }
 }

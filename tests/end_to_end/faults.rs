@@ -232,7 +232,7 @@ fn a_client_that_resets_while_its_upstream_is_dialled_ends_the_dial_at_once() {
     );
     clients.into_iter().for_each(reset);
     nothing_is_left(&setup, before, LIMIT);
-    let told = || setup.edge.log().count("client reset while connecting");
+    let told = || setup.edge.log().count("client left while connecting");
     assert!(eventually(LIMIT, || told() == CLIENTS), "{} lines tell it", told());
     assert_eq!(setup.edge.log().count(" WARN "), 0, "{}", setup.edge.log().tail());
     assert_eq!(stub.accepted(), 0);

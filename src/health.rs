@@ -1,0 +1,318 @@
+//! Watches over the mailbox's servers: probes each port again and again, and says when one goes down
+//! or comes back.
+//!
+//! Invariants
+//! - A change of state is one log line, and takes `rise` or `fall` probes in a row; between a change
+//!   and the next settled state probes come fast.
+//! - A connection that fails is a reason to probe at once, not proof.
+//! - That this edge is off the tailnet is nobody's fault there: such a probe counts for nothing.
+//!
+//! Deliberately not here: what a probe does (see `probe.rs`), and what clients get meanwhile (see
+//! `upstream.rs`: a server that is down is tried last).
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use serde::Serialize;
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, sleep, sleep_until};
+use tracing::{info, warn};
+
+use crate::config;
+use crate::connection::Service;
+use crate::probe::{Certificate, Finding, ProbeError, Target, probe};
+use crate::tailnet::ConnectError;
+use crate::trust;
+use crate::upstream::{Dial, Server};
+
+/// How long one probe may take. Mail servers make strangers wait for their greeting, some for 20
+/// seconds.
+const PROBE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Between probes while it is not settled whether a server is up or down.
+const FAST: Duration = Duration::from_secs(2);
+
+/// A certificate that ends sooner than this has not been renewed when it should have been: Let's
+/// Encrypt's clients renew 30 days before the end.
+const RENEWAL_DUE: SignedDuration = SignedDuration::from_hours(14 * 24);
+
+/// Whether a server is well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Not enough is known yet, or it is not probed.
+    Unknown,
+    /// It greets as it should.
+    Up,
+    /// It does not.
+    Down,
+}
+
+/// One port of one server, as a listener uses it.
+#[derive(Debug)]
+pub struct Monitor {
+    /// The listener's name.
+    pub listener: String,
+    /// The server's address, as people write it.
+    pub upstream: String,
+    /// What is probed.
+    pub target: Target,
+    seen: Mutex<Seen>,
+}
+
+/// What was found out last.
+#[derive(Clone, Debug, Serialize)]
+pub struct Seen {
+    /// The verdict.
+    pub state: State,
+    /// Since when.
+    pub since: Timestamp,
+    /// When the last probe ended.
+    pub probed: Option<Timestamp>,
+    /// What the last probe that succeeded found.
+    pub finding: Option<Finding>,
+    /// Why the last probe failed, if it did.
+    pub problem: Option<String>,
+    /// Probes in a row that speak against `state`.
+    #[serde(skip)]
+    against: u32,
+    /// Whether the end of the certificate was told.
+    #[serde(skip)]
+    end_told: bool,
+}
+
+impl Monitor {
+    /// For a server of a listener's service; nothing is probed yet.
+    pub fn new<D: Dial>(service: &Service<D>, server: &Server) -> Monitor {
+        let target = Target {
+            host: server.host().to_owned(),
+            port: server.port,
+            protocol: service.protocol,
+            header: service.proxy_protocol != config::ProxyProtocol::Off,
+        };
+        let seen = Seen {
+            state: State::Unknown,
+            since: Timestamp::now(),
+            probed: None,
+            finding: None,
+            problem: None,
+            against: 0,
+            end_told: false,
+        };
+        Monitor {
+            listener: service.name.clone(),
+            upstream: server.to_string(),
+            target,
+            seen: Mutex::new(seen),
+        }
+    }
+
+    /// What was found out so far.
+    pub fn seen(&self) -> Seen {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes a probe's result in; true if the state has changed with it.
+    fn note(&self, result: &Result<Finding, ProbeError>, settings: &config::Probe) -> bool {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.probed = Some(Timestamp::now());
+        let (found, needed) = match result {
+            Ok(finding) => {
+                seen.finding = Some(finding.clone());
+                seen.problem = None;
+                // What was never down need not prove itself.
+                (State::Up, if seen.state == State::Unknown { 1 } else { settings.rise })
+            }
+            Err(problem) => {
+                seen.problem = Some(problem.to_string());
+                (State::Down, settings.fall)
+            }
+        };
+        if found == seen.state {
+            seen.against = 0;
+            return false;
+        }
+        seen.against += 1;
+        if seen.against < needed {
+            return false;
+        }
+        (seen.state, seen.since, seen.against) = (found, Timestamp::now(), 0);
+        true
+    }
+
+    fn is_settled(&self) -> bool {
+        let seen = self.seen();
+        seen.against == 0 && seen.state != State::Unknown
+    }
+
+    /// Says, once, that a certificate is about to end or has ended.
+    fn look_at_end(&self, certificate: &Certificate) {
+        let left = certificate.not_after.duration_since(Timestamp::now());
+        let due = left < RENEWAL_DUE;
+        let told =
+            std::mem::replace(&mut self.seen.lock().unwrap_or_else(PoisonError::into_inner).end_told, due);
+        if !due || told {
+            return;
+        }
+        let (listener, upstream, not_after) = (&self.listener, &self.upstream, certificate.not_after);
+        let when = if left.is_negative() { "has expired" } else { "expires within two weeks" };
+        warn!(listener, %upstream, %not_after, "the mailbox's certificate {when}; check its renewal on the mailbox");
+    }
+}
+
+/// Every server that is probed, and how many clients wait for one.
+#[derive(Debug)]
+pub struct Board {
+    /// One for each listener and server.
+    pub monitors: Vec<Arc<Monitor>>,
+    /// The permits to hold a client.
+    pub places: Arc<Semaphore>,
+    /// How many of them there are.
+    pub hold_max: usize,
+}
+
+impl Board {
+    /// How many clients are held.
+    pub fn held(&self) -> usize {
+        self.hold_max.saturating_sub(self.places.available_permits())
+    }
+}
+
+/// Probes one server of a service for as long as it is not dropped.
+pub async fn keep_probing<D: Dial>(
+    monitor: Arc<Monitor>,
+    service: Arc<Service<D>>,
+    server: Arc<Server>,
+    dialler: Arc<D>,
+    settings: config::Probe,
+) {
+    loop {
+        let began = Instant::now();
+        let result = probe(&*dialler, &monitor.target, PROBE_LIMIT).await;
+        if !matches!(result, Err(ProbeError::Connect(ConnectError::NotRunning))) {
+            take_in(&monitor, &service, &server, &*dialler, &settings, &result);
+        }
+        let pause = if monitor.is_settled() { settings.interval } else { settings.interval.min(FAST) };
+        tokio::select! {
+            () = sleep(pause) => {}
+            // One who suspects it may be one of thousands.
+            () = server.suspected() => sleep_until(began + FAST.min(settings.interval)).await,
+        }
+    }
+}
+
+/// Notes and tells what a probe has found.
+fn take_in<D: Dial>(
+    monitor: &Monitor,
+    service: &Service<D>,
+    server: &Server,
+    dialler: &D,
+    settings: &config::Probe,
+    result: &Result<Finding, ProbeError>,
+) {
+    let changed = monitor.note(result, settings);
+    let (listener, upstream) = (&monitor.listener, &monitor.upstream);
+    match result {
+        Ok(finding) => {
+            service.upstream.found(server, monitor.seen().state == State::Up);
+            if changed {
+                let (greeting, connect_ms) = (&finding.greeting, finding.connect.as_millis() as u64);
+                info!(listener, %upstream, greeting, connect_ms, "the mailbox is well");
+            }
+            if let Some(certificate) = &finding.certificate {
+                monitor.look_at_end(certificate);
+            }
+        }
+        Err(problem) if changed => {
+            service.upstream.found(server, false);
+            let advice = match problem {
+                ProbeError::HeaderTaken { .. } | ProbeError::ClosedSilently { header: true } => {
+                    format!(": {}", trust::advice(&dialler.addresses()))
+                }
+                _ => String::new(),
+            };
+            warn!(listener, %upstream, "the mailbox is not well: {problem}{advice}");
+        }
+        Err(_) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Protocol;
+
+    const SETTINGS: config::Probe = config::Probe { interval: Duration::from_secs(30), rise: 2, fall: 3 };
+
+    fn monitor() -> Monitor {
+        let target = Target { host: "stalwart".into(), port: 993, protocol: Protocol::Imaps, header: true };
+        let seen = Seen {
+            state: State::Unknown,
+            since: Timestamp::now(),
+            probed: None,
+            finding: None,
+            problem: None,
+            against: 0,
+            end_told: false,
+        };
+        Monitor { listener: "imaps".into(), upstream: "stalwart:993".into(), target, seen: Mutex::new(seen) }
+    }
+
+    fn well() -> Result<Finding, ProbeError> {
+        let (connect, total) = (Duration::from_millis(1), Duration::from_millis(2));
+        Ok(Finding { greeting: "* OK ready".into(), certificate: None, connect, total })
+    }
+
+    fn ill() -> Result<Finding, ProbeError> {
+        Err(ProbeError::Connect(ConnectError::Refused))
+    }
+
+    #[test]
+    fn a_change_takes_as_many_probes_in_a_row_as_configured() {
+        let monitor = monitor();
+        let step = |result: &Result<Finding, ProbeError>| {
+            (monitor.note(result, &SETTINGS), monitor.seen().state, monitor.is_settled())
+        };
+        assert!(!monitor.is_settled(), "nothing is known at first");
+        assert_eq!(step(&well()), (true, State::Up, true), "what was never down need not prove itself");
+        assert_eq!(step(&ill()), (false, State::Up, false));
+        assert_eq!(step(&ill()), (false, State::Up, false));
+        assert_eq!(step(&well()), (false, State::Up, true), "in a row");
+        assert_eq!(step(&ill()), (false, State::Up, false));
+        assert_eq!(step(&ill()), (false, State::Up, false));
+        assert_eq!(step(&ill()), (true, State::Down, true));
+        assert_eq!(step(&well()), (false, State::Down, false));
+        assert_eq!(step(&ill()), (false, State::Down, true));
+        assert_eq!(step(&well()), (false, State::Down, false));
+        assert_eq!(step(&well()), (true, State::Up, true));
+    }
+
+    #[test]
+    fn what_is_known_says_what_was_found_and_what_is_wrong() {
+        let monitor = monitor();
+        monitor.note(&well(), &SETTINGS);
+        monitor.note(&ill(), &SETTINGS);
+        let seen = monitor.seen();
+        assert_eq!(seen.finding.map(|finding| finding.greeting).as_deref(), Some("* OK ready"));
+        assert!(seen.problem.is_some_and(|problem| problem.contains("refused the connection")));
+        monitor.note(&well(), &SETTINGS);
+        assert_eq!(monitor.seen().problem, None);
+    }
+
+    #[test]
+    fn the_end_of_a_certificate_is_told_once_until_it_is_renewed() {
+        let monitor = monitor();
+        let certificate = |hours| Certificate {
+            names: vec![],
+            not_after: Timestamp::now() + SignedDuration::from_hours(hours),
+        };
+        let told = |hours| {
+            monitor.look_at_end(&certificate(hours));
+            monitor.seen().end_told
+        };
+        assert!(!told(15 * 24));
+        assert!(told(13 * 24) && told(-1));
+        assert!(!told(89 * 24));
+    }
+}
