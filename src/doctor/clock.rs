@@ -3,20 +3,18 @@
 //! A wrong clock makes certificates look expired and log lines useless. The control server is asked
 //! because it is the one server that the edge depends on anyway.
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use hyper::Uri;
 use hyper::header::DATE;
 use jiff::{SignedDuration, Timestamp};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use super::http;
 use super::report::{Check, harmless};
-use super::resolver::Resolver;
+use super::resolver::{Resolver, connect};
 use crate::probe::tls;
 
 const NAME: &str = "clock";
@@ -76,7 +74,7 @@ async fn ask(server: &str, resolver: &Result<Resolver, String>) -> Result<Timest
     let resolver = resolver.as_ref().map_err(Clone::clone)?;
     let addresses = resolver.addresses(host).await.map_err(|error| error.to_string())?;
     let port = uri.port_u16().unwrap_or(default_port);
-    let stream = connect(&addresses, port).await?;
+    let stream = connect(&addresses, port, LIMIT / 3).await?;
     if !encrypted {
         return date(stream, &uri).await;
     }
@@ -84,22 +82,6 @@ async fn ask(server: &str, resolver: &Result<Resolver, String>) -> Result<Timest
     // Only the date is read, and nothing is sent that anybody may not see.
     let (name, connector) = (tls::server_name(host), TlsConnector::from(tls::config()));
     date(connector.connect(name, stream).await.map_err(|error| format!("TLS: {error}"))?, &uri).await
-}
-
-/// To the first address that takes the connection.
-async fn connect(addresses: &[std::net::IpAddr], port: u16) -> Result<TcpStream, String> {
-    let mut reason = "its name has no address".to_owned();
-    // Each gets its share, so that a dead IPv4 leaves time for IPv6.
-    let share = LIMIT / 3;
-    for &address in addresses {
-        let address = SocketAddr::new(address, port);
-        match timeout(share, TcpStream::connect(address)).await {
-            Ok(Ok(stream)) => return Ok(stream),
-            Ok(Err(error)) => reason = format!("cannot connect to {address}: {error}"),
-            Err(_) => reason = format!("{address} does not answer"),
-        }
-    }
-    Err(reason)
 }
 
 /// The `Date` of the answer to a GET.
@@ -119,7 +101,7 @@ async fn date(
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
-    use std::net::TcpListener;
+    use std::net::{SocketAddr, TcpListener};
     use std::sync::Arc;
 
     use super::*;

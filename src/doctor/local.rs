@@ -68,9 +68,9 @@ pub fn state_dir(settings: &config::Tailnet) -> (Place, Check) {
         }
         Err(error) => {
             let mut check = Check::told(NAME, Outcome::Fail, &error);
-            if let Some(remedy) = &mut check.remedy {
-                remedy.push_str("; if another user runs the edge, run the doctor as that user");
-            }
+            check.remedy = check.remedy.map(|remedy| {
+                format!("if another user runs the edge, run the doctor as that user; else: {remedy}")
+            });
             (Place::Unknown, check)
         }
     }

@@ -11,14 +11,14 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::report::{Check, harmless};
-use super::resolver::Resolver;
+use super::resolver::{Resolver, connect};
 
 /// A mail server that has taken connections from anywhere for decades.
 pub const DEFAULT_SERVER: &str = "gmail-smtp-in.l.google.com:25";
 
 const NAME: &str = "outbound-25";
 
-/// Connecting, and then the greeting.
+/// Connecting to an address; and then the greeting.
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// The most that is read of a greeting.
@@ -36,13 +36,15 @@ pub async fn check(server: &str, resolver: &Result<Resolver, String>) -> Check {
         Ok(addresses) => addresses,
         Err(reason) => return unknown(format!("{host} cannot be looked up: {reason}")),
     };
-    // One family is enough to send; IPv4 comes first, and is what most servers have.
-    let address = SocketAddr::new(addresses[0], port);
-    match timeout(LIMIT, greeting(address)).await {
+    let mut stream = match connect(&addresses, port, LIMIT).await {
+        Ok(stream) => stream,
+        Err(reason) => return blocked(format!("{server}: {reason}")),
+    };
+    match timeout(LIMIT, greeting(&mut stream)).await {
         Ok(Ok(line)) if line.starts_with("220") => Check::pass(NAME, format!("{server} greets: {line}")),
-        Ok(Ok(line)) => unknown(format!("{server} ({address}) does not greet as a mail server: {line:?}")),
-        Ok(Err(error)) => blocked(format!("cannot connect to {server} ({address}): {error}")),
-        Err(_) => blocked(format!("{server} ({address}) does not answer within {LIMIT:?}")),
+        Ok(Ok(line)) => unknown(format!("{server} does not greet as a mail server: {line:?}")),
+        Ok(Err(error)) => blocked(format!("{server}: the connection failed: {error}")),
+        Err(_) => blocked(format!("{server} takes the connection and says nothing within {LIMIT:?}")),
     }
 }
 
@@ -58,8 +60,7 @@ fn blocked(finding: String) -> Check {
     )
 }
 
-async fn greeting(address: SocketAddr) -> std::io::Result<String> {
-    let mut stream = TcpStream::connect(address).await?;
+async fn greeting(stream: &mut TcpStream) -> std::io::Result<String> {
     let mut line = Vec::new();
     while !line.contains(&b'\n') && line.len() < GREETING_BYTES {
         if stream.read_buf(&mut line).await? == 0 {

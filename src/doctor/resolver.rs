@@ -1,4 +1,4 @@
-//! Questions to the DNS, with a deadline each.
+//! Questions to the DNS, with a deadline each, and connections to what they found.
 //!
 //! Invariants: no name is completed with a search domain, no hosts file is read, and "there is no
 //! such record" is an answer, told apart from a server that gives none.
@@ -15,6 +15,7 @@ use hickory_resolver::net::{DnsError, NetError};
 use hickory_resolver::proto::rr::{Name, RData, Record, RecordType};
 use hickory_resolver::system_conf::read_system_conf;
 use thiserror::Error;
+use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::report::harmless;
@@ -27,6 +28,9 @@ const REPEAT_AFTER: Duration = Duration::from_secs(2);
 
 /// The most addresses of a name that are looked at; the rest of an absurd answer is dropped.
 const ADDRESSES: usize = 32;
+
+/// The most of them that are tried.
+const CONNECTIONS: usize = 4;
 
 /// Why a question has no answer.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -120,6 +124,21 @@ pub fn address_of(record: &Record) -> Option<IpAddr> {
         RData::AAAA(v6) => Some(v6.0.into()),
         _ => None,
     }
+}
+
+/// Connects to the first of these that takes a connection within its share of the time, so that an
+/// IPv4 that leads nowhere leaves time for IPv6.
+pub async fn connect(addresses: &[IpAddr], port: u16, share: Duration) -> Result<TcpStream, String> {
+    let mut reasons = Vec::new();
+    for &address in addresses.iter().take(CONNECTIONS) {
+        let address = SocketAddr::new(address, port);
+        match timeout(share, TcpStream::connect(address)).await {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(error)) => reasons.push(format!("cannot connect to {address}: {error}")),
+            Err(_) => reasons.push(format!("{address} does not answer")),
+        }
+    }
+    Err(if reasons.is_empty() { "its name has no address".to_owned() } else { reasons.join(", ") })
 }
 
 fn only(server: SocketAddr) -> ResolverConfig {

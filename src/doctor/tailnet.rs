@@ -41,6 +41,9 @@ const ADMIN_LIMIT: Duration = Duration::from_secs(90);
 /// Whether the running edge answers at all.
 const LIVE_LIMIT: Duration = Duration::from_secs(3);
 
+/// How long a node that has just come up has to become what it should be.
+const SETTLE_LIMIT: Duration = Duration::from_secs(5);
+
 /// As long as the edge itself gives a peer at its start.
 const PING_LIMIT: Duration = Duration::from_secs(7);
 
@@ -257,7 +260,13 @@ async fn as_the_node(config: &Config, can_enrol: bool) -> Vec<Check> {
     };
     let checks = match node.up(config.tailnet.join_timeout).await {
         // Without its tag it is on the tailnet all the same, and the look says what is missing.
-        Ok(()) | Err(JoinError::WrongTags { .. }) => examine(&node, config).await,
+        Ok(()) | Err(JoinError::WrongTags { .. }) => {
+            // It has just come up, and may not have a relay yet.
+            let settled =
+                |status: &NodeStatus| !status.troubles(&[], Timestamp::now()).iter().any(Trouble::may_pass);
+            let _ = timeout(SETTLE_LIMIT, node.status().wait_for(settled)).await;
+            examine(&node, config).await
+        }
         Err(JoinError::NotEnrolled { .. }) if can_enrol => vec![not_enrolled()],
         Err(error) => failed(&error),
     };
