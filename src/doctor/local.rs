@@ -1,8 +1,11 @@
 //! What can be looked at on this machine alone: the configuration, the ports, the state directory,
 //! the credential, and the machine's own addresses.
 //!
-//! Invariants: nothing is made or changed, so that a doctor that runs as another user than the edge
-//! leaves no file behind that the edge cannot open; a port is held only for the moment of the look.
+//! Invariants: nothing is changed, and nothing is made but the lock file, in a directory of this
+//! user's own, where `run` would make it too: a doctor that runs as another user than the edge leaves
+//! no file behind that the edge cannot open. A port is held only for the moment of the look.
+//!
+//! Deliberately not here: reading the identity; that there is one is all that is looked at.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};

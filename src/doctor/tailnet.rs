@@ -94,7 +94,7 @@ impl Examiner {
     }
 }
 
-/// Everything that can be seen through a started node, within [`EXAMINE_LIMIT`].
+/// Everything that can be seen through a started node, within 80 seconds.
 pub async fn examine(node: &Arc<Node>, config: &Config) -> Vec<Check> {
     let mut checks = Vec::new();
     if timeout(EXAMINE_LIMIT, look_around(node, config, &mut checks)).await.is_err() {
