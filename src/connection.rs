@@ -133,29 +133,46 @@ async fn converse<D: Dial>(
 ) -> Result<Session, Refusal> {
     // Asked now: a socket that was reset meanwhile no longer knows it.
     let local = client.local_addr().map_err(|_| Refusal::ClientGone)?;
-    let header = proxy_header(service.proxy_protocol, visit.client, local);
+    let mut failed = None;
     let mut pause = PAUSE_FIRST;
     loop {
         // In a box, since an idle connection would otherwise keep the room for it.
-        let (mut upstream, server) = Box::pin(reach(service, client, visit)).await?;
-        let failure = match write_header(&mut upstream, header.as_deref()).await {
-            Ok(()) => {
-                let connected = visit.accepted.elapsed();
-                let outcome = pass_on(service, client, &mut upstream, &server).await;
-                if !matches!(outcome.end, End::Wordless) {
-                    return Ok(Session { server, connected, outcome });
-                }
-                Failure::Wordless
-            }
-            Err(error) => Failure::Header(error.kind()),
-        };
-        drop(upstream);
-        let why = service.upstream.suspect(&server, failure);
-        if service.hold.limit.is_zero() {
-            return Err(Refusal::Away(why));
+        let opening = Box::pin(open(service, client, visit, local, failed.take(), &mut pause));
+        let (mut upstream, server) = opening.await?;
+        let connected = visit.accepted.elapsed();
+        let outcome = pass_on(service, client, &mut upstream, &server).await;
+        if !matches!(outcome.end, End::Wordless) {
+            return Ok(Session { server, connected, outcome });
         }
-        Box::pin(hold(service, client, visit, &|| Some(why.clone()), sleep(pause))).await?;
-        pause = (pause * 2).min(PAUSE_LAST);
+        failed = Some(service.upstream.suspect(&server, Failure::Wordless));
+    }
+}
+
+/// Reaches the upstream and gives it the header, holding the client until that
+/// has succeeded. `failed` is what came of the attempt before, after which there
+/// is a pause.
+async fn open<D: Dial>(
+    service: &Service<D>,
+    client: &TcpStream,
+    visit: &Visit,
+    local: SocketAddr,
+    mut failed: Option<UpstreamError>,
+    pause: &mut Duration,
+) -> Result<(D::Stream, Arc<Server>), Refusal> {
+    let header = proxy_header(service.proxy_protocol, visit.client, local);
+    loop {
+        if let Some(why) = failed {
+            if service.hold.limit.is_zero() {
+                return Err(Refusal::Away(why));
+            }
+            hold(service, client, visit, &|| Some(why.clone()), sleep(*pause)).await?;
+            *pause = (*pause * 2).min(PAUSE_LAST);
+        }
+        let (mut upstream, server) = reach(service, client, visit).await?;
+        match write_header(&mut upstream, header.as_deref()).await {
+            Ok(()) => return Ok((upstream, server)),
+            Err(error) => failed = Some(service.upstream.suspect(&server, Failure::Header(error.kind()))),
+        }
     }
 }
 
@@ -222,7 +239,7 @@ async fn pass_on<D: Dial>(
         // twice: as an argument and as what is polled.
         let (drain, failed) = (pin!(service.drain.cancelled()), pin!(failed(client, server)));
         let has_header = service.proxy_protocol != ProxyProtocol::Off;
-        let watch = has_header.then(|| HeaderWatch::new(service.protocol)).flatten();
+        let watch = has_header.then(|| HeaderWatch::new(service.protocol)).flatten().map(Box::new);
         let first_words = FirstWords { due: service.protocol.greets(), watch };
         relay(&mut SharedTcp(client), upstream, service.timeouts, first_words, drain, failed).await
     };

@@ -13,9 +13,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tracing::warn;
@@ -31,26 +32,36 @@ const PINGS: u32 = 5;
 pub struct Peer {
     /// As the configuration names it.
     pub host: String,
-    /// Every connection has a receiver.
-    lost: watch::Sender<()>,
+    lost: Notify,
+    /// Those who wait for that.
+    connections: AtomicUsize,
 }
+
+/// Counts as a connection until it is dropped.
+struct Connection<'a>(&'a Peer);
 
 impl Peer {
     /// A peer by its name in the configuration.
     pub fn new(host: String) -> Peer {
-        Peer { host, lost: watch::Sender::new(()) }
+        Peer { host, lost: Notify::new(), connections: AtomicUsize::new(0) }
     }
 
     /// Completes when the peer has gone silent. It counts as connected for as long as this is waited
     /// for.
     pub async fn lost(&self) {
-        let mut lost = self.lost.subscribe();
-        // The sender is in self, so it does not go away.
-        let _ = lost.changed().await;
+        self.connections.fetch_add(1, Ordering::Relaxed);
+        let _connection = Connection(self);
+        self.lost.notified().await;
     }
 
-    fn has_connections(&self) -> bool {
-        self.lost.receiver_count() > 0
+    fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Connection<'_> {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -81,18 +92,18 @@ async fn watch<D: Dial>(dialler: Arc<D>, peer: Arc<Peer>, limit: Duration) {
     let mut unanswered = 0;
     loop {
         let began = Instant::now();
-        if !peer.has_connections() {
+        if peer.connections() == 0 {
             unanswered = 0;
         } else if is_silent(&*dialler, &peer.host, interval).await {
             unanswered += 1;
             if unanswered == PINGS {
-                let connections = peer.lost.receiver_count();
+                let connections = peer.connections();
                 warn!(
                     upstream = peer.host,
                     connections,
                     "the mailbox's node has not answered for {limit:?}: closing its connections; check that it runs and has a network"
                 );
-                peer.lost.send_replace(());
+                peer.lost.notify_waiters();
                 unanswered = 0;
             }
         } else {
@@ -114,7 +125,6 @@ async fn is_silent<D: Dial>(dialler: &D, host: &str, limit: Duration) -> bool {
 #[cfg(test)]
 mod tests {
     use std::sync::Mutex;
-    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use tokio::net::TcpStream;
     use tokio::time::{sleep, timeout};

@@ -15,8 +15,8 @@
 //!
 //! Deliberately not here: trust in certificates (the clients have to trust the
 //! mailbox, we only look), logging in, STARTTLS, and what follows from a
-//! failure. For `http` and `tcp` connecting is all, since nothing is known of
-//! what follows; no header is sent then, nor anything else.
+//! failure. For `http` and `tcp` connecting is all, and the header if one is
+//! due, since nothing is known of what follows.
 
 mod greeting;
 mod talk;
@@ -183,15 +183,15 @@ pub async fn probe<D: Dial>(dialler: &D, target: &Target, limit: Duration) -> Re
         Ok(outcome) => outcome?,
     };
     let connect = started.elapsed();
-    let Some(language) = Language::of(target.protocol) else {
-        let _ = timeout_at(clock.deadline, stream.shutdown()).await; // what matters is that it connected
-        return Ok(Finding { greeting: String::new(), certificate: None, connect, total: connect });
-    };
     if target.header {
         let written = timeout_at(clock.deadline, stream.write_all(&LOCAL)).await;
         let written = written.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()));
         written.map_err(|error| ProbeError::Header(error.to_string()))?;
     }
+    let Some(language) = Language::of(target.protocol) else {
+        let _ = timeout_at(clock.deadline, stream.shutdown()).await; // what matters is that it connected
+        return Ok(Finding { greeting: String::new(), certificate: None, connect, total: connect });
+    };
     let (certificate, heard) = if has_tls(target.protocol) {
         let (stream, certificate) = tls::handshake(stream, target, clock).await?;
         // With TLS around it, nobody took the header for what is spoken inside.

@@ -90,7 +90,7 @@ pub struct FirstWords {
     /// Whether it is to speak first.
     pub due: bool,
     /// Recognises one that takes the PROXY header for a command.
-    pub watch: Option<HeaderWatch>,
+    pub watch: Option<Box<HeaderWatch>>,
 }
 
 /// What a relay did, and why it ended.
@@ -289,7 +289,7 @@ struct Direction {
     keeps_its_end: bool,
     /// Looks at what comes, until it has decided or the other direction has
     /// begun.
-    watch: Option<HeaderWatch>,
+    watch: Option<Box<HeaderWatch>>,
     header_taken: bool,
 }
 

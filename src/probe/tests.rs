@@ -135,7 +135,7 @@ async fn each_protocol_gets_the_header_and_its_goodbye_and_not_a_byte_more() {
 }
 
 #[tokio::test]
-async fn of_http_and_tcp_connecting_is_all() {
+async fn of_http_and_tcp_connecting_and_the_header_are_all() {
     for protocol in [Protocol::Http, Protocol::Tcp] {
         for header in [true, false] {
             let (outcome, got) = probed(protocol, header, LIMIT, async |mut stream| {
@@ -144,7 +144,7 @@ async fn of_http_and_tcp_connecting_is_all() {
             })
             .await;
             assert_eq!(outcome.unwrap().greeting, "");
-            assert_eq!(got.unwrap(), b"");
+            assert_eq!(got.unwrap(), if header { &LOCAL[..] } else { b"" });
         }
     }
 }

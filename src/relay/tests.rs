@@ -254,7 +254,7 @@ fn start_with_greeting() -> (DuplexStream, DuplexStream, JoinHandle<Outcome>) {
     let (client, mut near_client) = duplex(PIPE_BYTES);
     let (upstream, mut near_upstream) = duplex(PIPE_BYTES);
     let relayed = async move {
-        let first_words = FirstWords { due: true, watch: HeaderWatch::new(Protocol::Smtp) };
+        let first_words = FirstWords { due: true, watch: HeaderWatch::new(Protocol::Smtp).map(Box::new) };
         relay(&mut near_client, &mut near_upstream, TIMEOUTS, first_words, pending(), pending()).await
     };
     (client, upstream, tokio::spawn(relayed))

@@ -198,7 +198,8 @@ impl Edge {
             sections: BTreeMap::new(),
             listeners: Vec::new(),
         };
-        builder.set("admin", "listen", r#""127.0.0.1:0""#)
+        // Probes would be counted among the connections of most tests.
+        builder.set("admin", "listen", r#""127.0.0.1:0""#).set("probe", "interval", r#""0s""#)
     }
 
     /// Waits until the edge says it serves; panics with its log when it ends or the deadline
