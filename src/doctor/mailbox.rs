@@ -65,7 +65,7 @@ pub async fn visit(node: Arc<Node>, visit: Visit) -> Vec<Check> {
         return vec![Check::told(visit.check("upstream"), Outcome::Fail, &in_words(&failure))];
     }
     let mut checks = vec![Check::pass(visit.check("upstream"), "takes connections")];
-    if matches!(visit.target.protocol, Protocol::Http | Protocol::Tcp) {
+    if matches!(visit.target.protocol, Protocol::Http | Protocol::Tcp) && found.is_ok() {
         return checks; // what is spoken there is not known
     }
     checks.extend(greeting(&visit, &found, &own, Timestamp::now()));
