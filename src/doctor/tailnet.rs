@@ -19,7 +19,7 @@ use serde::Deserialize;
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::http;
 use super::local::{Place, Running, is_enrolled};
@@ -46,6 +46,10 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 
 /// As long as the edge itself gives a peer at its start.
 const PING_LIMIT: Duration = Duration::from_secs(7);
+
+/// How often a peer is pinged that is not reached directly, and with what pause.
+const PINGS: usize = 3;
+const BETWEEN_PINGS: Duration = Duration::from_secs(1);
 
 /// How long the node may take to close.
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
@@ -179,8 +183,18 @@ fn key_expiry(expiry: Option<Timestamp>, now: Timestamp) -> Check {
     }
 }
 
+/// Pings until there is a direct path, a few times: a node that has just come up begins over a relay
+/// with every peer, and its first packets may be lost.
 async fn ping(node: Arc<Node>, host: String) -> (String, Result<PingReport, ConnectError>) {
-    let report = node.ping(&host, PING_LIMIT).await;
+    let mut report = node.ping(&host, PING_LIMIT).await;
+    for _ in 1..PINGS {
+        match &report {
+            Ok(report) if report.direct.is_empty() && report.online => {}
+            _ => break,
+        }
+        sleep(BETWEEN_PINGS).await;
+        report = node.ping(&host, PING_LIMIT).await;
+    }
     (host, report)
 }
 
