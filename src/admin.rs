@@ -1,11 +1,15 @@
 //! The admin listener: `/livez`, `/readyz`, `/status` and `/metrics` over
-//! HTTP/1.1, for supervisors, load balancers, people and Prometheus.
+//! HTTP/1.1, for supervisors, load balancers, people and Prometheus, and
+//! `/doctor` for our own `doctor`.
 //!
 //! `/livez` is 200 while the process runs. `/readyz` is 200 when mail can be
 //! accepted: the node is running, the control server sees it, a relay can be
 //! reached, it holds its tags, and the edge is not stopping; otherwise 503 with
 //! the reasons as JSON. `/status` is what is known of the node and of each
 //! server of the mailbox, as JSON. `/metrics` is what [`crate::metrics`] has.
+//! `/doctor` looks at the tailnet through the running node, which may take a
+//! minute and makes connections to the mailbox: one look at a time, 429 for
+//! whoever comes meanwhile.
 //!
 //! It is meant for loopback and has no authentication; it shows no secret and
 //! changes nothing.
@@ -28,6 +32,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
+use crate::doctor::{self, Examiner, NoLook};
 use crate::health::{Board, Monitor};
 use crate::metrics;
 use crate::tailnet::NodeStatus;
@@ -36,8 +41,8 @@ use crate::tailnet::NodeStatus;
 const CONNECTIONS: usize = 32;
 /// How long a request's head may take.
 const HEAD_LIMIT: Duration = Duration::from_secs(5);
-/// How long an admin connection may last.
-const CONNECTION_LIMIT: Duration = Duration::from_secs(60);
+/// How long an admin connection may last: longer than a look of the doctor.
+const CONNECTION_LIMIT: Duration = Duration::from_secs(90);
 
 /// What readiness is judged by.
 #[derive(Debug)]
@@ -102,15 +107,15 @@ fn upstream_status(monitor: &Arc<Monitor>) -> serde_json::Value {
 }
 
 /// Answers requests for as long as the edge lives.
-pub async fn serve(listener: TcpListener, readiness: Arc<Readiness>) {
+pub async fn serve(listener: TcpListener, readiness: Arc<Readiness>, examiner: Arc<Examiner>) {
     let permits = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return }; // never closed
         match listener.accept().await {
             Ok((stream, _)) => {
-                let readiness = Arc::clone(&readiness);
+                let (readiness, examiner) = (Arc::clone(&readiness), Arc::clone(&examiner));
                 tokio::spawn(async move {
-                    connection(stream, &readiness).await;
+                    connection(stream, &readiness, &examiner).await;
                     drop(permit);
                 });
             }
@@ -122,8 +127,13 @@ pub async fn serve(listener: TcpListener, readiness: Arc<Readiness>) {
     }
 }
 
-async fn connection(stream: TcpStream, readiness: &Readiness) {
-    let service = service_fn(|request| async move { Ok::<_, Infallible>(answer(&request, readiness)) });
+async fn connection(stream: TcpStream, readiness: &Readiness, examiner: &Examiner) {
+    let service = service_fn(|request: Request<Incoming>| async move {
+        Ok::<_, Infallible>(match request.uri().path() {
+            doctor::PATH if *request.method() == Method::GET => examined(examiner).await,
+            _ => answer(&request, readiness),
+        })
+    });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .keep_alive(false) // or whoever leaves connections open takes all the places
@@ -136,9 +146,7 @@ async fn connection(stream: TcpStream, readiness: &Readiness) {
 
 fn answer(request: &Request<Incoming>, readiness: &Readiness) -> Response<Full<Bytes>> {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
-        let mut response = json(StatusCode::METHOD_NOT_ALLOWED, &serde_json::json!({"error": "only GET"}));
-        response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
-        return response;
+        return only("GET, HEAD");
     }
     match request.uri().path() {
         "/livez" => json(StatusCode::OK, &serde_json::json!({"live": true})),
@@ -153,11 +161,34 @@ fn answer(request: &Request<Incoming>, readiness: &Readiness) -> Response<Full<B
             let text = metrics::text(&node.unwrap_or_default(), readiness.board.get());
             body(StatusCode::OK, metrics::CONTENT_TYPE, text)
         }
+        // Whoever asks for the head alone does not want the work done.
+        doctor::PATH => only("GET"),
         _ => json(
             StatusCode::NOT_FOUND,
-            &serde_json::json!({"error": "there is /livez, /readyz, /status and /metrics"}),
+            &serde_json::json!({"error": "there is /livez, /readyz, /status, /metrics and /doctor"}),
         ),
     }
+}
+
+/// Has the doctor look through the node.
+async fn examined(examiner: &Examiner) -> Response<Full<Bytes>> {
+    match examiner.examine().await {
+        Ok(checks) => json(StatusCode::OK, &serde_json::json!({ "checks": checks })),
+        Err(NoLook::Busy) => {
+            let error = serde_json::json!({"error": "another look is going on; try again in a minute"});
+            json(StatusCode::TOO_MANY_REQUESTS, &error)
+        }
+        Err(NoLook::NoNode) => {
+            let error = serde_json::json!({"error": "the tailnet node is not started"});
+            json(StatusCode::SERVICE_UNAVAILABLE, &error)
+        }
+    }
+}
+
+fn only(methods: &'static str) -> Response<Full<Bytes>> {
+    let mut response = json(StatusCode::METHOD_NOT_ALLOWED, &serde_json::json!({"error": "only GET"}));
+    response.headers_mut().insert(ALLOW, HeaderValue::from_static(methods));
+    response
 }
 
 fn json(code: StatusCode, value: &serde_json::Value) -> Response<Full<Bytes>> {

@@ -6,9 +6,12 @@
 //! Deliberately not here: doing anything about it, and reading the environment (see
 //! [`crate::config::config_path`]).
 
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+
+use crate::doctor;
 
 const ABOUT: &str = "Forwards public mail ports over a tailnet to a mailbox, with the PROXY protocol";
 
@@ -49,7 +52,7 @@ Files:
 
 Exit codes:
   0  Stopped cleanly, or nothing found wrong
-  1  Anything not listed here
+  1  Anything not listed here; doctor: a check failed
   2  Wrong command line or configuration
   3  Tailnet: not enrolled, wrong tag, or refused
   4  An address cannot be bound
@@ -57,6 +60,7 @@ Exit codes:
 Examples:
   TS_AUTHKEY=file:/run/secrets/ts_authkey tailwart-edge run --upstream stalwart
   tailwart-edge check --config ./config.toml
+  tailwart-edge doctor --domain example.com
   tailwart-edge run --config ./config.toml";
 
 /// What the command line says.
@@ -83,11 +87,14 @@ pub enum Command {
     Run(ConfigArgs),
     /// Report everything wrong with the configuration `run` would use, and change nothing
     Check(ConfigArgs),
+    /// Look at everything that mail on its way to the mailbox depends on: configuration, ports,
+    /// tailnet, DNS, clock; say what is wrong and what to do
+    Doctor(DoctorArgs),
     /// Print the version
     Version,
 }
 
-/// Where the configuration comes from; the same for `run` and `check`, so that they cannot differ.
+/// Where the configuration comes from; the same for all commands, so that they cannot differ.
 #[derive(Debug, Args)]
 pub struct ConfigArgs {
     /// Read this file [default: $TAILWART_CONFIG, else /etc/tailwart-edge/config.toml if it exists,
@@ -98,6 +105,31 @@ pub struct ConfigArgs {
     /// file's upstream.host
     #[arg(long, value_name = "HOST")]
     pub upstream: Option<String>,
+}
+
+/// What the doctor is to look at.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// The configuration
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// The mail domain (what follows the @) whose DNS is checked: MX, reverse DNS, MTA-STS,
+    /// autoconfig
+    #[arg(long, value_name = "NAME")]
+    pub domain: Option<String>,
+    /// A public address of this machine, for one behind NAT; may be repeated [default: those of its
+    /// interfaces]
+    #[arg(long = "address", value_name = "IP")]
+    pub addresses: Vec<IpAddr>,
+    /// Ask this DNS server [default: those of /etc/resolv.conf]
+    #[arg(long, value_name = "IP:PORT")]
+    pub dns_server: Option<SocketAddr>,
+    /// Try outbound port 25 with this mail server
+    #[arg(long, value_name = "HOST[:PORT]", default_value = doctor::DEFAULT_SERVER)]
+    pub smtp_check: String,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[cfg(test)]
@@ -130,6 +162,16 @@ mod tests {
         }
         assert!(matches!(parse(&["run"]), Ok(Command::Run(ConfigArgs { config: None, upstream: None }))));
         assert!(matches!(parse(&["version"]), Ok(Command::Version)));
+    }
+
+    #[test]
+    fn the_doctor_takes_what_cannot_be_found_out() {
+        let given = ["doctor", "-c", "/tmp/edge.toml", "--domain", "example.com", "--address", "192.0.2.1"];
+        let more = ["--address", "2001:db8::1", "--dns-server", "127.0.0.1:53", "--json"];
+        let Ok(Command::Doctor(args)) = parse(&[&given[..], &more].concat()) else { panic!("not taken") };
+        assert_eq!((args.domain.as_deref(), args.addresses.len(), args.json), (Some("example.com"), 2, true));
+        assert_eq!(args.smtp_check, doctor::DEFAULT_SERVER);
+        assert_eq!(parse(&["doctor", "--address", "mx.example.com"]).expect_err("a name").exit_code(), 2);
     }
 
     #[test]

@@ -25,6 +25,7 @@ use crate::answer::PublicName;
 use crate::config::{self, Config};
 use crate::connection::{Hold, Service};
 use crate::credential::Sources;
+use crate::doctor::Examiner;
 use crate::drain::StopSignals;
 use crate::health::{self, Board, Monitor};
 use crate::limits::{ClientLimit, connection_limit};
@@ -102,14 +103,16 @@ pub async fn run(config: Config, sources: Sources) -> Result<(), RunError> {
 
     let (node_sender, node_receiver) = watch::channel(None);
     let board = Arc::new(OnceLock::new());
+    let examiner = Arc::new(Examiner::new(config.clone()));
     if let Some(admin) = admin {
         announce("admin", &admin);
         let (tags, board) = (settings.tags.clone(), Arc::clone(&board));
         let readiness = Readiness { node: node_receiver, tags, board, drain: drain.clone() };
-        tokio::spawn(admin::serve(admin, Arc::new(readiness)));
+        tokio::spawn(admin::serve(admin, Arc::new(readiness), Arc::clone(&examiner)));
     }
     let node = Arc::new(Node::start(settings)?);
     node_sender.send_replace(Some(node.status()));
+    examiner.set_node(Arc::clone(&node));
     let membership = Membership::new(Arc::clone(&node), sources, settings.clone());
 
     let outcome = serve(&config, bound, membership, &board, drain, &mut signals).await;

@@ -1,13 +1,16 @@
 //! The program: arguments, log output, exit codes; nothing else.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
-use tailwart_edge::cli::{Cli, Command, ConfigArgs};
+use tailwart_edge::cli::{Cli, Command, ConfigArgs, DoctorArgs};
 use tailwart_edge::config::{Config, ConfigError, config_path};
 use tailwart_edge::credential::Sources;
+use tailwart_edge::doctor::{self, Patient};
 use tailwart_edge::{edge, tailnet};
+use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
 
 /// Wrong usage or configuration.
@@ -17,6 +20,7 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Run(args) => run(&args),
         Command::Check(args) => check(&args),
+        Command::Doctor(args) => doctor(args),
         Command::Version => {
             println!("tailwart-edge {} (Tailscale {})", env!("CARGO_PKG_VERSION"), tailnet::linked_version());
             ExitCode::SUCCESS
@@ -88,13 +92,40 @@ fn start_logging() {
         .init();
 }
 
-fn run_edge(config: Config, sources: Sources) -> ExitCode {
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+fn start_runtime() -> Result<Runtime, ExitCode> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| {
+        eprintln!("cannot start the runtime: {error}");
+        ExitCode::FAILURE
+    })
+}
+
+/// A wrong configuration is a finding here, and no reason to say nothing else.
+fn doctor(args: DoctorArgs) -> ExitCode {
+    let config = load(&args.config);
+    let tailnet = config.as_ref().ok().map(|config| &config.tailnet);
+    let sources = Sources::capture(&environment, tailnet.and_then(|tailnet| tailnet.auth_key_file.clone()));
+    // As in `run`, before any thread of ours exists; nothing is logged.
+    tailnet::forget_environment();
+    tailnet::set_log_upload(tailnet.is_some_and(|tailnet| tailnet.log_upload));
+    let DoctorArgs { domain, addresses, dns_server, smtp_check, json, .. } = args;
+    let sources = Arc::new(sources);
+    let patient = Patient { config, sources, domain, addresses, dns_server, smtp_check };
+    let runtime = match start_runtime() {
         Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("cannot start the runtime: {error}");
-            return ExitCode::FAILURE;
-        }
+        Err(code) => return code,
+    };
+    let report = runtime.block_on(doctor::run(patient));
+    runtime.shutdown_background();
+    let text = if json { report.to_json().to_string() } else { report.to_string() };
+    // Not println!, which panics when the reader has gone.
+    let _ = writeln!(std::io::stdout(), "{text}");
+    ExitCode::from(report.exit_code())
+}
+
+fn run_edge(config: Config, sources: Sources) -> ExitCode {
+    let runtime = match start_runtime() {
+        Ok(runtime) => runtime,
+        Err(code) => return code,
     };
     let outcome = runtime.block_on(edge::run(config, sources));
     // Connections that the drain time-out cut must not hold the exit up.

@@ -20,7 +20,7 @@
 
 mod greeting;
 mod talk;
-mod tls;
+pub(crate) mod tls;
 
 use std::fmt;
 use std::time::Duration;

@@ -224,6 +224,11 @@ impl fmt::Display for UpstreamError {
 }
 
 impl UpstreamError {
+    /// Each server's failure, in the order of the attempts.
+    pub fn failures(&self) -> impl Iterator<Item = &Failure> {
+        self.failures.iter().map(|(_, failure)| failure)
+    }
+
     /// Whether waiting may help. A name that is our own is a mistake in the configuration.
     pub fn may_pass(&self) -> bool {
         self.failures.iter().any(|(_, failure)| *failure != Failure::Connect(ConnectError::IsSelf))

@@ -121,13 +121,13 @@ fn alert_text(alert: AlertDescription) -> String {
 }
 
 /// The name to ask for; an address is not asked for by name.
-fn server_name(host: &str) -> ServerName<'static> {
+pub(crate) fn server_name(host: &str) -> ServerName<'static> {
     let none = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into());
     ServerName::try_from(host.to_owned()).unwrap_or(none)
 }
 
-/// One for all probes; without resumption, so that each sees the certificate.
-fn config() -> Arc<ClientConfig> {
+/// One for all who only look; without resumption, so that each sees the certificate.
+pub(crate) fn config() -> Arc<ClientConfig> {
     static CONFIG: OnceLock<Arc<ClientConfig>> = OnceLock::new();
     let make = || {
         let provider = rustls::crypto::ring::default_provider();

@@ -93,6 +93,11 @@ impl Builder {
         self
     }
 
+    pub fn without_listeners(mut self) -> Builder {
+        self.listeners.clear();
+        self
+    }
+
     /// Sets any key of any section to a value in TOML's notation (strings with their quotes).
     pub fn set(mut self, section: &str, key: &str, value: &str) -> Builder {
         self.sections.entry(section.to_owned()).or_default().insert(key.to_owned(), value.to_owned());

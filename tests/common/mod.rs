@@ -16,6 +16,7 @@
 
 pub mod cert;
 pub mod client;
+pub mod dns;
 pub mod dovecot;
 pub mod edge;
 pub mod haproxy;

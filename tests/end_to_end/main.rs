@@ -6,6 +6,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod doctor;
 mod enrolment;
 mod faults;
 mod half_close;

@@ -1,0 +1,390 @@
+//! What can be looked at on this machine alone: the configuration, the ports, the state directory,
+//! the credential, and the machine's own addresses.
+//!
+//! Invariants: nothing is changed, and nothing is made but the lock file, in a directory of this
+//! user's own, where `run` would make it too: a doctor that runs as another user than the edge leaves
+//! no file behind that the edge cannot open. A port is held only for the moment of the look.
+//!
+//! Deliberately not here: reading the identity; that there is one is all that is looked at.
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::Access;
+use tokio::time::timeout;
+
+use super::report::{Check, Outcome};
+use crate::config::{self, Config, ConfigError};
+use crate::credential::{Credential, CredentialError, Sources};
+use crate::listener;
+use crate::state_dir::{self, StateDir, StateDirError};
+
+/// Where Tailscale keeps a node's identity in the state directory.
+const IDENTITY: &str = "tailscaled.state";
+
+/// How long a credential may take to be read; only a network file system takes any time.
+const READ_LIMIT: Duration = Duration::from_secs(5);
+
+/// The configuration's warnings or mistakes.
+pub fn config(config: &Result<Config, ConfigError>) -> Vec<Check> {
+    const CORRECT: &str = "correct it; the other checks need a good configuration";
+    match config {
+        Err(mistakes) => {
+            // Its text and not its list, which ends after fifty without saying so.
+            mistakes.to_string().lines().map(|mistake| Check::fail("config", mistake, CORRECT)).collect()
+        }
+        Ok(config) if config.warnings.is_empty() => {
+            vec![Check::pass("config", format!("no mistakes, {} listeners", config.listeners.len()))]
+        }
+        Ok(config) => config.warnings.iter().map(|text| Check::told("config", Outcome::Warn, text)).collect(),
+    }
+}
+
+/// Who has the state directory.
+#[derive(Debug)]
+pub enum Place {
+    /// No edge runs on it; none can start while this is held.
+    Free(StateDir),
+    /// A running edge has it.
+    Taken,
+    /// There is none yet, or none is needed, or this user may not look.
+    Unknown,
+}
+
+/// The state directory: usable or not, and whether a running edge has it.
+pub fn state_dir(settings: &config::Tailnet) -> (Place, Check) {
+    const NAME: &str = "state";
+    let dir = settings.state_dir.display();
+    if settings.ephemeral {
+        return (Place::Unknown, Check::pass(NAME, "not needed (tailnet.ephemeral = true)"));
+    }
+    if !is_there(&settings.state_dir) {
+        return (Place::Unknown, missing(NAME, &settings.state_dir));
+    }
+    match state_dir::lock(&settings.state_dir) {
+        Ok(held) => (Place::Free(held), Check::pass(NAME, format!("{dir} is private and can be written to"))),
+        Err(StateDirError::InUse { .. }) => {
+            (Place::Taken, Check::pass(NAME, format!("{dir} is in use by the running edge")))
+        }
+        Err(error) => {
+            let mut check = Check::told(NAME, Outcome::Fail, &error);
+            check.remedy = check.remedy.map(|remedy| {
+                format!("if another user runs the edge, run the doctor as that user; else: {remedy}")
+            });
+            (Place::Unknown, check)
+        }
+    }
+}
+
+/// Whether something is in that place. What cannot be seen counts: looking closer says why.
+fn is_there(path: &Path) -> bool {
+    !matches!(path.symlink_metadata(), Err(error) if error.kind() == ErrorKind::NotFound)
+}
+
+/// Of a directory that is not there: whether it could be made.
+fn missing(name: &str, dir: &Path) -> Check {
+    let above = dir.ancestors().skip(1).find(|above| is_there(above)).unwrap_or(Path::new("/"));
+    let finding = format!("{} does not exist yet", dir.display());
+    match rustix::fs::access(above, Access::WRITE_OK | Access::EXEC_OK) {
+        Ok(()) => Check::pass(name, format!("{finding}; `run` makes it")),
+        Err(error) => Check::fail(
+            name,
+            format!("{finding}, and this user cannot make it in {}: {error}", above.display()),
+            "create it with mode 0700 for the user that runs the edge, or set tailnet.state_dir",
+        ),
+    }
+}
+
+/// Whether there is an identity in the state directory.
+pub fn is_enrolled(settings: &config::Tailnet) -> bool {
+    !settings.ephemeral && settings.state_dir.join(IDENTITY).metadata().is_ok_and(|file| file.len() > 0)
+}
+
+/// What is known about a running edge on this configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Running {
+    /// It runs and answers on its admin address, or runs without one.
+    Yes,
+    /// It holds its state directory and does not answer on its admin address.
+    Unwell,
+    /// There is none.
+    No,
+}
+
+/// Whether there is an identity or something to get one with, which is not shown; and whether there
+/// is the latter.
+pub async fn credential(
+    sources: &Arc<Sources>,
+    settings: &config::Tailnet,
+    running: Running,
+) -> (Check, bool) {
+    let sources = Arc::clone(sources);
+    let reading = tokio::task::spawn_blocking(move || sources.read());
+    let Ok(Ok(read)) = timeout(READ_LIMIT, reading).await else {
+        let finding = format!("could not be read within {READ_LIMIT:?}");
+        return (Check::fail("credential", finding, "check the file system of the key file"), false);
+    };
+    let there = matches!(read, Ok(Some(_)));
+    // The state directory of a running edge may belong to another user.
+    let enrolled = is_enrolled(settings) || running == Running::Yes;
+    (judge_credential(enrolled, read, &settings.tags.join(", ")), there)
+}
+
+fn judge_credential(enrolled: bool, read: Result<Option<Credential>, CredentialError>, tags: &str) -> Check {
+    const NAME: &str = "credential";
+    match (enrolled, read) {
+        (true, Ok(None)) => Check::pass(NAME, "none, and none is needed: the node has its identity"),
+        (true, Ok(Some(credential))) => {
+            Check::pass(NAME, format!("{credential}, not needed: the node has its identity"))
+        }
+        (true, Err(error)) => Check::told(NAME, Outcome::Warn, &error),
+        (false, Ok(Some(credential))) => {
+            Check::pass(NAME, format!("not enrolled yet, and {credential} is there to enrol with"))
+        }
+        (false, Ok(None)) => Check::fail(
+            NAME,
+            "this node is not enrolled on the tailnet and there is nothing to enrol with",
+            format!(
+                "set TS_AUTHKEY, TS_AUTHKEY_FILE or tailnet.auth_key_file to a key that may use {tags}; if the edge gets its key elsewhere (systemd, a container), run the doctor there"
+            ),
+        ),
+        (false, Err(error)) => Check::told(NAME, Outcome::Fail, &error),
+    }
+}
+
+/// Every listening address, of the public ports and of the admin port.
+pub fn ports(config: &Config, running: Running) -> Vec<Check> {
+    let public = config.listeners.iter().flat_map(|listener| {
+        listener.listen.iter().map(|&address| (listener.name.as_str(), address, listener.configured))
+    });
+    let admin = config.admin.map(|address| ("admin", address, true));
+    public.chain(admin).map(|(name, address, configured)| port(name, address, configured, running)).collect()
+}
+
+fn port(listener: &str, address: SocketAddr, configured: bool, running: Running) -> Check {
+    let name = format!("port {listener} {address}");
+    let bound = listener::bind(listener, address);
+    match bound {
+        Ok(_) if running != Running::No && address.port() != 0 => Check::warn(
+            name,
+            "free, although the edge runs",
+            "restart the edge, if the configuration was changed since it started; else its log says why",
+        ),
+        Ok(_) => Check::pass(name, "free"),
+        Err(error) if error.kind == ErrorKind::AddrInUse && running == Running::Yes => {
+            Check::pass(name, "in use by the running edge")
+        }
+        Err(error)
+            if !configured
+                && address.is_ipv6()
+                && matches!(error.kind, ErrorKind::AddrNotAvailable | ErrorKind::Unsupported) =>
+        {
+            let remedy = "nothing, if no AAAA record names this machine; else enable IPv6";
+            Check::warn(name, "this machine has no IPv6, so only IPv4 is served", remedy)
+        }
+        Err(error) => Check::told(name, Outcome::Fail, &error.reason),
+    }
+}
+
+/// The addresses under which this machine is reached.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Addresses {
+    /// The public ones.
+    pub public: Vec<IpAddr>,
+    /// Whether they were given; then nothing was looked at.
+    pub given: bool,
+}
+
+impl Addresses {
+    /// Those that were given, else the public ones among this machine's own.
+    pub fn find(given: &[IpAddr]) -> Addresses {
+        if !given.is_empty() {
+            return Addresses { public: given.to_vec(), given: true };
+        }
+        // What the kernel shows without a system call that needs unsafe code, as getifaddrs does.
+        // A file that is not there leaves a family out, and the report says what it knows.
+        let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+        let own = [v4_in(&read("/proc/net/fib_trie")), v6_in(&read("/proc/net/if_inet6"))].concat();
+        let mut public: Vec<IpAddr> = own.into_iter().filter(is_public).collect();
+        public.sort();
+        public.dedup();
+        Addresses { public, given: false }
+    }
+}
+
+/// The machine's own addresses in `/proc/net/fib_trie`: a line with an address is followed by one
+/// that says what it is.
+fn v4_in(table: &str) -> Vec<IpAddr> {
+    let lines = table.lines().zip(table.lines().skip(1));
+    let own = lines.filter(|(_, what)| what.trim() == "/32 host LOCAL");
+    own.filter_map(|(address, _)| address.trim().strip_prefix("|-- ")?.parse().ok()).collect()
+}
+
+/// The addresses in `/proc/net/if_inet6`: 32 hexadecimal digits at the start of each line.
+fn v6_in(table: &str) -> Vec<IpAddr> {
+    let digits = table.lines().filter_map(|line| line.split_whitespace().next());
+    digits.filter_map(|digits| Some(Ipv6Addr::from(u128::from_str_radix(digits, 16).ok()?).into())).collect()
+}
+
+/// Whether the internet can reach it: neither private (RFC 1918, RFC 4193) nor of a tailnet or
+/// another carrier's NAT (100.64.0.0/10), nor of this machine or its link alone.
+fn is_public(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => {
+            let [a, b, ..] = v4.octets();
+            let shared = a == 100 && (64..128).contains(&b);
+            !(v4.is_private() || v4.is_loopback() || v4.is_link_local() || v4.is_unspecified() || shared)
+        }
+        IpAddr::V6(v6) => {
+            !(v6.is_unique_local() || v6.is_loopback() || v6.is_unicast_link_local() || v6.is_unspecified())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn parsed(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Some("stalwart"), &|_| None)
+    }
+
+    fn listening(address: &str) -> Config {
+        parsed(&format!(
+            "[admin]\nlisten = \"off\"\n[[listener]]\nprotocol = \"smtp\"\nlisten = [{address:?}]"
+        ))
+        .unwrap()
+    }
+
+    fn private_dir() -> tempfile::TempDir {
+        tempfile::Builder::new().permissions(Permissions::from_mode(0o700)).tempdir().unwrap()
+    }
+
+    fn settings(dir: &Path) -> config::Tailnet {
+        config::Tailnet { state_dir: dir.to_owned(), ..parsed("").unwrap().tailnet }
+    }
+
+    fn sources(key: Option<&'static str>) -> Arc<Sources> {
+        Arc::new(Sources::capture(&move |name| key.filter(|_| name == "TS_AUTHKEY").map(str::to_owned), None))
+    }
+
+    #[test]
+    fn every_mistake_of_the_configuration_is_a_failure() {
+        let checks = config(&parsed("[tailnet]\nhostnam = 'x'\n[limits]\nmax_connections = 'many'"));
+        assert_eq!(checks.len(), 2, "{checks:?}");
+        assert!(checks.iter().all(|check| check.outcome == Outcome::Fail));
+        assert!(checks[0].finding.contains("hostnam") && checks[1].finding.contains("max_connections"));
+        assert_eq!(config(&parsed(""))[0].outcome, Outcome::Pass);
+        let doubtful = "[[listener]]\nprotocol = 'smtp'\nproxy_protocol = 'off'";
+        assert_eq!(config(&parsed(doubtful))[0].outcome, Outcome::Warn);
+    }
+
+    #[tokio::test]
+    async fn a_port_is_free_ours_or_taken() {
+        let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = other.local_addr().unwrap();
+        let look = |running| ports(&listening(&address.to_string()), running).remove(0);
+        assert_eq!(
+            (look(Running::Yes).outcome, &*look(Running::Yes).finding),
+            (Outcome::Pass, "in use by the running edge")
+        );
+        for running in [Running::No, Running::Unwell] {
+            let taken = look(running);
+            assert_eq!(taken.outcome, Outcome::Fail);
+            let said = format!("{} {:?}", taken.finding, taken.remedy);
+            assert!(said.contains("another program listens there (`ss -ltnp"), "{said}");
+        }
+        drop(other);
+        assert_eq!((look(Running::No).outcome, &*look(Running::No).finding), (Outcome::Pass, "free"));
+        assert_eq!(look(Running::Yes).outcome, Outcome::Warn, "the edge runs and does not listen there");
+    }
+
+    #[tokio::test]
+    async fn an_address_of_another_machine_is_a_failure() {
+        let check = ports(&listening("192.0.2.77:0"), Running::No).remove(0);
+        assert_eq!(check.outcome, Outcome::Fail);
+        assert!(check.remedy.unwrap().contains("ip address"));
+        // Only a default may be missing.
+        let default = port("smtp", "[2001:db8::77]:0".parse().unwrap(), false, Running::No);
+        assert_eq!(default.outcome, Outcome::Warn, "{default:?}");
+        let configured = port("smtp", "[2001:db8::77]:0".parse().unwrap(), true, Running::No);
+        assert_eq!(configured.outcome, Outcome::Fail);
+    }
+
+    #[test]
+    fn the_state_directory_is_looked_at_and_not_made() {
+        let dir = private_dir();
+        let missing = settings(&dir.path().join("a/b"));
+        let (place, check) = state_dir(&missing);
+        assert!(matches!(place, Place::Unknown) && check.outcome == Outcome::Pass, "{check:?}");
+        assert!(!dir.path().join("a").exists());
+        let (place, check) = state_dir(&settings(dir.path()));
+        assert!(matches!(place, Place::Free(_)) && check.outcome == Outcome::Pass, "{check:?}");
+        // While it is held, it looks as if an edge ran.
+        let (taken, check) = state_dir(&settings(dir.path()));
+        assert!(matches!(taken, Place::Taken) && check.outcome == Outcome::Pass, "{check:?}");
+        drop(place);
+        std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+        let (place, check) = state_dir(&settings(dir.path()));
+        assert!(matches!(place, Place::Unknown) && check.outcome == Outcome::Fail, "{check:?}");
+        let below_a_file = dir.path().join("file");
+        std::fs::write(&below_a_file, "").unwrap();
+        let (_, check) = state_dir(&settings(&below_a_file.join("dir")));
+        assert_eq!(check.outcome, Outcome::Fail, "{check:?}");
+    }
+
+    #[tokio::test]
+    async fn a_credential_is_needed_only_without_an_identity_and_never_shown() {
+        let dir = private_dir();
+        let settings = settings(dir.path());
+        let none = credential(&sources(None), &settings, Running::No).await.0;
+        assert_eq!(none.outcome, Outcome::Fail, "{none:?}");
+        let key = credential(&sources(Some("tskey-auth-s3cret")), &settings, Running::No).await.0;
+        assert_eq!(key.outcome, Outcome::Pass, "{key:?}");
+        assert!(!format!("{key:?}").contains("s3cret"));
+        let bad = credential(&sources(Some("tskey-auth-s3cret and more")), &settings, Running::No).await.0;
+        assert!(bad.outcome == Outcome::Fail && !format!("{bad:?}").contains("s3cret"), "{bad:?}");
+        std::fs::write(dir.path().join(IDENTITY), "{}").unwrap();
+        assert_eq!(credential(&sources(None), &settings, Running::No).await.0.outcome, Outcome::Pass);
+        let bad = credential(&sources(Some("tskey-auth-s3cret and more")), &settings, Running::No).await.0;
+        assert_eq!(bad.outcome, Outcome::Warn);
+    }
+
+    #[test]
+    fn own_addresses_are_read_from_proc() {
+        let trie = "Main:\n  +-- 0.0.0.0/0 3 0 5\n     |-- 203.0.113.7\n        /32 host LOCAL\n     |-- 203.0.113.255\n        /32 link BROADCAST\n     |-- 10.0.0.0\n        /8 link UNICAST\n";
+        assert_eq!(v4_in(trie), ["203.0.113.7".parse::<IpAddr>().unwrap()]);
+        let v6 = "20010db8000000000000000000000001 04 40 20 80     eth0\nnonsense\n";
+        assert_eq!(v6_in(v6), ["2001:db8::1".parse::<IpAddr>().unwrap()]);
+        // This very machine has at least the loopback.
+        let read = std::fs::read_to_string("/proc/net/fib_trie").unwrap();
+        assert!(v4_in(&read).iter().any(|address| address.is_loopback()));
+    }
+
+    #[test]
+    fn private_and_tailnet_addresses_are_not_public() {
+        for address in [
+            "10.1.2.3",
+            "192.168.1.1",
+            "127.0.0.1",
+            "169.254.1.1",
+            "100.64.0.1",
+            "fd7a:115c:a1e0::1",
+            "fe80::1",
+            "::1",
+        ] {
+            assert!(!is_public(&address.parse().unwrap()), "{address}");
+        }
+        for address in ["203.0.113.7", "100.63.0.1", "100.128.0.1", "2001:db8::1"] {
+            assert!(is_public(&address.parse().unwrap()), "{address}");
+        }
+        let given = Addresses::find(&["10.0.0.1".parse().unwrap()]);
+        assert!(given.given && given.public.len() == 1);
+    }
+}

@@ -1,0 +1,240 @@
+//! The mailbox's ports: whether they take connections, greet, show a certificate, and trust the
+//! PROXY header.
+//!
+//! Invariant: one connection for each thing that is to be known, and each begins and ends as the
+//! protocol wants. A mail server complains in its log of connections that just come and go.
+
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+
+use super::report::{Check, Outcome};
+use crate::config::{self, Protocol, ProxyProtocol};
+use crate::peers::Peer;
+use crate::probe::{Certificate, Finding, ProbeError, Target, probe};
+use crate::tailnet::{ConnectError, Node, PingReport, TailnetStream};
+use crate::trust;
+use crate::upstream::{Dial, Failure, Silence, Upstream, UpstreamError};
+
+/// How long a mailbox may take to greet and to say goodbye, once connected.
+const TALK_LIMIT: Duration = Duration::from_secs(15);
+
+/// The ping that follows a silent port.
+const PING_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long a mailbox that demands a header is given to greet without; one that needs none greets
+/// at once.
+const WITHOUT_HEADER_LIMIT: Duration = Duration::from_millis(1500);
+
+/// Time enough to renew a certificate.
+const EXPIRES_SOON: SignedDuration = SignedDuration::from_hours(14 * 24);
+
+/// A port to look at.
+#[derive(Clone, Debug)]
+pub struct Visit {
+    listener: String,
+    target: Target,
+    connect_timeout: Duration,
+}
+
+impl Visit {
+    /// One server of a listener's upstream.
+    pub fn new(listener: &config::Listener, host: &str, port: u16, connect_timeout: Duration) -> Visit {
+        let header = listener.proxy_protocol != ProxyProtocol::Off;
+        let target = Target { host: host.to_owned(), port, protocol: listener.protocol, header };
+        Visit { listener: listener.name.clone(), target, connect_timeout }
+    }
+
+    /// The name of a check about it.
+    fn check(&self, what: &str) -> String {
+        format!("{what} {} {}:{}", self.listener, self.target.host, self.target.port)
+    }
+}
+
+/// Looks at a port: once as the edge does, and once without a header if one is due.
+pub async fn visit(node: Arc<Node>, visit: Visit) -> Vec<Check> {
+    let own = node.status().borrow().ips.clone();
+    let peer = Arc::new(Peer::new(visit.target.host.clone()));
+    let upstream = Upstream::new(node, vec![peer], visit.target.port, visit.connect_timeout);
+    let dialler = Explaining { upstream, failure: Mutex::new(None) };
+    let limit = visit.connect_timeout + PING_LIMIT + TALK_LIMIT;
+    let found = probe(&dialler, &visit.target, limit).await;
+    if let Some(failure) = dialler.failure() {
+        return vec![Check::told(visit.check("upstream"), Outcome::Fail, &in_words(&failure))];
+    }
+    let mut checks = vec![Check::pass(visit.check("upstream"), "takes connections")];
+    if matches!(visit.target.protocol, Protocol::Http | Protocol::Tcp) && found.is_ok() {
+        return checks; // what is spoken there is not known
+    }
+    checks.extend(greeting(&visit, &found, &own, Timestamp::now()));
+    if let (true, Ok(found)) = (visit.target.header, &found) {
+        let without = Target { header: false, ..visit.target.clone() };
+        let found = probe(&dialler, &without, found.connect + WITHOUT_HEADER_LIMIT).await;
+        checks.push(demand(&visit, &found, &own));
+    }
+    checks
+}
+
+/// Connects as the edge does, and keeps what was found out when it could not.
+struct Explaining {
+    upstream: Upstream<Node>,
+    failure: Mutex<Option<UpstreamError>>,
+}
+
+impl Explaining {
+    fn failure(&self) -> Option<UpstreamError> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Dial for Explaining {
+    type Stream = TailnetStream;
+
+    async fn dial(&self, _: &str, _: u16) -> Result<TailnetStream, ConnectError> {
+        match self.upstream.connect().await {
+            Ok((stream, _)) => Ok(stream),
+            Err(failure) => {
+                *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(failure);
+                Err(ConnectError::TimedOut)
+            }
+        }
+    }
+
+    async fn ping(&self, _: &str, _: Duration) -> Result<PingReport, ConnectError> {
+        Err(ConnectError::TimedOut) // a probe never pings
+    }
+}
+
+/// The error with a word for what is behind it in front.
+fn in_words(error: &UpstreamError) -> String {
+    let kind = match error.failures().next() {
+        Some(Failure::Connect(ConnectError::Refused)) => "refused",
+        Some(Failure::Silent { silence: Silence::Port, .. }) => "denied or dropped",
+        Some(Failure::Silent { silence: Silence::Peer { .. }, .. }) => "peer out of reach",
+        _ => return error.to_string(),
+    };
+    format!("{kind}: {error}")
+}
+
+/// What the mailbox said to a client like ours.
+fn greeting(
+    visit: &Visit,
+    found: &Result<Finding, ProbeError>,
+    own: &[IpAddr],
+    now: Timestamp,
+) -> Vec<Check> {
+    let name = visit.check("greeting");
+    match found {
+        Ok(Finding { greeting, certificate, total, .. }) => {
+            let said = format!("\"{greeting}\" in {} ms", total.as_millis());
+            let shown = certificate.as_ref().map(|shown| certificate_check(visit, shown, now));
+            [Some(Check::pass(name, said)), shown].into_iter().flatten().collect()
+        }
+        // Both are what a mailbox does that does not trust this edge.
+        Err(error @ (ProbeError::HeaderTaken { .. } | ProbeError::ClosedSilently { header: true })) => {
+            let text = error.to_string();
+            let finding = text.split("; ").next().unwrap_or_default();
+            vec![Check::fail(visit.check("proxy"), finding, trust::advice(own))]
+        }
+        Err(error) => vec![Check::told(name, Outcome::Fail, error)],
+    }
+}
+
+fn certificate_check(visit: &Visit, certificate: &Certificate, now: Timestamp) -> Check {
+    const REMEDY: &str = "renew it on the mailbox";
+    let name = visit.check("certificate");
+    let (names, at) = (certificate.names.join(", "), certificate.not_after);
+    if at < now {
+        Check::warn(name, format!("for {names}, and expired since {at}: clients refuse it"), REMEDY)
+    } else if at.duration_since(now) < EXPIRES_SOON {
+        Check::warn(name, format!("for {names}, and expires at {at}"), REMEDY)
+    } else {
+        Check::pass(name, format!("for {names}, valid until {at}"))
+    }
+}
+
+/// Whether the mailbox insists on the header that it takes: `without` is what it did without one.
+fn demand(visit: &Visit, without: &Result<Finding, ProbeError>, own: &[IpAddr]) -> Check {
+    let name = visit.check("proxy");
+    // The latter two have spoken too.
+    if !matches!(without, Ok(_) | Err(ProbeError::Refused { .. } | ProbeError::Cut(_))) {
+        return Check::pass(name, "takes the PROXY header and demands it");
+    }
+    Check::warn(
+        name,
+        "greets with a PROXY header and without one: that it reads the client's address from it is not proven, and whoever may connect on the tailnet is taken for a client",
+        format!("make it demand the header: {}", trust::advice(own)),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn listener(protocol: &str) -> Visit {
+        let text = format!("[[listener]]\nprotocol = {protocol:?}");
+        let config = config::Config::parse(&text, Some("stalwart"), &|_| None).unwrap();
+        Visit::new(&config.listeners[0], "stalwart", 25, config.timeouts.connect)
+    }
+
+    fn own() -> Vec<IpAddr> {
+        vec![[100, 64, 0, 1].into()]
+    }
+
+    fn greets(certificate: Option<Certificate>) -> Result<Finding, ProbeError> {
+        let (connect, total) = (Duration::from_millis(3), Duration::from_millis(12));
+        Ok(Finding { greeting: "220 mail ESMTP".into(), certificate, connect, total })
+    }
+
+    #[test]
+    fn a_greeting_is_shown() {
+        let checks = greeting(&listener("smtp"), &greets(None), &own(), Timestamp::UNIX_EPOCH);
+        assert_eq!(checks, [Check::pass("greeting smtp stalwart:25", "\"220 mail ESMTP\" in 12 ms")]);
+        let silent = Err(ProbeError::Silent { limit: Duration::from_secs(10) });
+        let checks = greeting(&listener("smtp"), &silent, &own(), Timestamp::UNIX_EPOCH);
+        assert_eq!((&*checks[0].name, checks[0].outcome), ("greeting smtp stalwart:25", Outcome::Fail));
+    }
+
+    #[test]
+    fn a_certificate_is_looked_at_in_time() {
+        let now = Timestamp::UNIX_EPOCH;
+        for (days, outcome) in [(-1, Outcome::Warn), (13, Outcome::Warn), (15, Outcome::Pass)] {
+            let not_after = now + SignedDuration::from_hours(24 * days);
+            let certificate = Certificate { names: vec!["mail.example.com".into()], not_after };
+            let checks = greeting(&listener("imaps"), &greets(Some(certificate)), &own(), now);
+            assert_eq!((checks[0].outcome, checks[1].outcome), (Outcome::Pass, outcome), "{checks:?}");
+            assert!(checks[1].finding.contains("mail.example.com"));
+            assert_eq!(checks[1].finding.contains("expired since"), days < 0);
+        }
+    }
+
+    #[test]
+    fn distrust_comes_with_advice() {
+        for error in [
+            ProbeError::HeaderTaken { said: "500 5.5.1 Invalid command.".into() },
+            ProbeError::ClosedSilently { header: true },
+        ] {
+            let checks = greeting(&listener("smtp"), &Err(error), &own(), Timestamp::UNIX_EPOCH);
+            assert_eq!((&*checks[0].name, checks[0].outcome), ("proxy smtp stalwart:25", Outcome::Fail));
+            assert_eq!(checks[0].remedy.as_deref(), Some(&*trust::advice(&own())), "it is not cut");
+        }
+        let without = Err(ProbeError::ClosedSilently { header: false });
+        let checks = greeting(&listener("smtp"), &without, &own(), Timestamp::UNIX_EPOCH);
+        assert_eq!(checks[0].name, "greeting smtp stalwart:25");
+    }
+
+    #[test]
+    fn a_mailbox_should_demand_what_it_takes() {
+        let limit = WITHOUT_HEADER_LIMIT;
+        for without in [ProbeError::Silent { limit }, ProbeError::ClosedSilently { header: false }] {
+            assert_eq!(demand(&listener("smtp"), &Err(without), &own()).outcome, Outcome::Pass);
+        }
+        let cut = Err(ProbeError::Cut("said nothing".into()));
+        for without in [greets(None), cut] {
+            let both = demand(&listener("smtp"), &without, &own());
+            assert!(both.outcome == Outcome::Warn && both.remedy.unwrap().contains("100.64.0.1"));
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! What the doctor says: checks, and the two ways to print them.
+//!
+//! Invariant: whatever text comes in, from the network or from another program, what goes out is
+//! printable ASCII of bounded length.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The most characters of a finding or a remedy; the advice on trust has some 900.
+const TEXT_CHARS: usize = 1500;
+
+/// How a check went.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// As it should be.
+    Pass,
+    /// It works, or may work; somebody should know.
+    Warn,
+    /// Mail is lost or late until it is changed.
+    Fail,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct Check {
+    /// What was looked at: a fixed word, and the thing if there are several.
+    pub name: String,
+    /// How it went.
+    pub outcome: Outcome,
+    /// What was found.
+    pub finding: String,
+    /// What to do, if there is anything.
+    pub remedy: Option<String>,
+}
+
+impl Check {
+    /// As it should be.
+    pub fn pass(name: impl Into<String>, finding: impl Into<String>) -> Check {
+        Check::new(name, Outcome::Pass, finding, None)
+    }
+
+    /// Works, but.
+    pub fn warn(name: impl Into<String>, finding: impl Into<String>, remedy: impl Into<String>) -> Check {
+        Check::new(name, Outcome::Warn, finding, Some(remedy.into()))
+    }
+
+    /// Does not work.
+    pub fn fail(name: impl Into<String>, finding: impl Into<String>, remedy: impl Into<String>) -> Check {
+        Check::new(name, Outcome::Fail, finding, Some(remedy.into()))
+    }
+
+    /// From a text of this program's errors, which say what was found, then `; ` and what to do.
+    pub fn told(name: impl Into<String>, outcome: Outcome, text: &impl ToString) -> Check {
+        let text = text.to_string();
+        let (finding, remedy) = match text.split_once("; ") {
+            Some((finding, remedy)) => (finding.to_owned(), Some(remedy.to_owned())),
+            None => (text, None),
+        };
+        Check::new(name, outcome, finding, remedy)
+    }
+
+    fn new(
+        name: impl Into<String>,
+        outcome: Outcome,
+        finding: impl Into<String>,
+        remedy: Option<String>,
+    ) -> Check {
+        Check { name: name.into(), outcome, finding: finding.into(), remedy }.made_harmless()
+    }
+
+    /// The same with printable ASCII only, for one that another program has sent.
+    pub fn made_harmless(self) -> Check {
+        Check {
+            name: harmless(&self.name),
+            outcome: self.outcome,
+            finding: harmless(&self.finding),
+            remedy: self.remedy.as_deref().map(harmless),
+        }
+    }
+}
+
+/// Printable ASCII of bounded length; anything else becomes `?`, a line end a space.
+pub fn harmless(text: &str) -> String {
+    let printable = |c: char| match c {
+        ' '..='~' => c,
+        '\n' | '\r' | '\t' => ' ',
+        _ => '?',
+    };
+    let mut shown: String = text.trim().chars().take(TEXT_CHARS).map(printable).collect();
+    if text.trim().chars().nth(TEXT_CHARS).is_some() {
+        shown.push_str("...");
+    }
+    shown
+}
+
+/// All checks, in the order in which they are shown.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// The checks.
+    pub checks: Vec<Check>,
+}
+
+impl Report {
+    /// 1 if a check fails, else 0.
+    pub fn exit_code(&self) -> u8 {
+        u8::from(self.count(Outcome::Fail) > 0)
+    }
+
+    fn count(&self, outcome: Outcome) -> usize {
+        self.checks.iter().filter(|check| check.outcome == outcome).count()
+    }
+
+    /// `{"checks":[…],"passed":n,"warned":n,"failed":n}`
+    pub fn to_json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "checks": self.checks,
+            "passed": self.count(Outcome::Pass),
+            "warned": self.count(Outcome::Warn),
+            "failed": self.count(Outcome::Fail),
+        })
+    }
+}
+
+impl fmt::Display for Report {
+    /// A table: a line for each check, its remedy below, and a line with the counts.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // One long name does not push all findings to the right.
+        const NAME_AT_MOST: usize = 32;
+        let width = self.checks.iter().map(|check| check.name.len()).max().unwrap_or(0).min(NAME_AT_MOST);
+        for Check { name, outcome, finding, remedy } in &self.checks {
+            let word = match outcome {
+                Outcome::Pass => "ok",
+                Outcome::Warn => "warn",
+                Outcome::Fail => "FAIL",
+            };
+            writeln!(f, "{word:<4}  {name:<width$}  {finding}")?;
+            if let Some(remedy) = remedy {
+                writeln!(f, "      {:width$}  -> {remedy}", "")?;
+            }
+        }
+        let [ok, warned, failed] = [Outcome::Pass, Outcome::Warn, Outcome::Fail].map(|o| self.count(o));
+        write!(f, "{ok} ok, {warned} to look at, {failed} failed")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> Report {
+        let port = Check::fail("port smtp 0.0.0.0:25", "in use", "stop the other program");
+        let checks =
+            vec![Check::pass("config", "no mistakes"), port, Check::warn("clock", "90 s fast", "ntp")];
+        Report { checks }
+    }
+
+    #[test]
+    fn the_table_is_aligned_and_ends_with_the_counts() {
+        let expected = "\
+ok    config                no mistakes
+FAIL  port smtp 0.0.0.0:25  in use
+                            -> stop the other program
+warn  clock                 90 s fast
+                            -> ntp
+1 ok, 1 to look at, 1 failed";
+        assert_eq!(report().to_string(), expected);
+    }
+
+    #[test]
+    fn json_has_every_check_and_the_counts() {
+        let json = report().to_json();
+        assert_eq!(json["checks"][1]["outcome"], "fail");
+        assert_eq!(json["checks"][0]["remedy"], serde_json::Value::Null);
+        assert_eq!((&json["passed"], &json["warned"], &json["failed"]), (&1.into(), &1.into(), &1.into()));
+        let back: Vec<Check> = serde_json::from_value(json["checks"].clone()).unwrap();
+        assert_eq!(back, report().checks);
+    }
+
+    #[test]
+    fn only_a_failure_is_one() {
+        assert_eq!(report().exit_code(), 1);
+        let mut good = report();
+        good.checks.remove(1);
+        assert_eq!(good.exit_code(), 0);
+    }
+
+    #[test]
+    fn an_error_is_split_into_finding_and_remedy() {
+        let told = Check::told("x", Outcome::Fail, &"it is gone; look here; and there");
+        assert_eq!((&*told.finding, told.remedy.as_deref()), ("it is gone", Some("look here; and there")));
+        assert_eq!(Check::told("x", Outcome::Fail, &"it is gone").remedy, None);
+    }
+
+    #[test]
+    fn what_comes_from_elsewhere_is_made_harmless() {
+        assert_eq!(harmless("220 \x1b[2Jmail\u{202e}\r\nx\0"), "220 ?[2Jmail?  x?");
+        assert_eq!(harmless(&"a".repeat(9000)).len(), TEXT_CHARS + 3);
+        let sent = Check { finding: "\x07".into(), ..Check::pass("n\n", "") }.made_harmless();
+        assert_eq!((&*sent.name, &*sent.finding), ("n", "?"));
+    }
+}

@@ -1,0 +1,150 @@
+//! Questions to the DNS, with a deadline each, and connections to what they found.
+//!
+//! Invariants: no name is completed with a search domain, no hosts file is read, and "there is no
+//! such record" is an answer, told apart from a server that gives none.
+//!
+//! The program's own resolver and not the C library's: that of a static glibc cannot be relied upon.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use hickory_resolver::TokioResolver;
+use hickory_resolver::config::{NameServerConfig, ResolveHosts, ResolverConfig};
+use hickory_resolver::net::runtime::TokioRuntimeProvider;
+use hickory_resolver::net::{DnsError, NetError};
+use hickory_resolver::proto::rr::{Name, RData, Record, RecordType};
+use hickory_resolver::system_conf::read_system_conf;
+use thiserror::Error;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::report::harmless;
+
+/// How long an answer may take, repetitions included.
+const QUESTION_LIMIT: Duration = Duration::from_secs(5);
+
+/// When a question is put again.
+const REPEAT_AFTER: Duration = Duration::from_secs(2);
+
+/// The most addresses of a name that are looked at; the rest of an absurd answer is dropped.
+const ADDRESSES: usize = 32;
+
+/// The most of them that are tried.
+const CONNECTIONS: usize = 4;
+
+/// Why a question has no answer.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum Unanswered {
+    /// The server is out of reach or does not answer; neither would it the next question.
+    #[error("the DNS server {server} does not answer ({reason})")]
+    Silent {
+        /// The server, or all of them.
+        server: String,
+        /// What happened.
+        reason: String,
+    },
+    /// The server has no answer to this one.
+    #[error("the DNS server {server} cannot say: {reason}")]
+    Failed {
+        /// The server, or all of them.
+        server: String,
+        /// What it answered.
+        reason: String,
+    },
+}
+
+/// A DNS server to ask.
+#[derive(Debug)]
+pub struct Resolver {
+    resolver: TokioResolver,
+    servers: String,
+}
+
+impl Resolver {
+    /// One that asks `server`, else those of the system's `/etc/resolv.conf`.
+    pub fn new(server: Option<SocketAddr>) -> Result<Resolver, String> {
+        let config = match server {
+            Some(server) => only(server),
+            None => {
+                read_system_conf()
+                    .map_err(|error| format!("cannot read the DNS servers from /etc/resolv.conf: {error}"))?
+                    .0
+            }
+        };
+        let servers: Vec<String> = match server {
+            Some(server) => vec![server.to_string()],
+            None => config.name_servers().iter().map(|server| server.ip.to_string()).collect(),
+        };
+        let mut builder = TokioResolver::builder_with_config(config, TokioRuntimeProvider::default());
+        let options = builder.options_mut();
+        options.timeout = REPEAT_AFTER;
+        options.attempts = 1;
+        options.use_hosts_file = ResolveHosts::Never;
+        let resolver = builder.build().map_err(|error| format!("cannot start a resolver: {error}"))?;
+        Ok(Resolver { resolver, servers: servers.join(", ") })
+    }
+
+    /// All records that answer for a name and type, aliases on the way included; none if there are
+    /// none.
+    pub async fn lookup(&self, name: &str, kind: RecordType) -> Result<Vec<Record>, Unanswered> {
+        let (silent, failed) = (
+            |reason| Unanswered::Silent { server: self.servers.clone(), reason },
+            |reason| Unanswered::Failed { server: self.servers.clone(), reason },
+        );
+        let mut fully = Name::from_utf8(name)
+            .map_err(|error| failed(format!("{} is no DNS name: {error}", harmless(name))))?;
+        fully.set_fqdn(true);
+        match timeout(QUESTION_LIMIT, self.resolver.lookup(fully, kind)).await {
+            Ok(Ok(answer)) => Ok(answer.answers().to_vec()),
+            Ok(Err(NetError::Dns(DnsError::NoRecordsFound(_)))) => Ok(Vec::new()),
+            Ok(Err(NetError::Dns(error))) => Err(failed(format!("{error} to {kind} of {name}"))),
+            Ok(Err(error)) => Err(silent(error.to_string())),
+            Err(_) => Err(silent(format!("no answer within {QUESTION_LIMIT:?}"))),
+        }
+    }
+
+    /// The addresses of a name, IPv4 first; none if it has none. An address is its own.
+    pub async fn addresses(&self, host: &str) -> Result<Vec<IpAddr>, Unanswered> {
+        if let Ok(address) = host.parse() {
+            return Ok(vec![address]);
+        }
+        let mut found: Vec<IpAddr> = Vec::new();
+        for kind in [RecordType::A, RecordType::AAAA] {
+            found.extend(self.lookup(host, kind).await?.iter().filter_map(address_of));
+        }
+        found.truncate(ADDRESSES);
+        Ok(found)
+    }
+}
+
+/// The address in a record, if it has one.
+pub fn address_of(record: &Record) -> Option<IpAddr> {
+    match &record.data {
+        RData::A(v4) => Some(v4.0.into()),
+        RData::AAAA(v6) => Some(v6.0.into()),
+        _ => None,
+    }
+}
+
+/// Connects to the first of these that takes a connection within its share of the time, so that an
+/// IPv4 that leads nowhere leaves time for IPv6.
+pub async fn connect(addresses: &[IpAddr], port: u16, share: Duration) -> Result<TcpStream, String> {
+    let mut reasons = Vec::new();
+    for &address in addresses.iter().take(CONNECTIONS) {
+        let address = SocketAddr::new(address, port);
+        match timeout(share, TcpStream::connect(address)).await {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(error)) => reasons.push(format!("cannot connect to {address}: {error}")),
+            Err(_) => reasons.push(format!("{address} does not answer")),
+        }
+    }
+    Err(if reasons.is_empty() { "its name has no address".to_owned() } else { reasons.join(", ") })
+}
+
+fn only(server: SocketAddr) -> ResolverConfig {
+    let mut config = NameServerConfig::udp_and_tcp(server.ip());
+    for connection in &mut config.connections {
+        connection.port = server.port();
+    }
+    ResolverConfig::from_name_servers(vec![config])
+}
