@@ -328,6 +328,7 @@ type pingReport struct {
 	Direct    string     `json:"direct"` // the peer's UDP address, when direct
 	Relay     string     `json:"relay"`  // the DERP region or peer relay otherwise
 	Online    bool       `json:"online"` // as the control server sees it
+	Network   bool       `json:"network"` // whether this node has any: it answers, or control does
 	LastSeen  string     `json:"last_seen"`
 }
 
@@ -336,7 +337,8 @@ type pingReport struct {
 // finds the path; the first answer may come over a relay although a direct
 // path exists, so a relayed answer is asked for again. Whether the peer can be
 // reached is told by a TSMP ping, which is answered inside WireGuard: disco
-// alone would blame the port for a handshake that was lost.
+// alone would blame the port for a handshake that was lost. Of a silent peer it is
+// found out, within two more seconds, whether the silence may be our own.
 func (n *node) ping(host string, limit time.Duration) (pingReport, error) {
 	if n.self.Load() == nil {
 		return pingReport{}, codeNotRunning
@@ -367,9 +369,12 @@ func (n *node) ping(host string, limit time.Duration) (pingReport, error) {
 	}
 	result, err := n.backend.Ping(ctx, p.ip, tailcfg.PingTSMP, 0)
 	if err != nil || result.Err != "" {
+		ctx, cancel := context.WithTimeout(n.ctx, probeLimit)
+		defer cancel()
+		report.Network = n.probeControl(ctx) == nil
 		return report, codeTimedOut
 	}
-	report.Answered = true
+	report.Answered, report.Network = true, true
 	return report, nil
 }
 

@@ -348,7 +348,7 @@ func (n *node) close() (failed error) {
 		n.abortAll()
 		n.server.Close()
 		os.RemoveAll(n.scratch) // builds without the build-tags cache the network map there
-		if n.staysListed.Load() {
+		if n.staysListed.Load() && !n.removed.Load() {
 			failed = codeControlUnreachable
 		}
 	}

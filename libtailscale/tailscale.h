@@ -257,10 +257,12 @@ int tailscale_status(tailscale sd, char* buf, size_t buflen);
 int tailscale_errmsg(tailscale sd, char* buf, size_t buflen);
 
 // Pings a peer (by name or address) beneath TCP and says what is known of it.
-// Blocks for up to timeout_ms. Writes one JSON object, NUL-terminated, also
+// Blocks for up to timeout_ms, and two seconds more when the peer is silent, to see
+// whether the control server answers ("network"). Writes one JSON object, NUL-terminated, also
 // when the peer did not answer:
 //   {"ip":"100.64.0.2","answered":true,"latency_ms":1.2,
-//    "direct":"192.0.2.7:41641","relay":"","online":true,"last_seen":""}
+//    "direct":"192.0.2.7:41641","relay":"","online":true,"network":true,
+//    "last_seen":""}
 // Zero when it answered, TAILSCALE_TIMED_OUT when it did not,
 // TAILSCALE_NO_SUCH_PEER, TAILSCALE_IS_SELF, TAILSCALE_NOT_RUNNING, or
 // TAILSCALE_BAD_ARGUMENT when the buffer is too small. (Not in upstream.)

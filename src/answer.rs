@@ -46,7 +46,7 @@ impl PublicName {
     /// needs one is not what the world calls this box by.
     pub fn new(configured: Option<String>) -> PublicName {
         let system = rustix::system::uname().nodename().to_string_lossy().into_owned();
-        PublicName(configured.or_else(|| (system.contains('.')).then_some(system)))
+        PublicName(configured.or_else(|| is_public(&system).then_some(system)))
     }
 
     /// The name, or the address literal of RFC 5321 section 4.1.3.
@@ -58,6 +58,14 @@ impl PublicName {
             (None, None) => "localhost".to_owned(),
         }
     }
+}
+
+/// Whether the world may know a name: it is a full one, and not of those that mean something only at
+/// home.
+fn is_public(name: &str) -> bool {
+    const HOME: [&str; 7] = ["localdomain", "local", "internal", "lan", "home", "arpa", "localhost"];
+    let last = name.rsplit_once('.').map(|(_, last)| last);
+    last.is_some_and(|last| !last.is_empty() && !HOME.contains(&last))
 }
 
 /// Tells the client that the service is away for now, and closes the connection in order. Whatever
@@ -153,6 +161,10 @@ mod tests {
         assert_eq!(of("[2001:db8::1]:25"), "[IPv6:2001:db8::1]");
         assert_eq!(of("[::ffff:192.0.2.1]:25"), "[192.0.2.1]");
         assert_eq!(name().of(None), NAME);
+        assert!(is_public(NAME));
+        for private in ["mx", "mx.", "mx.localdomain", "box.lan", ""] {
+            assert!(!is_public(private), "{private}");
+        }
         assert_eq!(PublicName::new(Some(NAME.to_owned())), name(), "the configured one comes first");
     }
 

@@ -148,7 +148,7 @@ pub struct Timeouts {
     /// 4.5.3.2.1 demands five minutes, and the least patient known gives 60 seconds.
     pub hold: Duration,
     /// `dead_peer`: how long a mailbox that went away without a word may go unnoticed before its
-    /// connections are closed. Default: 50 seconds.
+    /// connections are closed, at least 5 seconds. Default: 50 seconds.
     pub dead_peer: Duration,
     /// `drain`: how long a stopping process waits for connections; zero cuts them at once. Default:
     /// 30 seconds.
@@ -173,7 +173,8 @@ pub struct Limits {
 /// `[probe]`
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Probe {
-    /// `interval`: between two probes of one mailbox port; zero for none. Default: 30 seconds.
+    /// `interval`: between two probes of one mailbox port; zero for none, else at least 100
+    /// milliseconds. Default: 30 seconds.
     pub interval: Duration,
     /// `rise`: probes that must succeed before a mailbox counts as up. Default: 2.
     pub rise: u32,
@@ -326,7 +327,7 @@ impl Protocol {
         )
     }
 
-    /// Whether TLS begins with the first byte.
+    /// Whether TLS is spoken from the first byte.
     pub const fn is_tls(self) -> bool {
         matches!(self, Protocol::Submissions | Protocol::Imaps | Protocol::Pop3s)
     }

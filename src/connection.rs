@@ -137,14 +137,15 @@ async fn converse<D: Dial>(
     // Asked now: a socket that was reset meanwhile no longer knows it.
     let local = client.local_addr().map_err(|_| Refusal::ClientGone)?;
     let mut failed = None;
-    let mut pause = PAUSE_FIRST;
+    let mut tries = 0;
     loop {
         // In a box, since an idle connection would otherwise keep the room for it.
-        let opening = Box::pin(open(service, client, visit, local, failed.take(), &mut pause));
+        let opening = Box::pin(open(service, client, visit, local, failed.take(), &mut tries));
         let (mut upstream, server) = opening.await?;
         let connected = visit.accepted.elapsed();
         let outcome = pass_on(service, client, &mut upstream, &server).await;
-        if !matches!(outcome.end, End::Wordless) {
+        // A server that is well and will not speak to this client has its reasons.
+        if !matches!(outcome.end, End::Wordless) || server.greets_others() {
             return Ok(Session { server, connected, outcome });
         }
         failed = Some(service.upstream.suspect(&server, Failure::Wordless));
@@ -152,24 +153,29 @@ async fn converse<D: Dial>(
 }
 
 /// Reaches the upstream and gives it the header, holding the client until that
-/// has succeeded. `failed` is what came of the attempt before, after which there
-/// is a pause.
+/// has succeeded. `failed` is what came of the attempt before, and `tries` how
+/// often there was one: after each round of all servers there is a pause.
 async fn open<D: Dial>(
     service: &Service<D>,
     client: &TcpStream,
     visit: &Visit,
     local: SocketAddr,
     mut failed: Option<UpstreamError>,
-    pause: &mut Duration,
+    tries: &mut usize,
 ) -> Result<(D::Stream, Arc<Server>), Refusal> {
     let header = proxy_header(service.proxy_protocol, visit.client, local);
     loop {
         if let Some(why) = failed {
-            if service.hold.limit.is_zero() {
+            *tries += 1;
+            let (round, servers) =
+                (*tries / service.upstream.servers().len(), service.upstream.servers().len());
+            let is_round = tries.is_multiple_of(servers);
+            if is_round && service.hold.limit.is_zero() {
                 return Err(Refusal::Away(why));
             }
-            hold(service, client, visit, &|| Some(why.clone()), sleep(*pause)).await?;
-            *pause = (*pause * 2).min(PAUSE_LAST);
+            if is_round {
+                hold(service, client, visit, &|| Some(why.clone()), sleep(pause_after(round))).await?;
+            }
         }
         let (mut upstream, server) = reach(service, client, visit).await?;
         match write_header(&mut upstream, header.as_deref()).await {
@@ -177,6 +183,12 @@ async fn open<D: Dial>(
             Err(error) => failed = Some(service.upstream.suspect(&server, Failure::Header(error.kind()))),
         }
     }
+}
+
+/// How long a client pauses after so many rounds of all servers.
+fn pause_after(round: usize) -> Duration {
+    let doublings = u32::try_from(round.saturating_sub(1)).unwrap_or(u32::MAX).min(8);
+    (PAUSE_FIRST * 2_u32.pow(doublings)).min(PAUSE_LAST)
 }
 
 /// Connects to the upstream, holding the client while it cannot be reached.
@@ -188,11 +200,14 @@ async fn reach<D: Dial>(
     let upstream = &service.upstream;
     let why = || upstream.away();
     let holds = !service.hold.limit.is_zero();
-    if holds && upstream.away().is_some() {
+    if holds && upstream.is_away() {
         // While others wait for it already there is no use in trying too, unless
         // those who have the places may wait for something else.
         return match service.hold.places.available_permits() {
-            0 => upstream.connect_in_turn().await.map_err(Refusal::HoldFull),
+            0 => {
+                let attempt = upstream.connect_in_turn();
+                wait(service, client, visit, &why, attempt).await?.map_err(Refusal::HoldFull)
+            }
             _ => hold(service, client, visit, &why, upstream.reconnect()).await,
         };
     }
@@ -229,6 +244,18 @@ async fn hold<D: Dial, T>(
     let Ok(_place) = service.hold.places.try_acquire() else {
         return Err(Refusal::HoldFull(why()));
     };
+    wait(service, client, visit, why, attempt).await
+}
+
+/// Waits for `attempt` until the client leaves, its time is over, or the edge
+/// stops.
+async fn wait<D: Dial, T>(
+    service: &Service<D>,
+    client: &TcpStream,
+    visit: &Visit,
+    why: &(dyn Fn() -> Option<UpstreamError> + Sync),
+    attempt: impl Future<Output = T>,
+) -> Result<T, Refusal> {
     tokio::select! {
         done = attempt => Ok(done),
         () = left(client) => Err(Refusal::ClientGone),
@@ -259,6 +286,9 @@ async fn pass_on<D: Dial>(
         let first_words = FirstWords { due: service.protocol.greets(), watch };
         relay(&mut SharedTcp(client), upstream, service.timeouts, first_words, drain, client_gone).await
     };
+    if outcome.first_byte.is_some() && !outcome.header_taken {
+        server.greeted();
+    }
     if outcome.header_taken {
         service.upstream.distrusted(&service.name, server);
     }

@@ -5,11 +5,13 @@
 //! - A change of state is one log line, and takes `rise` or `fall` probes in a row; between a change
 //!   and the next settled state probes come fast.
 //! - A connection that fails is a reason to probe at once, not proof.
-//! - That this edge is off the tailnet is nobody's fault there: such a probe counts for nothing.
+//! - That this edge is off the tailnet or has no network is nobody's fault there: such a probe
+//!   counts for nothing.
 //!
 //! Deliberately not here: what a probe does (see `probe.rs`), and what clients get meanwhile (see
 //! `upstream.rs`: a server that is down is tried last).
 
+use std::mem::Discriminant;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -29,6 +31,9 @@ use crate::upstream::{Dial, Server};
 /// How long one probe may take. Mail servers make strangers wait for their greeting, some for 20
 /// seconds.
 const PROBE_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long the peer has to answer the ping after a probe that met silence.
+const PING_LIMIT: Duration = Duration::from_secs(2);
 
 /// Between probes while it is not settled whether a server is up or down.
 const FAST: Duration = Duration::from_secs(2);
@@ -74,9 +79,12 @@ pub struct Seen {
     pub finding: Option<Finding>,
     /// Why the last probe failed, if it did.
     pub problem: Option<String>,
-    /// Probes in a row that speak against `state`.
+    /// Probes in a row that speak against `state`, or against the reason that was told for it.
     #[serde(skip)]
     against: u32,
+    /// What kind of problem was told.
+    #[serde(skip)]
+    told: Option<Discriminant<ProbeError>>,
     /// Whether the end of the certificate was told.
     #[serde(skip)]
     end_told: bool,
@@ -98,6 +106,7 @@ impl Monitor {
             finding: None,
             problem: None,
             against: 0,
+            told: None,
             end_told: false,
         };
         Monitor {
@@ -113,10 +122,11 @@ impl Monitor {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Takes a probe's result in; true if the state has changed with it.
+    /// Takes a probe's result in; true if the state has changed with it, or the reason for it.
     fn note(&self, result: &Result<Finding, ProbeError>, settings: &config::Probe) -> bool {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         seen.probed = Some(Timestamp::now());
+        let kind = result.as_ref().err().map(std::mem::discriminant);
         let (found, needed) = match result {
             Ok(finding) => {
                 seen.finding = Some(finding.clone());
@@ -129,7 +139,7 @@ impl Monitor {
                 (State::Down, settings.fall)
             }
         };
-        if found == seen.state {
+        if found == seen.state && kind == seen.told {
             seen.against = 0;
             return false;
         }
@@ -137,7 +147,10 @@ impl Monitor {
         if seen.against < needed {
             return false;
         }
-        (seen.state, seen.since, seen.against) = (found, Timestamp::now(), 0);
+        if found != seen.state {
+            (seen.state, seen.since) = (found, Timestamp::now());
+        }
+        (seen.told, seen.against) = (kind, 0);
         true
     }
 
@@ -190,7 +203,7 @@ pub async fn keep_probing<D: Dial>(
     loop {
         let began = Instant::now();
         let result = probe(&*dialler, &monitor.target, PROBE_LIMIT).await;
-        if !matches!(result, Err(ProbeError::Connect(ConnectError::NotRunning))) {
+        if !is_our_own_fault(&*dialler, &monitor.target.host, &result).await {
             take_in(&monitor, &service, &server, &*dialler, &settings, &result);
         }
         let pause = if monitor.is_settled() { settings.interval } else { settings.interval.min(FAST) };
@@ -199,6 +212,17 @@ pub async fn keep_probing<D: Dial>(
             // One who suspects it may be one of thousands.
             () = server.suspected() => sleep_until(began + FAST.min(settings.interval)).await,
         }
+    }
+}
+
+/// Whether the probe has failed because this edge has no tailnet or no network.
+async fn is_our_own_fault<D: Dial>(dialler: &D, host: &str, result: &Result<Finding, ProbeError>) -> bool {
+    match result {
+        Err(ProbeError::Connect(ConnectError::NotRunning)) => true,
+        Err(ProbeError::ConnectTimedOut { .. } | ProbeError::Silent { .. }) => {
+            dialler.ping(host, PING_LIMIT).await.is_ok_and(|report| !report.network)
+        }
+        _ => false,
     }
 }
 
@@ -215,6 +239,7 @@ fn take_in<D: Dial>(
     let (listener, upstream) = (&monitor.listener, &monitor.upstream);
     match result {
         Ok(finding) => {
+            server.greeted();
             service.upstream.found(server, monitor.seen().state == State::Up);
             if changed {
                 let (greeting, connect_ms) = (&finding.greeting, finding.connect.as_millis() as u64);
@@ -254,6 +279,7 @@ mod tests {
             finding: None,
             problem: None,
             against: 0,
+            told: None,
             end_told: false,
         };
         Monitor { listener: "imaps".into(), upstream: "stalwart:993".into(), target, seen: Mutex::new(seen) }
@@ -286,6 +312,17 @@ mod tests {
         assert_eq!(step(&ill()), (false, State::Down, true));
         assert_eq!(step(&well()), (false, State::Down, false));
         assert_eq!(step(&well()), (true, State::Up, true));
+    }
+
+    #[test]
+    fn another_reason_is_told_when_it_has_stood_as_long() {
+        let monitor = monitor();
+        let told = |result: &Result<Finding, ProbeError>| monitor.note(result, &SETTINGS);
+        let distrusted = Err(ProbeError::HeaderTaken { said: "500".into() });
+        assert_eq!([told(&ill()), told(&ill()), told(&ill()), told(&ill())], [false, false, true, false]);
+        assert_eq!([told(&distrusted), told(&ill())], [false, false], "in a row");
+        assert_eq!([told(&distrusted), told(&distrusted), told(&distrusted)], [false, false, true]);
+        assert!(!told(&distrusted), "once");
     }
 
     #[test]

@@ -181,6 +181,9 @@ impl Membership {
         if *lost == Trouble::NeedsLogUpload {
             return self.look_for_flow_logs(&mut attempts.flow_logs).await;
         }
+        if *lost == Trouble::Removed && !self.still_removed(attempts).await {
+            return true;
+        }
         let credential = self.credential().await;
         let fingerprint = match &credential {
             Ok(Some(credential)) => Some(credential.fingerprint()),
@@ -213,6 +216,27 @@ impl Membership {
         true
     }
 
+    /// Asks the control server, every minute, whether this node is still removed: one that was
+    /// restored from a backup may know it again, which costs no credential. True without asking if it
+    /// has just been asked.
+    async fn still_removed(&self, attempts: &mut Attempts) -> bool {
+        if attempts.asked.is_some_and(|asked| asked.elapsed() < LOOK) {
+            return true;
+        }
+        attempts.asked = Some(Instant::now());
+        match self.node.up(self.settings.join_timeout).await {
+            Err(JoinError::NotEnrolled { .. } | JoinError::EnrolmentEnded { .. }) => true,
+            Ok(()) | Err(JoinError::WrongTags { .. }) => {
+                attempts.told.clear();
+                false
+            }
+            Err(reason) => {
+                attempts.tell(&reason);
+                false
+            }
+        }
+    }
+
     /// Whether the tailnet still has flow logs shows only when it is asked anew.
     async fn look_for_flow_logs(&self, pace: &mut Pace) -> bool {
         const NO_MATTER_OF_CREDENTIALS: Option<u64> = Some(0);
@@ -231,13 +255,15 @@ impl Membership {
 struct Attempts {
     place: Pace,
     flow_logs: Pace,
+    /// When the control server was last asked whether the node is still removed.
+    asked: Option<Instant>,
     /// What the last one was told to have failed for.
     told: String,
 }
 
 impl Attempts {
     fn new() -> Attempts {
-        Attempts { place: Pace::new(), flow_logs: Pace::new(), told: String::new() }
+        Attempts { place: Pace::new(), flow_logs: Pace::new(), asked: None, told: String::new() }
     }
 
     fn tell(&mut self, reason: &JoinError) {

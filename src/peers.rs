@@ -7,7 +7,7 @@
 //! counts.
 //!
 //! Invariants: a peer without connections is left in peace; what is not the peer's fault (this edge
-//! is off the tailnet) does not count as its silence.
+//! is off the tailnet, or has no network) does not count as its silence.
 //!
 //! Deliberately not here: whether the mail server on it is well (see `probe.rs`).
 
@@ -114,7 +114,7 @@ async fn is_silent<D: Dial>(dialler: &D, host: &str, limit: Duration, address: &
     match dialler.ping(host, limit).await {
         Ok(report) => {
             *address = Some(report.ip);
-            !report.answered
+            !report.answered && report.network
         }
         // It was removed, or the policy hides it: its connections are as dead.
         Err(ConnectError::NoSuchPeer) => true,
@@ -168,7 +168,16 @@ mod tests {
                 sleep(limit).await;
             }
             let (direct, relay, last_seen) = (String::new(), String::new(), String::new());
-            Ok(PingReport { ip: ADDRESS, answered, latency_ms: 1.0, direct, relay, online: true, last_seen })
+            Ok(PingReport {
+                ip: ADDRESS,
+                answered,
+                latency_ms: 1.0,
+                direct,
+                relay,
+                online: true,
+                network: true,
+                last_seen,
+            })
         }
 
         fn abort(&self, peer: IpAddr) {

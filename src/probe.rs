@@ -34,7 +34,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use crate::config::Protocol;
 use crate::proxy_header::LOCAL;
 use crate::tailnet::ConnectError;
-use crate::trust::{Language, has_tls};
+use crate::trust::Language;
 use crate::upstream::Dial;
 use talk::Talk;
 
@@ -192,7 +192,7 @@ pub async fn probe<D: Dial>(dialler: &D, target: &Target, limit: Duration) -> Re
         let _ = timeout_at(clock.deadline, stream.shutdown()).await; // what matters is that it connected
         return Ok(Finding { greeting: String::new(), certificate: None, connect, total: connect });
     };
-    let (certificate, heard) = if has_tls(target.protocol) {
+    let (certificate, heard) = if target.protocol.is_tls() {
         let (stream, certificate) = tls::handshake(stream, target, clock).await?;
         // With TLS around it, nobody took the header for what is spoken inside.
         (Some(certificate), converse(stream, language, false, clock).await.map_err(after_handshake)?)

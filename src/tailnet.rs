@@ -51,6 +51,9 @@ pub struct PingReport {
     pub relay: String,
     /// Whether the control server sees the peer.
     pub online: bool,
+    /// Whether this node reaches anybody: the peer, or else the control server. A peer's silence
+    /// means nothing without.
+    pub network: bool,
     /// When it last saw an offline peer (RFC 3339), else empty.
     pub last_seen: String,
 }
@@ -76,7 +79,7 @@ pub struct Node {
     /// For messages.
     control: String,
     tags: Vec<String>,
-    /// Whether the tags were found right, without which nothing is dialled.
+    /// Whether the tags were once found right; before that nothing is dialled.
     tagged: AtomicBool,
 }
 

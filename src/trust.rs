@@ -154,7 +154,7 @@ impl Language {
 
     /// The same, `None` also where TLS comes first.
     fn spoken_first(protocol: Protocol) -> Option<Language> {
-        Language::of(protocol).filter(|_| !has_tls(protocol))
+        Language::of(protocol).filter(|_| !protocol.is_tls())
     }
 
     /// What a line says; its beginning is enough. `greeted`: whether the
@@ -167,11 +167,6 @@ impl Language {
             Language::Sieve => sieve(line, greeted),
         }
     }
-}
-
-/// Whether TLS is spoken from the first byte.
-pub(crate) fn has_tls(protocol: Protocol) -> bool {
-    matches!(protocol, Protocol::Submissions | Protocol::Imaps | Protocol::Pop3s)
 }
 
 fn smtp(line: &[u8], greeted: bool) -> Line {
@@ -209,6 +204,8 @@ fn imap(line: &[u8], greeted: bool) -> Line {
         b"OK" | b"PREAUTH" if untagged && !greeted => Line::Greeting,
         b"BYE" if untagged => Line::Refusal,
         b"NO" if untagged && !greeted => Line::Refusal,
+        // A warning that any server may give (RFC 9051 section 7.1.2).
+        b"NO" if untagged => Line::More,
         b"BAD" | b"NO" => Line::Complaint,
         _ if untagged && greeted => Line::More,
         _ => Line::Other,

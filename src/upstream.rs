@@ -19,7 +19,7 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -41,6 +41,9 @@ const PING_LIMIT: Duration = Duration::from_secs(2);
 /// that a flood of them does not become a flood of pings.
 const FINDING_LIFE: Duration = Duration::from_secs(10);
 
+/// For how long a greeting shows that a server is well. A suspicion is followed by a probe sooner.
+const FRESH: Duration = Duration::from_secs(5);
+
 /// For how long a server that answered with silence, or left without a word, is tried last: what
 /// each client would have to wait for, one finds out.
 const DOUBT: Duration = Duration::from_secs(10);
@@ -54,6 +57,10 @@ const SECOND_ATTEMPT: Duration = Duration::from_secs(2);
 /// never so long that a mailbox that is back waits noticeably.
 const PAUSE_FIRST: Duration = Duration::from_millis(100);
 const PAUSE_LAST: Duration = Duration::from_secs(2);
+
+/// How long a client that cannot be held waits for the one who tries: a dial to a server that is
+/// back takes less.
+const TURN_LIMIT: Duration = Duration::from_secs(1);
 
 /// How many held clients dial at once when their mailbox is back: it has just started, and its
 /// backlog is short (Postfix asks for 100).
@@ -115,6 +122,8 @@ pub struct Upstream<D> {
     connect_timeout: Duration,
     /// Why no server could be reached at the last attempt; none while one can.
     away: watch::Sender<Option<UpstreamError>>,
+    /// How often a server was reached: a failure that began before the last success is old news.
+    successes: AtomicU64,
     /// Held by the one who tries for all that wait.
     turn: Mutex<Turn>,
     returning: Semaphore,
@@ -129,6 +138,8 @@ pub struct Server {
     up: AtomicBool,
     /// When it last cost a client its time, unless it was well since.
     doubted: std::sync::Mutex<Option<Instant>>,
+    /// When it last greeted somebody, a client or a probe.
+    greeted: std::sync::Mutex<Option<Instant>>,
     /// Told of each failure to connect, so that the probe need not wait for its next turn.
     suspected: Notify,
     /// The last answer to "why is it silent", and when it was found.
@@ -142,6 +153,8 @@ pub struct Server {
 struct Turn {
     next: Instant,
     pause: Duration,
+    /// The successes before this outage.
+    successes: u64,
 }
 
 /// Why no server of an upstream could be reached: each one's failure, in the order of the attempts.
@@ -242,6 +255,7 @@ impl Server {
             port,
             up: AtomicBool::new(true),
             doubted: std::sync::Mutex::new(None),
+            greeted: std::sync::Mutex::new(None),
             suspected: Notify::new(),
             finding: Mutex::new(None),
             distrust_told: std::sync::Mutex::new(None),
@@ -267,9 +281,17 @@ impl Server {
         }
     }
 
-    /// Notes that it is well.
-    fn is_well(&self) {
+    /// Notes that it has greeted a client or a probe, and so is well.
+    pub fn greeted(&self) {
+        *self.greeted.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         *self.doubted.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Whether it has just greeted somebody else: if it leaves a client without a word, then because
+    /// of that client.
+    pub fn greets_others(&self) -> bool {
+        let greeted = *self.greeted.lock().unwrap_or_else(PoisonError::into_inner);
+        greeted.is_some_and(|at| at.elapsed() < FRESH)
     }
 
     /// Has the peer watched while there is this connection to it.
@@ -301,7 +323,8 @@ impl<D: Dial> Upstream<D> {
             servers: peers.into_iter().map(|peer| Arc::new(Server::new(peer, port))).collect(),
             connect_timeout,
             away: watch::Sender::new(None),
-            turn: Mutex::new(Turn { next: Instant::now(), pause: PAUSE_FIRST }),
+            successes: AtomicU64::new(0),
+            turn: Mutex::new(Turn::new(0)),
             returning: Semaphore::new(RETURNING),
         }
     }
@@ -317,6 +340,11 @@ impl<D: Dial> Upstream<D> {
         &self.servers
     }
 
+    /// Whether no server could be reached at the last attempt.
+    pub fn is_away(&self) -> bool {
+        self.away.borrow().is_some()
+    }
+
     /// Why no server could be reached at the last attempt; `None` while one can.
     pub fn away(&self) -> Option<UpstreamError> {
         self.away.borrow().clone()
@@ -327,7 +355,6 @@ impl<D: Dial> Upstream<D> {
     pub fn found(&self, server: &Server, up: bool) {
         server.up.store(up, Ordering::Relaxed);
         if up {
-            server.is_well();
             self.is_back();
         }
     }
@@ -336,6 +363,7 @@ impl<D: Dial> Upstream<D> {
     /// within the connect time-out and, after a silence, two seconds more. Dropping the future gives
     /// up.
     pub async fn connect(&self) -> Result<(D::Stream, Arc<Server>), UpstreamError> {
+        let successes = self.successes.load(Ordering::Relaxed);
         let mut failures = Vec::new();
         let mut servers: Vec<&Arc<Server>> = self.servers.iter().collect();
         servers.sort_by_cached_key(|server| server.comes_last()); // keeps their order
@@ -351,7 +379,11 @@ impl<D: Dial> Upstream<D> {
                 }
             }
         }
-        Err(self.failed(UpstreamError { failures }))
+        let error = UpstreamError { failures };
+        if self.successes.load(Ordering::Relaxed) == successes {
+            self.is_gone(&error);
+        }
+        Err(error)
     }
 
     /// Notes that a server took the PROXY header for a command, and says so with what to do about
@@ -373,7 +405,7 @@ impl<D: Dial> Upstream<D> {
         UpstreamError { failures: vec![(server.to_string(), failure)] }
     }
 
-    fn failed(&self, error: UpstreamError) -> UpstreamError {
+    fn is_gone(&self, error: &UpstreamError) {
         self.away.send_if_modified(|away| {
             if away.is_none() {
                 warn!(upstream = %self, "cannot be reached: {error}");
@@ -381,10 +413,10 @@ impl<D: Dial> Upstream<D> {
             *away = Some(error.clone());
             false // those who wait are not woken for another reason to wait
         });
-        error
     }
 
     fn is_back(&self) {
+        self.successes.fetch_add(1, Ordering::Relaxed);
         if self.away.send_if_modified(|away| away.take().is_some()) {
             info!(upstream = %self, "reached again");
         }
@@ -397,6 +429,7 @@ impl<D: Dial> Upstream<D> {
         loop {
             tokio::select! {
                 mut turn = self.turn.lock() => {
+                    turn.begin(self.successes.load(Ordering::Relaxed));
                     let _ = timeout_at(turn.next, self.back()).await;
                     let connected = self.connect().await;
                     turn.took(connected.is_ok());
@@ -406,6 +439,9 @@ impl<D: Dial> Upstream<D> {
                 }
                 () = self.back() => {
                     let _few = self.returning.acquire().await;
+                    if self.is_away() {
+                        continue; // again, while this one waited
+                    }
                     if let Ok(connected) = self.connect().await {
                         return connected;
                     }
@@ -414,10 +450,10 @@ impl<D: Dial> Upstream<D> {
         }
     }
 
-    /// As [`Upstream::connect`], unless another one is trying for those who wait: then, or if it
-    /// fails, the reason why no server could be reached.
+    /// As [`Upstream::connect`], unless another one is trying for those who wait and has no success
+    /// soon: then, or if it fails, the reason why no server could be reached.
     pub async fn connect_in_turn(&self) -> Result<(D::Stream, Arc<Server>), Option<UpstreamError>> {
-        let Ok(mut turn) = self.turn.try_lock() else { return Err(self.away()) };
+        let Ok(mut turn) = timeout(TURN_LIMIT, self.turn.lock()).await else { return Err(self.away()) };
         let connected = self.connect().await;
         turn.took(connected.is_ok());
         connected.map_err(Some)
@@ -470,10 +506,21 @@ impl<D: Dial> Upstream<D> {
 }
 
 impl Turn {
+    fn new(successes: u64) -> Turn {
+        Turn { next: Instant::now(), pause: PAUSE_FIRST, successes }
+    }
+
+    /// Forgets the pauses of an earlier outage.
+    fn begin(&mut self, successes: u64) {
+        if self.successes != successes {
+            *self = Turn::new(successes);
+        }
+    }
+
     /// Notes an attempt that just ended.
     fn took(&mut self, success: bool) {
         if success {
-            *self = Turn { next: Instant::now(), pause: PAUSE_FIRST };
+            *self = Turn::new(self.successes);
         } else {
             self.next = Instant::now() + self.pause;
             self.pause = (self.pause * 2).min(PAUSE_LAST);
@@ -521,13 +568,38 @@ mod tests {
 
     fn report(answered: bool, online: bool, last_seen: &str) -> PingReport {
         let (direct, relay, last_seen) = (String::new(), String::new(), last_seen.to_owned());
-        PingReport { ip: [100, 64, 0, 1].into(), answered, latency_ms: 1.0, direct, relay, online, last_seen }
+        PingReport {
+            ip: [100, 64, 0, 1].into(),
+            answered,
+            latency_ms: 1.0,
+            direct,
+            relay,
+            online,
+            network: true,
+            last_seen,
+        }
     }
 
     fn silent(ping: Result<PingReport, ConnectError>) -> (Arc<Silent>, Upstream<Silent>) {
         let dialler = Arc::new(Silent { ping, pings: AtomicUsize::new(0) });
         let upstream = upstream(Arc::clone(&dialler), &["stalwart"], Duration::from_secs(5));
         (dialler, upstream)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_that_began_before_a_success_is_old_news() {
+        let (dialler, upstream) = switched(&["a"]);
+        dialler.set("a", Answer::Silence);
+        let slow = tokio::spawn({
+            let upstream = Arc::clone(&upstream);
+            async move { upstream.connect().await.is_err() }
+        });
+        sleep(Duration::from_secs(1)).await;
+        dialler.set("a", Answer::Connect);
+        assert_eq!(connected_host(&upstream).await, "a");
+        dialler.set("a", Answer::Silence);
+        assert!(slow.await.unwrap_or(true));
+        assert!(!upstream.is_away());
     }
 
     fn upstream<D: Dial>(dialler: Arc<D>, hosts: &[&str], limit: Duration) -> Upstream<D> {
@@ -681,7 +753,7 @@ mod tests {
         assert_eq!(connected_host(&upstream).await, "a");
         upstream.suspect(&upstream.servers()[0], Failure::Wordless);
         assert_eq!(connected_host(&upstream).await, "b");
-        upstream.found(&upstream.servers()[0], true);
+        upstream.servers()[0].greeted();
         assert_eq!(connected_host(&upstream).await, "a", "its probe knows better");
     }
 

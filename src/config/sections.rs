@@ -113,7 +113,7 @@ fn timeouts(mut table: Table, mistakes: &mut Mistakes) -> Timeouts {
     let connect = table.get("connect", &values::DURATION, mistakes).map(value);
     let half_close = table.get("half_close", &values::DURATION, mistakes).map(value);
     let hold = table.get("hold", &values::DURATION_OR_ZERO, mistakes).map(value);
-    let dead_peer = table.get("dead_peer", &values::DURATION, mistakes).map(value);
+    let dead_peer = table.get("dead_peer", &values::DEAD_PEER, mistakes).map(value);
     let drain = table.get("drain", &values::DURATION_OR_ZERO, mistakes).map(value);
     table.finish(mistakes);
     Timeouts {
@@ -147,7 +147,7 @@ fn limits(mut table: Table, mistakes: &mut Mistakes) -> Limits {
 const MAX_IN_A_ROW: u32 = 100;
 
 fn probe(mut table: Table, mistakes: &mut Mistakes) -> Probe {
-    let interval = table.get("interval", &values::DURATION_OR_ZERO, mistakes).map(value);
+    let interval = table.get("interval", &values::PROBE_INTERVAL, mistakes).map(value);
     let what = "a number of probes in a row";
     let rise = table.number("rise", 1..=MAX_IN_A_ROW, what, mistakes);
     let fall = table.number("fall", 1..=MAX_IN_A_ROW, what, mistakes);

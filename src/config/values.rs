@@ -45,6 +45,22 @@ pub(super) const DURATION: Kind<Duration> = Kind {
 pub(super) const DURATION_OR_ZERO: Kind<Duration> =
     Kind { expected: r#"a number with a unit (ms, s, m, h) such as "30s", or "0s""#, parse: duration };
 
+/// Less than a few pings take would close the connections of a mailbox that is well.
+pub(super) const DEAD_PEER: Kind<Duration> = Kind {
+    expected: r#"a duration of at least "5s""#,
+    parse: |text| duration(text).and_then(|d| if d.as_secs() < 5 { Err("is too short") } else { Ok(d) }),
+};
+
+/// More often than that would be an attack on the mailbox.
+pub(super) const PROBE_INTERVAL: Kind<Duration> = Kind {
+    expected: r#"a duration of at least "100ms", or "0s" for no probes"#,
+    parse: |text| {
+        let interval = duration(text)?;
+        let is_short = !interval.is_zero() && interval < Duration::from_millis(100);
+        if is_short { Err("is too short") } else { Ok(interval) }
+    },
+};
+
 pub(super) const HOST: Kind<String> =
     Kind { expected: "one host without a port: a short name, a MagicDNS name or a tailnet IP", parse: host };
 

@@ -383,6 +383,7 @@ mod tests {
     fn report(answered: bool, online: bool, direct: &str) -> PingReport {
         let relay = if direct.is_empty() { "fra" } else { "" };
         PingReport {
+            network: true,
             ip: [100, 64, 0, 2].into(),
             answered,
             latency_ms: 12.345,
