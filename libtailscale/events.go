@@ -325,9 +325,9 @@ type pingReport struct {
 	IP        netip.Addr `json:"ip"`
 	Answered  bool       `json:"answered"`
 	LatencyMS float64    `json:"latency_ms"`
-	Direct    string     `json:"direct"` // the peer's UDP address, when direct
-	Relay     string     `json:"relay"`  // the DERP region or peer relay otherwise
-	Online    bool       `json:"online"` // as the control server sees it
+	Direct    string     `json:"direct"`  // the peer's UDP address, when direct
+	Relay     string     `json:"relay"`   // the DERP region or peer relay otherwise
+	Online    bool       `json:"online"`  // as the control server sees it
 	Network   bool       `json:"network"` // whether this node has any: it answers, or control does
 	LastSeen  string     `json:"last_seen"`
 }
