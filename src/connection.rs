@@ -138,16 +138,19 @@ async fn converse<D: Dial>(
     let local = client.local_addr().map_err(|_| Refusal::ClientGone)?;
     let mut failed = None;
     let mut tries = 0;
+    let mut first_wordless = None;
     loop {
         // In a box, since an idle connection would otherwise keep the room for it.
         let opening = Box::pin(open(service, client, visit, local, failed.take(), &mut tries));
         let (mut upstream, server) = opening.await?;
         let connected = visit.accepted.elapsed();
         let outcome = pass_on(service, client, &mut upstream, &server).await;
-        // A server that is well and will not speak to this client has its reasons.
-        if !matches!(outcome.end, End::Wordless) || server.greets_others() {
+        // A server that has greeted others since, and again not this client, has its reasons.
+        let is_unwanted = first_wordless.is_some_and(|at| server.greeted_since(at));
+        if !matches!(outcome.end, End::Wordless) || is_unwanted {
             return Ok(Session { server, connected, outcome });
         }
+        first_wordless.get_or_insert(Instant::now());
         failed = Some(service.upstream.suspect(&server, Failure::Wordless));
     }
 }
@@ -167,14 +170,14 @@ async fn open<D: Dial>(
     loop {
         if let Some(why) = failed {
             *tries += 1;
-            let (round, servers) =
-                (*tries / service.upstream.servers().len(), service.upstream.servers().len());
+            let servers = service.upstream.servers().len();
             let is_round = tries.is_multiple_of(servers);
             if is_round && service.hold.limit.is_zero() {
                 return Err(Refusal::Away(why));
             }
             if is_round {
-                hold(service, client, visit, &|| Some(why.clone()), sleep(pause_after(round))).await?;
+                let pause = sleep(pause_after(*tries / servers));
+                hold(service, client, visit, &|| Some(why.clone()), pause).await?;
             }
         }
         let (mut upstream, server) = reach(service, client, visit).await?;
@@ -750,6 +753,21 @@ mod tests {
         assert_eq!(&greeting, b"220 here\r\n");
         drop((client, stream));
         serving.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_client_that_the_mailbox_does_not_want_is_not_held() {
+        let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let service = Arc::new(holding(LONG, 1).await);
+        *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+        let (mut client, accepted, peer) = client().await;
+        let serving = spawn(&service, accepted, peer);
+        drop(mailbox.accept().await.unwrap());
+        until(|| service.hold.places.available_permits() == 0).await;
+        service.upstream.servers()[0].greeted(); // as its probe finds out
+        drop(mailbox.accept().await.unwrap());
+        assert_eq!(client.read(&mut [0]).await.unwrap(), 0, "as the mailbox does: not a word");
+        timeout(Duration::from_secs(20), serving).await.expect("it is held").unwrap();
     }
 
     #[tokio::test]

@@ -41,9 +41,6 @@ const PING_LIMIT: Duration = Duration::from_secs(2);
 /// that a flood of them does not become a flood of pings.
 const FINDING_LIFE: Duration = Duration::from_secs(10);
 
-/// For how long a greeting shows that a server is well. A suspicion is followed by a probe sooner.
-const FRESH: Duration = Duration::from_secs(5);
-
 /// For how long a server that answered with silence, or left without a word, is tried last: what
 /// each client would have to wait for, one finds out.
 const DOUBT: Duration = Duration::from_secs(10);
@@ -287,11 +284,10 @@ impl Server {
         *self.doubted.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Whether it has just greeted somebody else: if it leaves a client without a word, then because
-    /// of that client.
-    pub fn greets_others(&self) -> bool {
+    /// Whether it has greeted somebody, a client or a probe, since then.
+    pub fn greeted_since(&self, then: Instant) -> bool {
         let greeted = *self.greeted.lock().unwrap_or_else(PoisonError::into_inner);
-        greeted.is_some_and(|at| at.elapsed() < FRESH)
+        greeted.is_some_and(|at| at > then)
     }
 
     /// Has the peer watched while there is this connection to it.
