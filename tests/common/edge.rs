@@ -93,7 +93,8 @@ impl Builder {
         self
     }
 
-    /// Sets any key of any section to a value in TOML's notation (strings with their quotes).
+    /// Sets any key of any section to a value in TOML's notation (strings with their quotes). The
+    /// section without a name holds the keys above all sections.
     pub fn set(mut self, section: &str, key: &str, value: &str) -> Builder {
         self.sections.entry(section.to_owned()).or_default().insert(key.to_owned(), value.to_owned());
         self
@@ -127,7 +128,9 @@ impl Builder {
     pub fn config(&self) -> String {
         let mut text = String::new();
         for (section, keys) in &self.sections {
-            push_section(&mut text, &format!("[{section}]"), keys);
+            // The one without a name comes first.
+            let title = if section.is_empty() { String::new() } else { format!("[{section}]") };
+            push_section(&mut text, &title, keys);
         }
         for Listener(keys) in &self.listeners {
             push_section(&mut text, "[[listener]]", keys);

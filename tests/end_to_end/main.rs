@@ -7,13 +7,16 @@
 mod common;
 
 mod enrolment;
+mod failover;
 mod faults;
 mod half_close;
+mod hold;
 mod isolation;
 mod life;
 mod load;
 mod mail;
 mod oracles;
+mod probe;
 mod setup;
 mod signals;
 mod start;
