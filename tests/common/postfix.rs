@@ -278,7 +278,7 @@ in_flow_delay = 0
 default_process_limit = 500
 ";
 
-/// Only the services that mail takes on its way in, none of them in a chroot (whose copies of
+/// Only the services that mail takes on its way in and out, none of them in a chroot (whose copies of
 /// system files are absent).
 fn master_cf(smtp: SocketAddr, submission: SocketAddr, submissions: SocketAddr) -> String {
     format!(
@@ -299,6 +299,7 @@ retry unix - - n - - error
 virtual unix - n n - - virtual
 smtp unix - - n - - smtp
 showq unix n - n - - showq
+pickup unix n - n 60 1 pickup
 anvil unix - - n - 1 anvil
 postlog unix-dgram n - n - 1 postlogd
 "

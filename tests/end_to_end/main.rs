@@ -16,6 +16,7 @@ mod life;
 mod load;
 mod mail;
 mod oracles;
+mod outage;
 mod probe;
 mod setup;
 mod signals;
