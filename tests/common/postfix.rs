@@ -45,7 +45,7 @@ impl Postfix {
         let dir = temp_dir("postfix");
         let [smtp, submission, submissions] = [free_addr(), free_addr(), free_addr()];
         make_directories(dir.path());
-        write_aged(&dir.path().join("main.cf"), &(main_cf(dir.path(), home) + MAIN_CF + extra + "\n"));
+        write_aged(&dir.path().join("main.cf"), &settled(&(main_cf(dir.path(), home) + MAIN_CF + extra)));
         write_aged(&dir.path().join("master.cf"), &master_cf(smtp, submission, submissions));
         let addrs = [smtp, submission, submissions];
         let daemon = launch(dir.path(), &addrs);
@@ -205,6 +205,17 @@ fn write_aged(path: &Path, text: &str) {
         file.set_modified(SystemTime::now() - Duration::from_secs(60))
     });
     written.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+}
+
+/// Leaves of each setting the last one. Postfix would too, but every process would warn of it at its
+/// start, when nobody reads the log's socket yet, which takes ten lines and then blocks the writer.
+fn settled(settings: &str) -> String {
+    let key = |line: &str| line.split_once(" =").map(|(key, _)| key.to_owned());
+    let lines: Vec<&str> =
+        settings.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
+    let is_last =
+        |(index, line): &(usize, &&str)| !lines[index + 1..].iter().any(|later| key(later) == key(line));
+    lines.iter().enumerate().filter(is_last).map(|(_, line)| format!("{line}\n")).collect()
 }
 
 /// What differs between instances.

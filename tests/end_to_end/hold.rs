@@ -398,6 +398,22 @@ fn an_edge_that_stops_tells_those_who_are_held_at_once() {
     assert_eq!(setup.edge.log().count("end=\"turned away because the edge is stopping\""), 10);
 }
 
+#[test]
+fn an_edge_that_stops_before_it_is_on_the_tailnet_tells_those_who_are_held() {
+    let tailnet = tailnet_with(&[]);
+    let state = private_dir("state");
+    let edge = named(edge_on(&tailnet), "45s").listener(smtp()).state_dir(state.path());
+    enrol(&edge);
+    tailnet.stop_control();
+    let mut edge = edge.without_auth_key().spawn();
+    let mut client = connect(edge.addr("smtp"));
+    holds(&edge, 1);
+    edge.signal("TERM");
+    hears_last(&mut client, SMTP_REFUSAL.as_bytes());
+    drop(client);
+    stops(&mut edge, AT_ONCE);
+}
+
 // Mailboxes that are there, and yet are not.
 
 #[test]

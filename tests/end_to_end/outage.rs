@@ -140,7 +140,7 @@ impl Load {
             let (edge, patience, own) = (self.edge, self.patience, id.clone());
             let session = Thread::new().stack_size(STACK_BYTES).spawn(move || session(edge, &own, patience));
             self.sessions.push((id, session.expect("a thread can be started")));
-            if self.sessions.len() % (RATE as usize / 2) == 0 {
+            if self.sessions.len().is_multiple_of(RATE as usize / 2) {
                 self.most_held = self.most_held.max(held(&setup.edge));
             }
         }
