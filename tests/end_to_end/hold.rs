@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::cert::Certificate;
 use crate::common::edge::{Builder, Edge, Listener};
+use crate::common::mail::{MailServer, PASSWORD};
 use crate::common::net::{connect, free_addr, reset};
 use crate::common::stub::{self, MIB, Stub, pattern};
 use crate::common::tailnet::TestTailnet;
@@ -141,6 +142,49 @@ fn clients_are_held_until_an_access_rule_allows_the_port() {
 #[test]
 fn clients_are_held_until_the_tailnet_shows_the_node() {
     are_held_until_it_is_back(|net| net.hide_node(MAILBOX), |net| net.show_node(MAILBOX));
+}
+
+#[test]
+fn real_clients_of_real_servers_notice_nothing_but_a_delay() {
+    let MailServer { home, mut postfix, mut dovecot } = MailServer::start();
+    let ports = [(25, postfix.smtp), (465, postfix.submissions), (143, dovecot.imap), (993, dovecot.imaps)];
+    let names = ["smtp", "submissions", "imap", "imaps"];
+    let listeners: Vec<Listener> =
+        names.into_iter().zip(ports).map(|(name, (port, _))| Listener::new(name, name, port)).collect();
+    let setup = start_with(&ports, &listeners, without_probe);
+    postfix.kill();
+    dovecot.kill();
+    let url = |scheme: &str, listener: &str| format!("{scheme}://{}", setup.edge.addr(listener));
+    let login = ["--user".to_owned(), format!("alice:{PASSWORD}")];
+    let send = |url: String, subject: &str| {
+        let words =
+            ["--mail-from", "sender@example.net", "--mail-rcpt", "alice@example.test", "--upload-file", "-"];
+        (words.map(str::to_owned).to_vec(), url, format!("Subject: {subject}\r\n\r\nHello.\r\n"))
+    };
+    let commands = [
+        send(url("smtp", "smtp"), "held on smtp"),
+        send(url("smtps", "submissions"), "held on submissions"),
+        (login.to_vec(), url("imap", "imap"), String::new()),
+        (login.to_vec(), url("imaps", "imaps"), String::new()),
+    ];
+    let clients = commands.map(|(words, url, input)| {
+        let certificate = home.certificate().cert.clone();
+        std::thread::spawn(move || {
+            let words: Vec<&str> = words.iter().map(String::as_str).chain([url.as_str()]).collect();
+            curl(&certificate, &words, input.as_bytes(), LIMIT)
+        })
+    });
+    holds(&setup.edge, clients.len());
+    postfix.restart();
+    dovecot.restart();
+    for client in clients {
+        client.join().expect("curl's thread does not panic").expect_success();
+    }
+    for subject in ["held on smtp", "held on submissions"] {
+        home.wait_message("alice", &format!("Subject: {subject}"), LIMIT);
+    }
+    assert_eq!(home.messages("alice").len(), 2);
+    no_crash(setup.edge.log());
 }
 
 #[test]
@@ -280,7 +324,9 @@ fn flood(client: &mut TcpStream, words: &[u8]) -> usize {
 fn refusing_edge(hold: &str) -> Setup {
     let listeners = REFUSALS.map(|(protocol, port, _)| Listener::new(protocol, protocol, port));
     let tcp = Listener::new("tcp", "tcp", 2525);
-    start_with(&[], &[&listeners[..], &[tcp]].concat(), |edge| named(edge, hold))
+    // Held if it is asked for, but nothing is known that it could be told.
+    let held = Listener::new("tcp-held", "tcp", 2525).set("hold", &format!("{hold:?}"));
+    start_with(&[], &[&listeners[..], &[tcp, held]].concat(), |edge| named(edge, hold))
 }
 
 #[test]
@@ -295,7 +341,8 @@ fn every_protocol_is_told_to_come_later_in_its_own_words() {
         talker.write_all(&stub::pattern(20_000)).expect("the kernel takes it");
         [(protocol, connect(v4), refusal), (protocol, connect(v6), refusal), (protocol, talker, refusal)]
     };
-    let clients: Vec<_> = REFUSALS.into_iter().flat_map(visit).collect();
+    let silently = ("tcp-held", 2525, &b""[..]);
+    let clients: Vec<_> = REFUSALS.into_iter().chain([silently]).flat_map(visit).collect();
     holds(&setup.edge, clients.len());
     hears_last(&mut connect(setup.edge.addr("tcp")), b"");
     assert!(came.elapsed() < HOLD, "others are held for nothing");
@@ -490,7 +537,7 @@ const WEB: &str = "HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n";
 fn what_a_strange_mailbox_says_is_passed_on_and_its_probe_names_it() {
     let well = sink::Taken::default();
     let good = Stub::start(sink::takes_mail("mail.example.test ESMTP", &well));
-    let silent = Stub::start(stub::silent);
+    let silent = Stub::start(stub::record);
     let (late, busy) = (Stub::start(greets_late), Stub::start(says(BUSY)));
     let (banned, web) = (Stub::start(says(BANNED)), Stub::start(says(WEB)));
     let habits = [
@@ -541,10 +588,13 @@ fn what_a_strange_mailbox_says_is_passed_on_and_its_probe_names_it() {
         ["good", "silent"].map(|name| up(name, if name == "good" { 2500 } else { 2501 })),
         [Some(1.0), Some(0.0)]
     );
-    // It was not closed for all that.
+    // Its client was not closed for all that, and may leave when it wants.
     waits_long.set_nonblocking(true).expect("a socket option");
     let nothing = waits_long.peek(&mut [0]).map_err(|error| error.kind());
     assert_eq!(nothing, Err(ErrorKind::WouldBlock));
+    let header = header_of(&waits_long);
+    drop(waits_long);
+    silent.wait_client(&header, LIMIT, |record| record.end == Some(Ok(())) && record.bytes == header);
     no_crash(setup.edge.log());
 }
 
