@@ -93,8 +93,7 @@ impl Builder {
         self
     }
 
-    /// Sets any key of any section to a value in TOML's notation (strings with their quotes). The
-    /// section without a name holds the keys above all sections.
+    /// Sets any key of any section to a value in TOML's notation (strings with their quotes).
     pub fn set(mut self, section: &str, key: &str, value: &str) -> Builder {
         self.sections.entry(section.to_owned()).or_default().insert(key.to_owned(), value.to_owned());
         self
@@ -128,7 +127,7 @@ impl Builder {
     pub fn config(&self) -> String {
         let mut text = String::new();
         for (section, keys) in &self.sections {
-            // The one without a name comes first.
+            // The one without a name, for the keys above all sections, comes first.
             let title = if section.is_empty() { String::new() } else { format!("[{section}]") };
             push_section(&mut text, &title, keys);
         }

@@ -464,6 +464,52 @@ fn an_edge_that_stops_before_it_is_on_the_tailnet_tells_those_who_are_held() {
     stops(&mut edge, AT_ONCE);
 }
 
+// The first attempt of an outage, which a silent mailbox leaves unanswered for the whole connect
+// time-out: whoever waits for it is held too.
+
+/// An edge whose mailbox is silent, and a client whose first attempt goes on for ten seconds.
+fn waits_for_silence(hold: &str) -> (Setup, TcpStream) {
+    let setup = smtp_edge(free_addr(), hold);
+    setup.tailnet.deny_port(MAILBOX, 25);
+    let client = connect(setup.edge.addr("smtp"));
+    (setup, client)
+}
+
+#[test]
+fn nobody_is_held_longer_than_they_may_be_by_the_first_attempt() {
+    let (_setup, mut client) = waits_for_silence("2s");
+    let came = Instant::now();
+    hears_last(&mut client, SMTP_REFUSAL.as_bytes());
+    assert!(came.elapsed() < Duration::from_secs(4), "after {:?}", came.elapsed());
+}
+
+#[test]
+fn an_edge_that_stops_does_not_wait_for_the_first_attempt() {
+    let (mut setup, mut client) = waits_for_silence("45s");
+    assert!(!eventually(Duration::from_secs(1), || !setup.edge.is_running()));
+    setup.edge.signal("TERM");
+    let told = Instant::now();
+    hears_last(&mut client, SMTP_REFUSAL.as_bytes());
+    assert!(told.elapsed() < Duration::from_secs(3), "after {:?}", told.elapsed());
+    drop(client);
+    stops(&mut setup.edge, AT_ONCE);
+}
+
+#[test]
+fn a_client_that_leaves_during_the_first_attempt_is_gone_at_once() {
+    let (setup, client) = waits_for_silence("45s");
+    drop(client);
+    let left = Instant::now();
+    setup.edge.wait_log("client left while connecting", LIMIT);
+    assert!(left.elapsed() < Duration::from_secs(3), "after {:?}", left.elapsed());
+}
+
+#[test]
+fn who_waits_for_the_first_attempt_counts_as_held() {
+    let (setup, _client) = waits_for_silence("45s");
+    assert!(eventually(Duration::from_secs(3), || held(&setup.edge) == 1), "{}", held(&setup.edge));
+}
+
 // Mailboxes that are there, and yet are not.
 
 #[test]
