@@ -15,7 +15,7 @@ use crate::common::stub::{self, MIB, Stub, pattern};
 use crate::common::tailnet::TestTailnet;
 use crate::common::tools::{curl, openssl_s_client, swaks};
 use crate::common::wait::{eventually, wait_for};
-use crate::common::{private_dir, sink, temp_dir};
+use crate::common::{http, private_dir, sink, temp_dir};
 use crate::setup::{
     AT_ONCE, LIMIT, MAILBOX, Setup, edge_on, enrol, header_of, hears, hears_last, held, holds, no_crash,
     start_with, stops, tailnet_with, tells, without_probe,
@@ -423,6 +423,8 @@ fn when_as_many_are_held_as_may_be_others_are_told_at_once_and_those_are_held_on
         tells(&line, &[" WARN ", "as many clients are held as hold_max allows"]);
         assert_eq!(held(&setup.edge), 2);
     }
+    let status = http::get(setup.edge.addr("admin"), "/status");
+    tells(&status.body, &["\"held\":2"]);
     let _stub = Stub::start_at(to, stub::greet(GREETING));
     for client in &mut first {
         hears(client, GREETING.as_bytes());
@@ -551,6 +553,26 @@ fn a_mailbox_that_has_just_started_and_closes_at_first_serves_the_same_client() 
     client.write_all(EARLY).expect("it is served");
     let expected = [&header_of(&client)[..], EARLY].concat();
     stub.wait_record(2, LIMIT, |record| record.bytes == expected);
+}
+
+#[test]
+fn a_node_that_vanishes_before_its_greeting_is_waited_for() {
+    let visits = AtomicUsize::new(0);
+    let stub = Stub::start(move |conn: stub::Conn| match visits.fetch_add(1, Ordering::SeqCst) {
+        0 => stub::record(conn),
+        _ => stub::greet(GREETING)(conn),
+    });
+    let setup = start_with(&[(25, stub.addr)], &[smtp()], |edge| {
+        named(edge, "45s").set("timeouts", "dead_peer", r#""3s""#).set("timeouts", "connect", r#""2s""#)
+    });
+    let mut client = connect(setup.edge.addr("smtp"));
+    let header = header_of(&client);
+    stub.wait_record(0, LIMIT, |record| record.bytes == header);
+    setup.tailnet.isolate_node(MAILBOX);
+    holds(&setup.edge, 1);
+    setup.tailnet.rejoin_node(MAILBOX);
+    hears(&mut client, GREETING.as_bytes());
+    assert_eq!(stub.record(0).expect("it came").bytes, header, "nothing was said to the first");
 }
 
 /// How long the latecomer below waits before it greets.

@@ -5,8 +5,8 @@
 //! `make soak` also runs the outages that are too long for every day.
 
 use std::collections::BTreeMap;
-use std::io::{self, BufRead, BufReader, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{Builder as Thread, JoinHandle};
 use std::time::{Duration, Instant};
@@ -14,12 +14,12 @@ use std::time::{Duration, Instant};
 use crate::common::client::LineClient;
 use crate::common::edge::{Builder, Listener};
 use crate::common::mail::{DOMAIN, MailServer};
-use crate::common::net::{CONNECT_LIMIT, connect, free_addr};
+use crate::common::net::{CONNECT_LIMIT, connect, free_addr, reset};
 use crate::common::postfix::Sender;
 use crate::common::sink::{Taken, takes_mail};
 use crate::common::stub::Stub;
 use crate::common::wait::{eventually, pace};
-use crate::setup::{LIMIT, Setup, held, no_crash, start_with};
+use crate::setup::{LIMIT, MAILBOX, Setup, held, no_crash, start_with};
 
 /// Sessions a second.
 const RATE: u32 = 50;
@@ -186,13 +186,13 @@ fn outage(length: Duration, hold: Duration) -> Report {
     let setup = edge(to, hold);
     let mut load = Load::start(setup.edge.addr("smtp"), hold + LIMIT);
     load.run(&setup, CALM);
-    setup.tailnet.unforward(crate::setup::MAILBOX, 25);
-    let idle = eventually(LIMIT, || setup.tailnet.stats(crate::setup::MAILBOX).open == 0);
+    setup.tailnet.unforward(MAILBOX, 25);
+    let idle = eventually(LIMIT, || setup.tailnet.stats(MAILBOX).open == 0);
     assert!(idle, "a session goes on and on");
     drop(mailbox);
     load.run(&setup, length);
     let _mailbox = Stub::start_at(to, takes_mail("mail.example.test", &taken));
-    setup.tailnet.forward(crate::setup::MAILBOX, 25, to);
+    setup.tailnet.forward(MAILBOX, 25, to);
     load.run(&setup, CALM);
     let sessions = load.sessions.len();
     let report = load.finish(&taken);
@@ -276,6 +276,69 @@ fn a_mailbox_that_crashes_again_and_again_resets_nobody_before_the_greeting() {
     no_crash(setup.edge.log());
 }
 
+/// How a client visits a mailbox that comes and goes.
+const VISITS: [fn(TcpStream); 6] = [
+    drop,
+    reset,
+    |mut client| {
+        let _ = client.write_all(b"QUIT\r\n").and_then(|()| client.shutdown(Shutdown::Write));
+        let _ = client.read_to_end(&mut Vec::new());
+    },
+    |mut client| {
+        let _ = client.write_all(b"EHLO client.example.net\r\n");
+        reset(client);
+    },
+    |client| {
+        // Waits for a while, then goes.
+        let _ = client.set_read_timeout(Some(Duration::from_millis(300)));
+        let _ = (&client).read(&mut [0; 100]);
+    },
+    |client| {
+        let _ = client.set_read_timeout(Some(LIMIT));
+        let mut server = BufReader::new(client);
+        let mut greeting = String::new();
+        let first = server.read_line(&mut greeting).map_err(|error| error.kind());
+        assert!(matches!(first, Ok(1..)), "{first:?}: neither greeted nor refused");
+        assert_eq!(greeting, "220 mail.example.test\r\n");
+    },
+];
+
+#[test]
+fn clients_that_come_and_go_while_the_mailbox_does_leave_nothing_behind() {
+    const CYCLES: usize = 8;
+    const PHASE: Duration = Duration::from_millis(300);
+    let to = free_addr();
+    let setup = edge(to, Duration::from_secs(45));
+    let before = setup.edge.fds();
+    let address = setup.edge.addr("smtp");
+    let mut next = Instant::now();
+    let mut clients = Vec::new();
+    let mut mailbox = None;
+    for phase in 0..2 * CYCLES {
+        // Every second phase it is away.
+        mailbox =
+            (phase % 2 == 0).then(|| Stub::start_at(to, takes_mail("mail.example.test", &Taken::default())));
+        for (index, visit) in VISITS.into_iter().cycle().take(5 * VISITS.len()).enumerate() {
+            if index % VISITS.len() == 0 {
+                pace(next);
+                next += PHASE / 5;
+            }
+            clients.push(std::thread::spawn(move || visit(connect(address))));
+        }
+    }
+    drop(mailbox);
+    let _mailbox = Stub::start_at(to, takes_mail("mail.example.test", &Taken::default()));
+    for client in clients {
+        client.join().expect("no client fails");
+    }
+    let freed = eventually(LIMIT, || {
+        held(&setup.edge) == 0 && setup.edge.fds() <= before + 3 && setup.tailnet.stats(MAILBOX).open == 0
+    });
+    let (fds, open) = (setup.edge.fds(), setup.tailnet.stats(MAILBOX).open);
+    assert!(freed, "{fds} descriptors, {before} before; the mailbox has {open} connections");
+    no_crash(setup.edge.log());
+}
+
 #[test]
 fn a_sending_postfix_keeps_what_it_could_not_deliver_and_delivers_it_later() {
     let mail = MailServer::start();
@@ -292,16 +355,16 @@ fn a_sending_postfix_keeps_what_it_could_not_deliver_and_delivers_it_later() {
     };
 
     // Away for less than senders are held: it knows of nothing.
-    setup.tailnet.unforward(crate::setup::MAILBOX, 25);
+    setup.tailnet.unforward(MAILBOX, 25);
     submit("within the hold");
     assert!(eventually(LIMIT, || held(&setup.edge) == 1), "{}", sender.log().tail());
-    setup.tailnet.forward(crate::setup::MAILBOX, 25, mail.postfix.smtp);
+    setup.tailnet.forward(MAILBOX, 25, mail.postfix.smtp);
     mail.home.wait_message("alice", "Subject: within the hold", LIMIT);
     assert_eq!(sender.log().count("status=deferred"), 0, "{}", sender.log().tail());
     assert!(eventually(LIMIT, || waiting().is_empty()), "{:?}", waiting());
 
     // For longer: the message waits in the sender's queue, with our words.
-    setup.tailnet.unforward(crate::setup::MAILBOX, 25);
+    setup.tailnet.unforward(MAILBOX, 25);
     submit("beyond the hold");
     sender.log().wait("status=deferred", LIMIT);
     let [reason] = &waiting()[..] else { panic!("{:?}", waiting()) };
@@ -311,7 +374,7 @@ fn a_sending_postfix_keeps_what_it_could_not_deliver_and_delivers_it_later() {
         assert!(reason.contains(words), "{words:?} is missing from: {reason}");
     }
     assert_eq!(sender.log().count("status=bounced"), 0, "{}", sender.log().tail());
-    setup.tailnet.forward(crate::setup::MAILBOX, 25, mail.postfix.smtp);
+    setup.tailnet.forward(MAILBOX, 25, mail.postfix.smtp);
     sender.flush();
     mail.home.wait_message("alice", "Subject: beyond the hold", LIMIT);
     assert!(eventually(LIMIT, || waiting().is_empty()), "{:?}", waiting());

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use serde_json::Value;
 
-use crate::common::cert::Certificate;
+use crate::common::cert::{Certificate, HOST_NAME};
 use crate::common::client::LineClient;
 use crate::common::dovecot::Dovecot;
 use crate::common::edge::{Builder, Edge, Listener};
@@ -238,6 +238,25 @@ fn a_dovecot_that_does_not_trust_the_edge_holds_its_clients_and_is_named() {
     hears_last(&mut connect(setup.edge.addr("imap")), refusal);
     let line = setup.edge.wait_log("held until its time was over", LIMIT);
     tells(&line, &["closes the connection without a word", "PROXY header", "log"]);
+}
+
+#[test]
+fn a_certificate_that_has_expired_is_told_once_and_measured() {
+    let home = MailHome::create();
+    let expired = Certificate::create_expired_for(home.path(), HOST_NAME);
+    let dovecot = Dovecot::start(&home);
+    let setup = start(&[(993, dovecot.imaps)], &[("imaps", 993)], probing);
+    let line = setup.edge.wait_log("the mailbox's certificate has expired", LIMIT);
+    tells(&line, &[" WARN ", "listener=\"imaps\"", "upstream=stalwart:993", "not_after=", "renewal"]);
+    // It is well all the same: whom to trust is the clients' business.
+    are(&setup.edge, &[("imaps", 993)], 1.0);
+    assert!(eventually(LIMIT, || dovecot.log().count("-login: Info:") >= 5), "{}", dovecot.log().tail());
+    assert_eq!(setup.edge.log().count("has expired"), 1, "{}", setup.edge.log().tail());
+    let metric = metric(
+        &setup.edge,
+        r#"tailwart_edge_upstream_certificate_expiry_timestamp_seconds{listener="imaps",upstream="stalwart:993"}"#,
+    );
+    assert_eq!(metric, Some(end_of(&expired)));
 }
 
 #[test]
