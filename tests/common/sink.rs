@@ -5,8 +5,10 @@ use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::stub::Conn;
+use super::wait::pace;
 
 /// What a server says to everybody while it is unwell.
 pub const UNWELL: &str = "421 4.3.2 too busy\r\n";
@@ -36,6 +38,21 @@ pub fn takes_mail(name: &'static str, taken: &Taken) -> impl Fn(Conn) + Send + S
     let taken = taken.clone();
     move |mut conn| {
         if conn.read_proxy_header().is_some() {
+            converse(name, conn, &taken);
+        }
+    }
+}
+
+/// The same, but it takes so long before it greets, as servers do that look up who comes.
+pub fn takes_mail_after(
+    delay: Duration,
+    name: &'static str,
+    taken: &Taken,
+) -> impl Fn(Conn) + Send + Sync + use<> {
+    let taken = taken.clone();
+    move |mut conn| {
+        if conn.read_proxy_header().is_some() {
+            pace(Instant::now() + delay);
             converse(name, conn, &taken);
         }
     }

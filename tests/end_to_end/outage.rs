@@ -16,7 +16,7 @@ use crate::common::edge::{Builder, Listener};
 use crate::common::mail::{DOMAIN, MailServer};
 use crate::common::net::{CONNECT_LIMIT, connect, free_addr, reset};
 use crate::common::postfix::Sender;
-use crate::common::sink::{Taken, takes_mail};
+use crate::common::sink::{Taken, takes_mail, takes_mail_after};
 use crate::common::stub::Stub;
 use crate::common::wait::{eventually, pace};
 use crate::setup::{LIMIT, MAILBOX, Setup, held, no_crash, start_with};
@@ -248,32 +248,46 @@ fn an_outage_beyond_the_time_to_hold_is_told_to_those_who_came_too_early() {
     }
 }
 
-#[test]
-fn a_mailbox_that_crashes_again_and_again_resets_nobody_before_the_greeting() {
-    const CYCLES: usize = 10;
+/// A mailbox that needs this long to greet is up for a second, down for a second, so many times: it
+/// crashes under those who wait for the greeting as under all others.
+#[track_caller]
+fn crashes(cycles: usize, delay: Duration) {
     let taken = Taken::default();
     let to = free_addr();
     let setup = edge(to, Duration::from_secs(45));
     let mut load = Load::start(setup.edge.addr("smtp"), LIMIT * 2);
-    for cycle in 0..CYCLES {
+    let start = || Stub::start_at(to, takes_mail_after(delay, "mail.example.test", &taken));
+    for cycle in 0..cycles {
         // Dropping it cuts its connections, wherever they are.
-        let mailbox = Stub::start_at(to, takes_mail("mail.example.test", &taken));
+        let mailbox = start();
         load.run(&setup, CALM);
         drop(mailbox);
-        if cycle + 1 < CYCLES {
+        if cycle + 1 < cycles {
             load.run(&setup, CALM);
         }
     }
-    let _mailbox = Stub::start_at(to, takes_mail("mail.example.test", &taken));
+    let _mailbox = start();
     let sessions = load.sessions.len();
     let report = load.finish(&taken);
-    eprintln!("{CYCLES} restarts, {RATE} sessions/s: {sessions} sessions, {report:?}");
+    eprintln!(
+        "{cycles} crashes, greeting after {delay:?}, {RATE} sessions/s: {sessions} sessions, {report:?}"
+    );
     let beside: Vec<_> =
         report.fates.keys().filter(|fate| !matches!(fate, Fate::Taken | Fate::Cut)).collect();
     assert!(beside.is_empty(), "{report:?}");
-    // Sessions take milliseconds: few of them are under way at a crash.
-    assert!(report.count(Fate::Cut) <= CYCLES * RATE as usize / 5, "{report:?}");
+    // After the greeting sessions take milliseconds: few of them are under way at a crash.
+    assert!(report.count(Fate::Cut) <= cycles * RATE as usize / 5, "{report:?}");
     no_crash(setup.edge.log());
+}
+
+#[test]
+fn a_mailbox_that_crashes_again_and_again_resets_nobody_before_the_greeting() {
+    crashes(10, Duration::ZERO);
+}
+
+#[test]
+fn a_mailbox_that_crashes_under_those_who_wait_for_its_greeting_resets_nobody() {
+    crashes(2, Duration::from_millis(300));
 }
 
 /// How a client visits a mailbox that comes and goes.
