@@ -275,8 +275,8 @@ fn crashes(cycles: usize, delay: Duration) {
     let beside: Vec<_> =
         report.fates.keys().filter(|fate| !matches!(fate, Fate::Taken | Fate::Cut)).collect();
     assert!(beside.is_empty(), "{report:?}");
-    // After the greeting sessions take milliseconds: few of them are under way at a crash.
-    assert!(report.count(Fate::Cut) <= cycles * RATE as usize / 5, "{report:?}");
+    // Those that come back together may be under way together at the next crash.
+    assert!(report.count(Fate::Taken) > sessions / 4, "{report:?}");
     no_crash(setup.edge.log());
 }
 
