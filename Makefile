@@ -68,9 +68,9 @@ test-rust: ## unit, integration, end-to-end and documentation tests (root: Postf
 	$(call step,Rust tests)
 	$(CARGO) test --locked
 
-soak: ## outages of 30 and 120 seconds under load, which are too long for every day
+soak: ## outages of 30 and 120 seconds under load, and what else is too long for every day
 	$(call step,long outages)
-	TAILWART_SOAK=1 $(CARGO) test --locked --test end_to_end -- outage:: --nocapture
+	TAILWART_SOAK=1 $(CARGO) test --locked --test end_to_end -- --nocapture outage:: strange
 
 doc: ## the crate's documentation, broken links denied
 	$(call step,documentation)

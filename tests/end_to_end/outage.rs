@@ -19,7 +19,7 @@ use crate::common::postfix::Sender;
 use crate::common::sink::{Taken, takes_mail, takes_mail_after};
 use crate::common::stub::Stub;
 use crate::common::wait::{eventually, pace};
-use crate::setup::{LIMIT, MAILBOX, Setup, held, no_crash, start_with};
+use crate::setup::{LIMIT, MAILBOX, Setup, held, is_soak, no_crash, start_with};
 
 /// Sessions a second.
 const RATE: u32 = 50;
@@ -225,11 +225,6 @@ fn outage_beyond_hold(length: Duration, hold: Duration) {
     let slack = f64::from(RATE) * 3.0;
     assert!((expected - slack..expected + slack).contains(&refused), "{expected} expected: {report:?}");
     assert!(report.longest_wait < hold + Duration::from_secs(3), "{report:?}");
-}
-
-/// Whether the tests that are too long for every day run too.
-fn is_soak() -> bool {
-    std::env::var_os("TAILWART_SOAK").is_some()
 }
 
 #[test]

@@ -75,6 +75,11 @@ pub fn start_with(
     Setup { edge, tailnet }
 }
 
+/// Whether what takes too long for every day is tested too: `make soak`.
+pub fn is_soak() -> bool {
+    std::env::var_os("TAILWART_SOAK").is_some()
+}
+
 /// What holds or probes is tested without the other of the two: a probe is a connection too.
 pub fn without_probe(edge: Builder) -> Builder {
     edge.set("probe", "interval", r#""0s""#)
