@@ -32,7 +32,7 @@ step = @printf '\n==> %s\n' '$(1)'
 # One step after the other, also under `make -j`: each of them uses every core, and the first failure should
 # be the last thing on the screen.
 .NOTPARALLEL:
-.PHONY: help test deps format vet lint test-go test-rust doc release check-release demo clean
+.PHONY: help test deps format vet lint test-go test-rust soak doc release check-release demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -67,6 +67,10 @@ test-go: ## the Go tests, under the race detector
 test-rust: ## unit, integration, end-to-end and documentation tests (root: Postfix and Dovecot run in them)
 	$(call step,Rust tests)
 	$(CARGO) test --locked
+
+soak: ## outages of 30 and 120 seconds under load, and what else is too long for every day
+	$(call step,long outages)
+	TAILWART_SOAK=1 $(CARGO) test --locked --test end_to_end -- --nocapture outage:: strange
 
 doc: ## the crate's documentation, broken links denied
 	$(call step,documentation)

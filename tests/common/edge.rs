@@ -132,7 +132,9 @@ impl Builder {
     pub fn config(&self) -> String {
         let mut text = String::new();
         for (section, keys) in &self.sections {
-            push_section(&mut text, &format!("[{section}]"), keys);
+            // The one without a name, for the keys above all sections, comes first.
+            let title = if section.is_empty() { String::new() } else { format!("[{section}]") };
+            push_section(&mut text, &title, keys);
         }
         for Listener(keys) in &self.listeners {
             push_section(&mut text, "[[listener]]", keys);

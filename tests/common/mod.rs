@@ -8,7 +8,7 @@
 //!
 //! [`mail::MailServer`] is the mailbox host (Postfix and Dovecot on one Maildir), [`haproxy`] and
 //! [`nginx`] are independent readers of PROXY headers, [`stub`] is a TCP server for exact bytes,
-//! [`tailnet`] the control server and the nodes, [`edge`] the program under test; [`client`] and
+//! [`sink`] one that takes mail, [`tailnet`] the control server and the nodes, [`edge`] the program under test; [`client`] and
 //! [`tools`] are what talks to it.
 
 // Each program that includes this tree uses a part of it.
@@ -29,6 +29,7 @@ pub mod nginx;
 pub mod postfix;
 pub mod process;
 pub mod proxy_header;
+pub mod sink;
 pub mod stub;
 pub mod tailnet;
 pub mod tools;

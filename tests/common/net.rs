@@ -69,20 +69,30 @@ pub fn is_listening_beside(pid: u32, port: u16) -> bool {
 /// How many connections of an IPv4 listener wait in the kernel to be accepted.
 #[track_caller]
 pub fn backlog(listener: SocketAddr) -> u32 {
-    const LISTEN: &str = "0A";
-    let wanted = format!(":{:04X}", listener.port());
+    // A listener's second queue is its backlog.
+    receive_queues(listener, "0A").first().copied().unwrap_or_else(|| panic!("nobody listens on {listener}"))
+}
+
+/// How many bytes wait in the kernel to be read, for each connection that was made to this IPv4
+/// address.
+#[track_caller]
+pub fn unread(listener: SocketAddr) -> Vec<u32> {
+    receive_queues(listener, "01")
+}
+
+/// The second queue of each socket of a port in this state.
+#[track_caller]
+fn receive_queues(local: SocketAddr, state: &str) -> Vec<u32> {
+    let wanted = format!(":{:04X}", local.port());
     let table = std::fs::read_to_string("/proc/self/net/tcp").expect("/proc is mounted");
-    let queue = table.lines().find_map(|line| {
-        // sl, local address, remote address, state, queues; a listener's second queue is its backlog
+    let queue = |line: &str| {
+        // sl, local address, remote address, state, queues
         let fields: Vec<&str> = line.split_whitespace().collect();
-        let ours = fields.get(1)?.ends_with(&wanted) && fields.get(3) == Some(&LISTEN);
-        fields
-            .get(4)?
-            .split_once(':')
-            .filter(|_| ours)
-            .and_then(|(_, queue)| u32::from_str_radix(queue, 16).ok())
-    });
-    queue.unwrap_or_else(|| panic!("nobody listens on {listener}"))
+        let ours = fields.get(1)?.ends_with(&wanted) && fields.get(3) == Some(&state);
+        let (_, queue) = fields.get(4)?.split_once(':').filter(|_| ours)?;
+        u32::from_str_radix(queue, 16).ok()
+    };
+    table.lines().filter_map(queue).collect()
 }
 
 /// Connects, with a deadline.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
+use serde_json::Value;
 use tempfile::TempDir;
 
 use super::cert::HOST_NAME;
@@ -14,6 +15,7 @@ use super::log::Log;
 use super::mail::{Account, DOMAIN, MailHome, USERS, group_id};
 use super::net::{free_addr, is_listening};
 use super::process::Daemon;
+use super::tools::{Finished, run};
 use super::{START_LIMIT, require_root, temp_dir};
 
 /// Stopped on drop. Mail to `USER@example.test` lands in the [`MailHome`]; mail to anybody else is
@@ -43,7 +45,7 @@ impl Postfix {
         let dir = temp_dir("postfix");
         let [smtp, submission, submissions] = [free_addr(), free_addr(), free_addr()];
         make_directories(dir.path());
-        write_aged(&dir.path().join("main.cf"), &(main_cf(dir.path(), home) + MAIN_CF + extra + "\n"));
+        write_aged(&dir.path().join("main.cf"), &settled(&(main_cf(dir.path(), home) + MAIN_CF + extra)));
         write_aged(&dir.path().join("master.cf"), &master_cf(smtp, submission, submissions));
         let addrs = [smtp, submission, submissions];
         let daemon = launch(dir.path(), &addrs);
@@ -78,6 +80,71 @@ impl Postfix {
         self.kill();
         self.daemon = launch(self.dir.path(), &[self.smtp, self.submission, self.submissions]);
     }
+}
+
+/// A Postfix of somebody else's: it takes mail for anybody from this host, without a PROXY header,
+/// and passes all of it on to one address, as it would to the MX of a domain.
+pub struct Sender {
+    postfix: Postfix,
+}
+
+impl Sender {
+    pub fn start(to: SocketAddr) -> Sender {
+        let settings = format!(
+            "smtpd_upstream_proxy_protocol =
+virtual_mailbox_domains =
+mynetworks = 127.0.0.0/8
+smtpd_relay_restrictions = permit_mynetworks, reject
+default_transport = smtp
+relay_transport = smtp
+relayhost = [{}]:{}
+smtp_tls_security_level = none
+# What was deferred waits for `postqueue -f`.
+queue_run_delay = 1h
+minimal_backoff_time = 1h
+maximal_backoff_time = 1h
+",
+            to.ip(),
+            to.port()
+        );
+        Sender { postfix: Postfix::start_with(&MailHome::create(), &settings) }
+    }
+
+    /// Where it takes mail.
+    pub fn smtp(&self) -> SocketAddr {
+        self.postfix.smtp
+    }
+
+    pub fn log(&self) -> &Log {
+        self.postfix.log()
+    }
+
+    /// What waits in its queue: one object for each message.
+    #[track_caller]
+    pub fn queue(&self) -> Vec<Value> {
+        let list = self.postqueue("-j").stdout();
+        let parse = |line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+        list.lines().map(parse).collect()
+    }
+
+    /// Tries to deliver all of it now.
+    #[track_caller]
+    pub fn flush(&self) {
+        self.postqueue("-f");
+    }
+
+    #[track_caller]
+    fn postqueue(&self, argument: &str) -> Finished {
+        let mut command = Command::new(postqueue_program());
+        command.arg("-c").arg(self.postfix.dir.path()).arg(argument);
+        run(&mut command, b"", START_LIMIT).expect_success()
+    }
+}
+
+/// Not every PATH has the sbin directories.
+fn postqueue_program() -> &'static str {
+    let known = "/usr/sbin/postqueue";
+    if Path::new(known).is_file() { known } else { "postqueue" }
 }
 
 /// Returns once every port listens.
@@ -138,6 +205,17 @@ fn write_aged(path: &Path, text: &str) {
         file.set_modified(SystemTime::now() - Duration::from_secs(60))
     });
     written.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+}
+
+/// Leaves of each setting the last one. Postfix would too, but every process would warn of it at its
+/// start, when nobody reads the log's socket yet, which takes ten lines and then blocks the writer.
+fn settled(settings: &str) -> String {
+    let key = |line: &str| line.split_once(" =").map(|(key, _)| key.to_owned());
+    let lines: Vec<&str> =
+        settings.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
+    let is_last =
+        |(index, line): &(usize, &&str)| !lines[index + 1..].iter().any(|later| key(later) == key(line));
+    lines.iter().enumerate().filter(is_last).map(|(_, line)| format!("{line}\n")).collect()
 }
 
 /// What differs between instances.
@@ -211,7 +289,7 @@ in_flow_delay = 0
 default_process_limit = 500
 ";
 
-/// Only the services that mail takes on its way in, none of them in a chroot (whose copies of
+/// Only the services that mail takes on its way in and out, none of them in a chroot (whose copies of
 /// system files are absent).
 fn master_cf(smtp: SocketAddr, submission: SocketAddr, submissions: SocketAddr) -> String {
     format!(
@@ -230,6 +308,9 @@ proxymap unix - - n - - proxymap
 error unix - - n - - error
 retry unix - - n - - error
 virtual unix - n n - - virtual
+smtp unix - - n - - smtp
+showq unix n - n - - showq
+pickup unix n - n 60 1 pickup
 anvil unix - - n - 1 anvil
 postlog unix-dgram n - n - 1 postlogd
 "

@@ -11,7 +11,7 @@ use std::time::Duration;
 use socket2::SockRef;
 
 use super::proxy_header;
-use super::wait::eventually;
+use super::wait::{eventually, wait_for};
 
 /// One mebibyte, the unit in which tests send much.
 pub const MIB: usize = 1 << 20;
@@ -52,7 +52,13 @@ pub struct Record {
 impl Stub {
     /// Listens on a port of 127.0.0.1.
     pub fn start(script: impl Fn(Conn) + Send + Sync + 'static) -> Stub {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("loopback has a free port");
+        Stub::start_at((Ipv4Addr::LOCALHOST, 0).into(), script)
+    }
+
+    /// Listens on this address, so that a server can be stopped and started again; see
+    /// [`free_addr`](super::net::free_addr).
+    pub fn start_at(addr: SocketAddr, script: impl Fn(Conn) + Send + Sync + 'static) -> Stub {
+        let listener = TcpListener::bind(addr).unwrap_or_else(|error| panic!("listen on {addr}: {error}"));
         let addr = listener.local_addr().expect("it is bound");
         let shared = Arc::new(Shared { stopping: AtomicBool::new(false), connections: Mutex::default() });
         let acceptor = std::thread::spawn({
@@ -72,6 +78,22 @@ impl Stub {
     pub fn record(&self, index: usize) -> Option<Record> {
         let connections = lock(&self.shared.connections);
         connections.get(index).map(|connection| lock(&connection.record).clone())
+    }
+
+    /// The record of the first connection whose bytes begin with this PROXY header, as soon as
+    /// `wanted` holds for it; panics at the deadline.
+    #[track_caller]
+    pub fn wait_client(&self, header: &[u8], deadline: Duration, wanted: impl Fn(&Record) -> bool) -> Record {
+        let begins =
+            |index: &usize| self.record(*index).is_some_and(|record| record.bytes.starts_with(header));
+        match wait_for(deadline, || (0..self.accepted()).find(begins)) {
+            Some(index) => self.wait_record(index, deadline, wanted),
+            None => panic!(
+                "none of the stub's {} connections began with {} within {deadline:?}",
+                self.accepted(),
+                header.escape_ascii()
+            ),
+        }
     }
 
     /// The record of a connection as soon as `wanted` holds for it; panics at the deadline.

@@ -5,6 +5,11 @@ use std::time::{Duration, Instant};
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
+/// Returns at this moment, for load at a steady pace. To wait for anything to happen, name it.
+pub fn pace(next: Instant) {
+    std::thread::sleep(next.saturating_duration_since(Instant::now()));
+}
+
 /// Asks until the answer is yes; false when it never was before the deadline. Asks at least once.
 #[must_use = "a missed deadline is told only by the result"]
 pub fn eventually(deadline: Duration, mut condition: impl FnMut() -> bool) -> bool {

@@ -8,13 +8,17 @@ mod common;
 
 mod doctor;
 mod enrolment;
+mod failover;
 mod faults;
 mod half_close;
+mod hold;
 mod isolation;
 mod life;
 mod load;
 mod mail;
 mod oracles;
+mod outage;
+mod probe;
 mod setup;
 mod signals;
 mod start;

@@ -1,19 +1,20 @@
 //! An edge on a tailnet with a mailbox node: what most tests start with.
 
-use std::net::SocketAddr;
+use std::io::Read;
+use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::common::cert::Certificate;
 use crate::common::edge::{Builder, Edge, Listener};
-use crate::common::http;
 use crate::common::log::Log;
 use crate::common::net::is_listening_beside;
 use crate::common::netns::Namespace;
 use crate::common::process::Daemon;
 use crate::common::tailnet::{Options, TestTailnet};
 use crate::common::wait::eventually;
+use crate::common::{http, proxy_header};
 
 /// The name of the mailbox's node.
 pub const MAILBOX: &str = "stalwart";
@@ -72,6 +73,67 @@ pub fn start_with(
     let edge = configure(builder).spawn();
     edge.wait_ready(LIMIT);
     Setup { edge, tailnet }
+}
+
+/// Whether what takes too long for every day is tested too: `make soak`.
+pub fn is_soak() -> bool {
+    std::env::var_os("TAILWART_SOAK").is_some()
+}
+
+/// What holds or probes is tested without the other of the two: a probe is a connection too.
+pub fn without_probe(edge: Builder) -> Builder {
+    edge.set("probe", "interval", r#""0s""#)
+}
+
+/// The value of a metric, given as its line begins, with labels; none when there is no such line.
+#[track_caller]
+pub fn metric(edge: &Edge, name: &str) -> Option<f64> {
+    let metrics = http::get(edge.addr("admin"), "/metrics").body;
+    let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
+    Some(value.parse().unwrap_or_else(|_| panic!("{name} is no number: {value}")))
+}
+
+/// How many clients are held.
+#[track_caller]
+pub fn held(edge: &Edge) -> usize {
+    let value = metric(edge, "tailwart_edge_held_connections");
+    value.unwrap_or_else(|| panic!("it is not measured\n{}", edge.log().tail())) as usize
+}
+
+/// Waits until so many clients are held.
+#[track_caller]
+pub fn holds(edge: &Edge, count: usize) {
+    let reached = eventually(LIMIT, || held(edge) == count);
+    assert!(reached, "{} are held, not {count}\n{}", held(edge), edge.log().tail());
+}
+
+/// The PROXY header of a client's connection.
+#[track_caller]
+pub fn header_of(client: &TcpStream) -> Vec<u8> {
+    let ends = (client.local_addr(), client.peer_addr());
+    let (Ok(source), Ok(destination)) = ends else { panic!("it is not connected: {ends:?}") };
+    proxy_header::v2(source, destination)
+}
+
+/// Reads exactly this.
+#[track_caller]
+pub fn hears(client: &mut TcpStream, expected: &[u8]) {
+    client.set_read_timeout(Some(LIMIT)).expect("the deadline is not zero");
+    let mut bytes = vec![0; expected.len()];
+    client.read_exact(&mut bytes).unwrap_or_else(|error| panic!("not {}: {error}", expected.escape_ascii()));
+    assert_eq!(bytes.escape_ascii().to_string(), expected.escape_ascii().to_string());
+}
+
+/// Reads exactly this and an orderly end: no reset, nothing lost, nothing more.
+#[track_caller]
+pub fn hears_last(client: &mut TcpStream, expected: &[u8]) {
+    client.set_read_timeout(Some(LIMIT)).expect("the deadline is not zero");
+    let mut bytes = Vec::new();
+    let end = client.read_to_end(&mut bytes).map_err(|error| error.kind());
+    assert_eq!(
+        (bytes.escape_ascii().to_string(), end),
+        (expected.escape_ascii().to_string(), Ok(expected.len()))
+    );
 }
 
 pub fn tcp(name: &str) -> Listener {
