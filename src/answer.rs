@@ -16,6 +16,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -79,6 +80,13 @@ pub async fn refuse(client: &mut TcpStream, protocol: Protocol, name: &PublicNam
     if let Ok(Ok(())) = timeout(WRITE_LIMIT, told).await {
         let _ = timeout(LINGER_LIMIT, discard(client)).await;
     }
+}
+
+/// As [`refuse`], for a client that is not worth waiting for: it is told what the kernel takes at
+/// once, and may lose even that if it talks over it.
+pub fn refuse_at_once(client: &TcpStream, protocol: Protocol, name: &PublicName) {
+    // Straight to the kernel: the runtime does not know yet that it may be written to.
+    let _ = SockRef::from(client).send(&refusal(protocol, &name.of(client.local_addr().ok())));
 }
 
 /// Reads until the client closes its side, or has sent too much.
@@ -180,6 +188,16 @@ mod tests {
         assert!(text.starts_with("421 4.3.2 mx.example.org "), "{text}");
         drop(client);
         refused.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_client_that_is_not_waited_for_is_told_too() {
+        let (mut client, server) = pair().await;
+        refuse_at_once(&server, Protocol::Imap, &name());
+        drop(server);
+        let mut text = String::new();
+        client.read_to_string(&mut text).await.unwrap();
+        assert_eq!(text.as_bytes(), refusal(Protocol::Imap, NAME));
     }
 
     #[tokio::test(start_paused = true)]

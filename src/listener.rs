@@ -21,6 +21,7 @@ use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
+use crate::answer;
 use crate::connection::{self, Service};
 use crate::limits::{ClientLimit, Refused};
 use crate::upstream::Dial;
@@ -195,7 +196,10 @@ fn admit<D: Dial>(
 ) {
     let place = match admission.clients.admit(peer.ip()) {
         Ok(place) => place,
-        Err(refused) => return log_refusal(&service.name, peer, refused),
+        Err(refused) => {
+            answer::refuse_at_once(&client, service.protocol, &service.public_name);
+            return log_refusal(&service.name, peer, refused);
+        }
     };
     prepare(&client);
     let service = Arc::clone(service);
