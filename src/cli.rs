@@ -115,14 +115,14 @@ pub struct DoctorArgs {
     pub config: ConfigArgs,
     /// The mail domain (what follows the @) whose DNS is checked: MX, reverse DNS, MTA-STS,
     /// autoconfig
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = mail_domain)]
     pub domain: Option<String>,
     /// A public address of this machine, for one behind NAT; may be repeated [default: those of its
     /// interfaces]
     #[arg(long = "address", value_name = "IP")]
     pub addresses: Vec<IpAddr>,
     /// Ask this DNS server [default: those of /etc/resolv.conf]
-    #[arg(long, value_name = "IP:PORT")]
+    #[arg(long, value_name = "IP[:PORT]", value_parser = dns_server)]
     pub dns_server: Option<SocketAddr>,
     /// Try outbound port 25 with this mail server
     #[arg(long, value_name = "HOST[:PORT]", default_value = doctor::DEFAULT_SERVER)]
@@ -130,6 +130,25 @@ pub struct DoctorArgs {
     /// Print JSON instead of a table
     #[arg(long)]
     pub json: bool,
+}
+
+/// An address, with DNS's own port unless another is named.
+fn dns_server(text: &str) -> Result<SocketAddr, String> {
+    let address = text.parse().or_else(|_| text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, 53)));
+    address.map_err(|_| "expected an IP address, with a port if it is not 53".to_owned())
+}
+
+/// A DNS name, with or without a dot at its end.
+fn mail_domain(text: &str) -> Result<String, String> {
+    let name = text.strip_suffix('.').unwrap_or(text);
+    let is_label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
+    };
+    match name.len() <= 253 && name.split('.').all(is_label) {
+        true => Ok(name.to_owned()),
+        false => Err("expected a domain such as example.com (xn--... for other scripts)".to_owned()),
+    }
 }
 
 #[cfg(test)]
@@ -172,6 +191,17 @@ mod tests {
         assert_eq!((args.domain.as_deref(), args.addresses.len(), args.json), (Some("example.com"), 2, true));
         assert_eq!(args.smtp_check, doctor::DEFAULT_SERVER);
         assert_eq!(parse(&["doctor", "--address", "mx.example.com"]).expect_err("a name").exit_code(), 2);
+    }
+
+    #[test]
+    fn the_doctor_takes_names_and_addresses_as_people_write_them() {
+        assert_eq!(dns_server("127.0.0.1"), Ok(([127, 0, 0, 1], 53).into()));
+        assert_eq!(dns_server("[::1]:5353"), Ok("[::1]:5353".parse().expect("an address")));
+        assert!(dns_server("localhost").is_err());
+        assert_eq!(mail_domain("example.com.").as_deref(), Ok("example.com"));
+        for wrong in ["user@example.com", "..", "", "exa mple.com"] {
+            assert!(mail_domain(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -396,7 +396,11 @@ fn log_refusal<D: Dial>(service: &Service<D>, visit: &Visit, refusal: &Refusal) 
             format!("as many clients are held as hold_max allows: cannot reach {upstream}: {}", reason(why))
         }
     };
-    warn!(id, listener, %client, %upstream, total_ms, "connection closed: {problem}");
+    if upstream.may_warn() {
+        warn!(id, listener, %client, %upstream, total_ms, "connection closed: {problem}");
+    } else {
+        info!(id, listener, %client, %upstream, total_ms, end = "turned away", "connection");
+    }
 }
 
 fn log_session<D: Dial>(service: &Service<D>, visit: &Visit, session: &Session) {

@@ -312,9 +312,9 @@ impl Serving {
 
     /// Closes the ports and waits for the connections within `limit`; another signal ends the wait.
     async fn stop(mut self, signal: &str, limit: Duration, signals: &mut StopSignals) {
+        info!(signal, connections = self.admission.tasks.len(), "stopping");
         self.close_ports().await;
         let tasks = &self.admission.tasks;
-        info!(signal, connections = tasks.len(), "stopping");
         tasks.close();
         tokio::select! {
             () = tasks.wait() => {}

@@ -26,7 +26,7 @@ use crate::connection::Service;
 use crate::probe::{Certificate, Finding, ProbeError, Target, probe};
 use crate::tailnet::ConnectError;
 use crate::trust;
-use crate::upstream::{Dial, Server};
+use crate::upstream::{Dial, Server, Silence};
 
 /// How long one probe may take. Mail servers make strangers wait for their greeting, some for 20
 /// seconds.
@@ -203,7 +203,7 @@ pub async fn keep_probing<D: Dial>(
     loop {
         let began = Instant::now();
         let result = probe(&*dialler, &monitor.target, PROBE_LIMIT).await;
-        if !is_our_own_fault(&*dialler, &monitor.target.host, &result).await {
+        if let Some(result) = explained(&*dialler, &monitor.target.host, result).await {
             take_in(&monitor, &service, &server, &*dialler, &settings, &result);
         }
         let pause = if monitor.is_settled() { settings.interval } else { settings.interval.min(FAST) };
@@ -215,15 +215,28 @@ pub async fn keep_probing<D: Dial>(
     }
 }
 
-/// Whether the probe has failed because this edge has no tailnet or no network.
-async fn is_our_own_fault<D: Dial>(dialler: &D, host: &str, result: &Result<Finding, ProbeError>) -> bool {
-    match result {
-        Err(ProbeError::Connect(ConnectError::NotRunning)) => true,
-        Err(ProbeError::ConnectTimedOut { .. } | ProbeError::Silent { .. }) => {
-            dialler.ping(host, PING_LIMIT).await.is_ok_and(|report| !report.network)
-        }
-        _ => false,
+/// A result, and if it was silence, what is behind that; `None` if the probe has failed because this
+/// edge has no tailnet or no network.
+async fn explained<D: Dial>(
+    dialler: &D,
+    host: &str,
+    result: Result<Finding, ProbeError>,
+) -> Option<Result<Finding, ProbeError>> {
+    let problem = match result {
+        Err(ProbeError::Connect(ConnectError::NotRunning)) => return None,
+        Err(problem @ (ProbeError::ConnectTimedOut { .. } | ProbeError::Silent { .. })) => problem,
+        other => return Some(other),
+    };
+    let Ok(report) = dialler.ping(host, PING_LIMIT).await else { return Some(Err(problem)) };
+    if !report.network {
+        return None;
     }
+    Some(Err(match problem {
+        ProbeError::ConnectTimedOut { limit } if !report.answered => {
+            ProbeError::PeerSilent { limit, silence: Silence::of(&report) }
+        }
+        other => other,
+    }))
 }
 
 /// Notes and tells what a probe has found.

@@ -35,7 +35,7 @@ use crate::config::Protocol;
 use crate::proxy_header::LOCAL;
 use crate::tailnet::ConnectError;
 use crate::trust::Language;
-use crate::upstream::Dial;
+use crate::upstream::{Dial, Silence};
 use talk::Talk;
 
 /// How long connecting may take, as for a client's connection by default; what
@@ -102,6 +102,14 @@ pub enum ProbeError {
     ConnectTimedOut {
         /// How long was tried.
         limit: Duration,
+    },
+    /// Nothing answered, and the peer itself does not answer a ping either.
+    #[error("cannot connect: no answer within {limit:?}: {silence}")]
+    PeerSilent {
+        /// How long was tried.
+        limit: Duration,
+        /// What the ping found out.
+        silence: Silence,
     },
     /// Connected, but the header could not be sent.
     #[error("connected, but cannot send the PROXY header: {0}; check the mail server's log")]

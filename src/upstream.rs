@@ -63,6 +63,10 @@ const TURN_LIMIT: Duration = Duration::from_secs(1);
 /// backlog is short (Postfix asks for 100).
 const RETURNING: usize = 64;
 
+/// Between two warnings of clients that were turned away for the same upstream: during an outage
+/// there may be thousands of them.
+const REFUSAL_INTERVAL: Duration = Duration::from_secs(10);
+
 /// Between two lines that tell of the same server's distrust.
 const DISTRUST_INTERVAL: Duration = Duration::from_secs(600);
 
@@ -124,6 +128,8 @@ pub struct Upstream<D> {
     /// Held by the one who tries for all that wait.
     turn: Mutex<Turn>,
     returning: Semaphore,
+    /// When it was last warned of a client that was turned away.
+    refusal_told: std::sync::Mutex<Option<Instant>>,
 }
 
 /// A port of a peer.
@@ -198,6 +204,16 @@ pub enum Silence {
     },
     /// The peer could not even be asked.
     Unknown(ConnectError),
+}
+
+impl Silence {
+    /// What a ping has found out.
+    pub fn of(report: &PingReport) -> Silence {
+        match report.answered {
+            true => Silence::Port,
+            false => Silence::Peer { online: report.online, last_seen: report.last_seen.clone() },
+        }
+    }
 }
 
 impl fmt::Display for Silence {
@@ -322,6 +338,7 @@ impl<D: Dial> Upstream<D> {
             successes: AtomicU64::new(0),
             turn: Mutex::new(Turn::new(0)),
             returning: Semaphore::new(RETURNING),
+            refusal_told: std::sync::Mutex::new(None),
         }
     }
 
@@ -382,15 +399,19 @@ impl<D: Dial> Upstream<D> {
         Err(error)
     }
 
+    /// Whether it is time to warn, with the reason, of a client that is turned away. If so, it is not
+    /// for a while.
+    pub fn may_warn(&self) -> bool {
+        is_time(&self.refusal_told, REFUSAL_INTERVAL)
+    }
+
     /// Notes that a server took the PROXY header for a command, and says so with what to do about
     /// it; not with every connection.
     pub fn distrusted(&self, listener: &str, server: &Server) {
         server.suspected.notify_one();
-        let mut told = server.distrust_told.lock().unwrap_or_else(PoisonError::into_inner);
-        if told.is_some_and(|at| at.elapsed() < DISTRUST_INTERVAL) {
+        if !is_time(&server.distrust_told, DISTRUST_INTERVAL) {
             return;
         }
-        *told = Some(Instant::now());
         let advice = trust::advice(&self.dialler.addresses());
         warn!(listener, upstream = %server, "the mailbox takes the PROXY header for a command, so mail cannot pass: {advice}");
     }
@@ -491,14 +512,23 @@ impl<D: Dial> Upstream<D> {
             return silence.clone();
         }
         let silence = match self.dialler.ping(server.host(), PING_LIMIT).await {
-            Ok(report) if report.answered => Silence::Port,
-            Ok(report) => Silence::Peer { online: report.online, last_seen: report.last_seen },
+            Ok(report) => Silence::of(&report),
             // Nothing was found out, so there is nothing to tell others.
             Err(reason) => return Silence::Unknown(reason),
         };
         *finding = Some((Instant::now(), silence.clone()));
         silence
     }
+}
+
+/// Whether the last time is so long ago; if so, the last time is now.
+fn is_time(last: &std::sync::Mutex<Option<Instant>>, interval: Duration) -> bool {
+    let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+    let is_time = last.is_none_or(|at| at.elapsed() >= interval);
+    if is_time {
+        *last = Some(Instant::now());
+    }
+    is_time
 }
 
 impl Turn {

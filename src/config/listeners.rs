@@ -48,11 +48,16 @@ pub(super) fn listeners(
 
 /// An upstream's host, or several in an array; `None` if there is none.
 pub(super) fn hosts(table: &mut Table, key: &'static str, mistakes: &mut Mistakes) -> Option<Vec<String>> {
-    if !table.is_array(key) {
-        return table.get(key, &values::HOST, mistakes).map(|host| vec![host.value]);
-    }
+    let found = match table.is_array(key) {
+        true => table.list(key, &values::HOST, mistakes)?,
+        false => vec![table.get(key, &values::HOST, mistakes)?],
+    };
     let mut hosts: Vec<String> = Vec::new();
-    for host in table.list(key, &values::HOST, mistakes)? {
+    for host in found {
+        if values::is_elsewhere(&host.value) {
+            let problem = "is no address of a tailnet (100.64.0.0/10, fd7a:115c:a1e0::/48), so nothing is reached there";
+            mistakes.warn(&host.place, &format!("{} {problem}", host.shown));
+        }
         if hosts.contains(&host.value) {
             let problem = format!("{} is named twice; expected each host once", host.shown);
             mistakes.value(&host.place, &problem);

@@ -15,7 +15,7 @@ use super::clashes::{Claim, report_clashes};
 use super::listeners::{self, Shared};
 use super::mistakes::{At, Mistakes, Place, quoted};
 use super::reader::{Found, Table};
-use super::{Config, ConfigError, Limits, Probe, ProxyProtocol, Tailnet, Timeouts, syntax, values};
+use super::{Config, ConfigError, Limits, Listener, Probe, ProxyProtocol, Tailnet, Timeouts, syntax, values};
 
 /// Everything in the file; `upstream` is the value of `--upstream`.
 pub(super) fn config(mut mistakes: Mistakes, upstream: Option<&str>) -> Result<Config, ConfigError> {
@@ -28,6 +28,7 @@ pub(super) fn config(mut mistakes: Mistakes, upstream: Option<&str>) -> Result<C
     let shared = shared(root.table("upstream", &mut mistakes), upstream, timeouts.hold, &mut mistakes);
     let tables = root.tables("listener", &mut mistakes);
     let (listeners, mut claims) = listeners::listeners(tables, &shared, &mut mistakes);
+    warn_of_short_hold(&listeners, &timeouts, &mut mistakes);
     let limits = limits(root.table("limits", &mut mistakes), &mut mistakes);
     let probe = probe(root.table("probe", &mut mistakes), &mut mistakes);
     let admin = admin(root.table("admin", &mut mistakes), &mut mistakes);
@@ -122,6 +123,21 @@ fn timeouts(mut table: Table, mistakes: &mut Mistakes) -> Timeouts {
         hold: hold.unwrap_or(Duration::from_secs(45)),
         dead_peer: dead_peer.unwrap_or(Duration::from_secs(50)),
         drain: drain.unwrap_or(Duration::from_secs(30)),
+    }
+}
+
+/// A second server is of no use to a client that is turned away before it is tried.
+fn warn_of_short_hold(listeners: &[Listener], timeouts: &Timeouts, mistakes: &mut Mistakes) {
+    let tries_one = |listener: &&Listener| {
+        listener.upstream.hosts.len() > 1 && !listener.hold.is_zero() && listener.hold <= timeouts.connect
+    };
+    if let Some(listener) = listeners.iter().find(tries_one) {
+        let place = Place { at: At::File, key: "timeouts.connect".to_owned() };
+        let name = &listener.name;
+        mistakes.warn(
+            &place,
+            &format!("not shorter than what {name} holds its clients for, so that its second server may come too late"),
+        );
     }
 }
 

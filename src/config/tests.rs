@@ -213,6 +213,19 @@ fn every_key_of_listeners_is_read() {
 }
 
 #[test]
+fn what_cannot_work_is_warned_about() {
+    let warnings = |text: &str| parse(text).warnings;
+    assert_eq!(warnings("upstream.host = [\"100.64.0.1\", \"100.127.9.9\", \"fd7a:115c:a1e0::1\"]"), [""; 0]);
+    for elsewhere in ["8.8.8.8", "100.128.0.1", "fd00::1"] {
+        let warned = warnings(&format!("upstream.host = {elsewhere:?}"));
+        assert!(warned.len() == 1 && warned[0].contains("is no address of a tailnet"), "{warned:?}");
+    }
+    let short = warnings("upstream.host = [\"a\", \"b\"]\ntimeouts.hold = \"8s\"");
+    assert!(short.len() == 1 && short[0].contains("second server may come too late"), "{short:?}");
+    assert_eq!(warnings("upstream.host = [\"a\"]\ntimeouts.hold = \"8s\""), [""; 0]);
+}
+
+#[test]
 fn http_and_tcp_are_not_held_unless_they_say_so() {
     let web = "[[listener]]\nprotocol = \"http\"\nlisten = [\"127.0.0.1:8080\"]\nupstream_port = 80\n";
     assert_eq!(with(web).listeners[0].hold, Duration::ZERO);

@@ -175,6 +175,15 @@ fn variable(name: &str, env: Env) -> Result<String, String> {
     }
 }
 
+/// Whether a host is an IP address that no tailnet gives to a node (tailscale.com/net/tsaddr).
+pub(super) fn is_elsewhere(host: &str) -> bool {
+    match host.parse() {
+        Ok(IpAddr::V4(v4)) => v4.octets()[0] != 100 || v4.octets()[1] & 0xC0 != 64,
+        Ok(IpAddr::V6(v6)) => v6.segments()[..3] != [0xfd7a, 0x115c, 0xa1e0],
+        Err(_) => false,
+    }
+}
+
 fn address(text: &str) -> Result<SocketAddr, &'static str> {
     let address: SocketAddr = text.parse().map_err(|_| "is not an address")?;
     match address.ip() {

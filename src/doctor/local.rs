@@ -103,6 +103,12 @@ pub fn is_enrolled(settings: &config::Tailnet) -> bool {
     !settings.ephemeral && settings.state_dir.join(IDENTITY).metadata().is_ok_and(|file| file.len() > 0)
 }
 
+/// Whether this user may not look into the state directory.
+fn is_closed_to_us(dir: &Path) -> bool {
+    let identity = dir.join(IDENTITY).metadata();
+    identity.is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
+}
+
 /// What is known about a running edge on this configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Running {
@@ -129,7 +135,12 @@ pub async fn credential(
     };
     let there = matches!(read, Ok(Some(_)));
     // The state directory of a running edge may belong to another user.
-    let enrolled = is_enrolled(settings) || running == Running::Yes;
+    let enrolled = is_enrolled(settings) || running != Running::No;
+    if !enrolled && !settings.ephemeral && is_closed_to_us(&settings.state_dir) {
+        let finding =
+            format!("this user cannot see whether there is an identity in {}", settings.state_dir.display());
+        return (Check::warn("credential", finding, "run the doctor as the user that runs the edge"), there);
+    }
     (judge_credential(enrolled, read, &settings.tags.join(", ")), there)
 }
 
@@ -174,7 +185,11 @@ fn port(listener: &str, address: SocketAddr, configured: bool, running: Running)
             "restart the edge, if the configuration was changed since it started; else its log says why",
         ),
         Ok(_) => Check::pass(name, "free"),
-        Err(error) if error.kind == ErrorKind::AddrInUse && running == Running::Yes => {
+        // Another user may not open them, and does not have to.
+        Err(error)
+            if matches!(error.kind, ErrorKind::AddrInUse | ErrorKind::PermissionDenied)
+                && running != Running::No =>
+        {
             Check::pass(name, "in use by the running edge")
         }
         Err(error)
@@ -290,16 +305,14 @@ mod tests {
         let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = other.local_addr().unwrap();
         let look = |running| ports(&listening(&address.to_string()), running).remove(0);
-        assert_eq!(
-            (look(Running::Yes).outcome, &*look(Running::Yes).finding),
-            (Outcome::Pass, "in use by the running edge")
-        );
-        for running in [Running::No, Running::Unwell] {
-            let taken = look(running);
-            assert_eq!(taken.outcome, Outcome::Fail);
-            let said = format!("{} {:?}", taken.finding, taken.remedy);
-            assert!(said.contains("another program listens there (`ss -ltnp"), "{said}");
+        for running in [Running::Yes, Running::Unwell] {
+            let ours = look(running);
+            assert_eq!((ours.outcome, &*ours.finding), (Outcome::Pass, "in use by the running edge"));
         }
+        let taken = look(Running::No);
+        assert_eq!(taken.outcome, Outcome::Fail);
+        let said = format!("{} {:?}", taken.finding, taken.remedy);
+        assert!(said.contains("another program listens there (`ss -ltnp"), "{said}");
         drop(other);
         assert_eq!((look(Running::No).outcome, &*look(Running::No).finding), (Outcome::Pass, "free"));
         assert_eq!(look(Running::Yes).outcome, Outcome::Warn, "the edge runs and does not listen there");
