@@ -35,6 +35,7 @@ use tracing::debug;
 use crate::doctor::{self, Examiner, NoLook};
 use crate::health::{Board, Monitor};
 use crate::metrics;
+use crate::status::{self, NodeView, Status, UpstreamView};
 use crate::tailnet::NodeStatus;
 
 /// Admin connections at once; more wait in the backlog.
@@ -74,36 +75,29 @@ impl Readiness {
         reasons
     }
 
-    /// What is known, for people and scripts. The login address is left out: whoever opens it first
-    /// owns the node.
-    fn status(&self) -> serde_json::Value {
+    /// What is known, for people and scripts.
+    fn status(&self) -> Status {
         let node = self.node.borrow().as_ref().map(|node| node.borrow().clone()).unwrap_or_default();
+        let NodeStatus { name, ips, tags, state, key_expiry, .. } = node;
         let board = self.board.get();
-        let upstreams: Vec<_> =
-            board.into_iter().flat_map(|board| &board.monitors).map(upstream_status).collect();
-        serde_json::json!({
-            "version": env!("CARGO_PKG_VERSION"),
-            "node": {
-                "name": node.name,
-                "ips": node.ips,
-                "tags": node.tags,
-                "state": node.state,
-                "key_expiry": node.key_expiry,
-            },
-            "not_ready": self.reasons(),
-            "held": board.map_or(0, Board::held),
-            "upstreams": upstreams,
-        })
+        let monitors = board.into_iter().flat_map(|board| &board.monitors);
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            node: NodeView { name, ips, tags, state, key_expiry },
+            not_ready: self.reasons(),
+            held: board.map_or(0, Board::held),
+            upstreams: monitors.map(|monitor| upstream_view(monitor)).collect(),
+        }
     }
 }
 
-fn upstream_status(monitor: &Arc<Monitor>) -> serde_json::Value {
-    serde_json::json!({
-        "listener": monitor.listener,
-        "upstream": monitor.upstream,
-        "protocol": monitor.target.protocol.name(),
-        "probe": monitor.seen(),
-    })
+fn upstream_view(monitor: &Monitor) -> UpstreamView {
+    UpstreamView {
+        listener: monitor.listener.clone(),
+        upstream: monitor.upstream.clone(),
+        protocol: monitor.target.protocol.name().to_owned(),
+        probe: monitor.seen(),
+    }
 }
 
 /// Answers requests for as long as the edge lives.
@@ -155,7 +149,7 @@ fn answer(request: &Request<Incoming>, readiness: &Readiness) -> Response<Full<B
             let code = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
             json(code, &serde_json::json!({"ready": reasons.is_empty(), "reasons": reasons}))
         }
-        "/status" => json(StatusCode::OK, &readiness.status()),
+        status::PATH => json(StatusCode::OK, &serde_json::json!(readiness.status())),
         "/metrics" => {
             let node = readiness.node.borrow().as_ref().map(|node| node.borrow().clone());
             let text = metrics::text(&node.unwrap_or_default(), readiness.board.get());

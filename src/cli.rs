@@ -61,6 +61,7 @@ Examples:
   TS_AUTHKEY=file:/run/secrets/ts_authkey tailwart-edge run --upstream stalwart
   tailwart-edge check --config ./config.toml
   tailwart-edge doctor --domain example.com
+  tailwart-edge status
   tailwart-edge run --config ./config.toml";
 
 /// What the command line says.
@@ -90,6 +91,8 @@ pub enum Command {
     /// Look at everything that mail on its way to the mailbox depends on: configuration, ports,
     /// tailnet, DNS, clock; say what is wrong and what to do
     Doctor(DoctorArgs),
+    /// Show the state of the running edge: its node, and whether the mailbox is well
+    Status(StatusArgs),
     /// Print the version
     Version,
 }
@@ -105,6 +108,20 @@ pub struct ConfigArgs {
     /// file's upstream.host
     #[arg(long, value_name = "HOST")]
     pub upstream: Option<String>,
+}
+
+/// Which edge to ask, and how to show its answer.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// The configuration it was started with
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Ask at this address [default: admin.listen]
+    #[arg(long, value_name = "IP:PORT")]
+    pub admin: Option<SocketAddr>,
+    /// Print JSON instead of text
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// What the doctor is to look at.

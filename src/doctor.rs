@@ -10,7 +10,7 @@
 
 mod clock;
 mod dns;
-mod http;
+pub(crate) mod http;
 mod local;
 mod mailbox;
 mod outbound;

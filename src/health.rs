@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
@@ -43,7 +43,7 @@ const FAST: Duration = Duration::from_secs(2);
 const RENEWAL_DUE: SignedDuration = SignedDuration::from_hours(14 * 24);
 
 /// Whether a server is well.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// Not enough is known yet, or it is not probed.
@@ -67,7 +67,7 @@ pub struct Monitor {
 }
 
 /// What was found out last.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Seen {
     /// The verdict.
     pub state: State,

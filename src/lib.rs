@@ -10,7 +10,7 @@
 //! looking; [`peers`] notices one that is gone. [`tailnet`] is the node and the C
 //! boundary, [`membership`] its life. The rest is what an operator touches: [`cli`],
 //! [`config`], [`credential`], [`secret`], [`state_dir`], [`limits`], [`drain`],
-//! [`admin`], [`metrics`], [`doctor`].
+//! [`admin`], [`metrics`], [`status`], [`doctor`].
 //!
 //! `ARCHITECTURE.md` has the picture and the invariants.
 
@@ -57,5 +57,7 @@ pub mod drain;
 pub mod admin;
 
 pub mod metrics;
+
+pub mod status;
 
 pub mod doctor;

@@ -5,11 +5,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
-use tailwart_edge::cli::{Cli, Command, ConfigArgs, DoctorArgs};
+use tailwart_edge::cli::{Cli, Command, ConfigArgs, DoctorArgs, StatusArgs};
 use tailwart_edge::config::{Config, ConfigError, config_path};
 use tailwart_edge::credential::Sources;
 use tailwart_edge::doctor::{self, Patient};
-use tailwart_edge::{edge, tailnet};
+use tailwart_edge::{edge, status, tailnet};
 use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
 
@@ -21,6 +21,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run(&args),
         Command::Check(args) => check(&args),
         Command::Doctor(args) => doctor(args),
+        Command::Status(args) => show_status(&args),
         Command::Version => {
             println!("tailwart-edge {} (Tailscale {})", env!("CARGO_PKG_VERSION"), tailnet::linked_version());
             ExitCode::SUCCESS
@@ -120,6 +121,34 @@ fn doctor(args: DoctorArgs) -> ExitCode {
     // Not println!, which panics when the reader has gone.
     let _ = writeln!(std::io::stdout(), "{text}");
     ExitCode::from(report.exit_code())
+}
+
+fn show_status(args: &StatusArgs) -> ExitCode {
+    let admin = match args
+        .admin
+        .map_or_else(|| load(&args.config).map(|config| config.admin), |admin| Ok(Some(admin)))
+    {
+        Ok(admin) => admin,
+        Err(mistakes) => return config_mistakes(&mistakes),
+    };
+    let Some(admin) = admin else {
+        eprintln!("the edge has no admin address to ask at: admin.listen is \"off\"");
+        return ExitCode::FAILURE;
+    };
+    let runtime = match start_runtime() {
+        Ok(runtime) => runtime,
+        Err(code) => return code,
+    };
+    let text = match runtime.block_on(status::ask(admin)) {
+        Ok(status) if args.json => serde_json::json!(status).to_string() + "\n",
+        Ok(status) => status.to_string(),
+        Err(problem) => {
+            eprintln!("{problem}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let _ = write!(std::io::stdout(), "{text}");
+    ExitCode::SUCCESS
 }
 
 fn run_edge(config: Config, sources: Sources) -> ExitCode {

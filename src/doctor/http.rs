@@ -1,4 +1,4 @@
-//! One GET, for what the doctor asks a control server and a running edge.
+//! One GET, for what the doctor and `status` ask a control server and a running edge.
 //!
 //! It has no time limit of its own; the callers have.
 

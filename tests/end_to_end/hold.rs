@@ -293,8 +293,8 @@ fn a_flood_while_held_waits_in_the_kernel_and_arrives_in_order() {
     let stub = Stub::start_at(to, stub::greet(GREETING));
     for (client, taken) in clients.iter_mut().zip(taken) {
         hears(client, GREETING.as_bytes());
+        let header = header_of(client); // as long as it is connected
         client.shutdown(Shutdown::Write).expect("it is connected");
-        let header = header_of(client);
         let record = stub.wait_client(&header, LIMIT, |record| record.end == Some(Ok(())));
         assert!(record.bytes[header.len()..] == words[..taken], "{taken} bytes were taken: {record:?}");
     }

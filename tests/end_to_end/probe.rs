@@ -106,6 +106,20 @@ fn end_of(certificate: &Certificate) -> f64 {
     end.unwrap_or_else(|| panic!("no end: {shown}")).as_second() as f64
 }
 
+/// `tailwart-edge status` of an edge whose mailbox is well.
+#[track_caller]
+fn shows_on_one_screen(edge: &Edge) {
+    let mut status = std::process::Command::new(env!("CARGO_BIN_EXE_tailwart-edge"));
+    status.args(["status", "--admin", &edge.addr("admin").to_string()]);
+    let screen = run(&mut status, b"", LIMIT).expect_success().stdout();
+    assert!(screen.contains(" is ready\n") && screen.contains("no client waits"), "{screen}");
+    for (listener, port) in PORTS {
+        let line = screen.lines().find(|line| line.starts_with(&format!("{listener} ")));
+        let line = line.unwrap_or_else(|| panic!("no {listener}:\n{screen}"));
+        assert!(line.contains(&format!("stalwart:{port}")) && line.contains("  up since "), "{line}");
+    }
+}
+
 #[test]
 fn mail_servers_do_not_notice_the_probe_and_the_operator_notices_when_they_are_away() {
     let mail = MailServer::start();
@@ -119,6 +133,7 @@ fn mail_servers_do_not_notice_the_probe_and_the_operator_notices_when_they_are_a
         (smtp, dovecot.log().count("-login: Info:"))
     };
     assert!(eventually(LIMIT, || sessions().0 >= 3 * 20 && sessions().1 >= 5 * 20), "{:?}", sessions());
+    shows_on_one_screen(edge);
     complains_of_nothing(postfix.log());
     complains_of_nothing(dovecot.log());
     for (name, port) in PORTS {
