@@ -13,8 +13,9 @@ import (
 // TCP keepalive towards the peer. It notices a server that went away without a
 // word under an idle connection while its node lives on; of a whole node, pings
 // tell sooner, and without taking an outage of our own for the peer's. tsnet sets
-// it on accepted connections only, and the stack's defaults are two hours.
-const (
+// it on accepted connections only, and the stack's defaults are two hours. Tests
+// make it short.
+var (
 	keepaliveIdle     = 60 * time.Second
 	keepaliveInterval = 15 * time.Second
 	keepaliveCount    = 4

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"libtailscale/testnet"
 )
 
 func random(size int) []byte {
@@ -168,6 +169,54 @@ func TestOurAbortReachesThePeer(t *testing.T) {
 }
 
 // What was written before close is delivered though nobody holds the handle.
+// An idle connection lives through as many rounds of keepalive as 35 minutes have,
+// and ends soon after its peer has gone without a word.
+func TestKeepalive(t *testing.T) {
+	idle, interval, count := keepaliveIdle, keepaliveInterval, keepaliveCount
+	keepaliveIdle, keepaliveInterval, keepaliveCount = 100*time.Millisecond, 500*time.Millisecond, 4
+	t.Cleanup(func() { keepaliveIdle, keepaliveInterval, keepaliveCount = idle, interval, count })
+	e := startEdge(t, echo)
+	b, err := dial(t, e.node, "mailbox", 25)
+	check(t, err)
+	defer b.close()
+	time.Sleep(35 * keepaliveIdle)
+	_, err = b.Write([]byte("x"))
+	check(t, err)
+	_, err = io.ReadFull(b, make([]byte, 1))
+	check(t, err)
+
+	check(t, e.net.IsolateNode("mailbox"))
+	_, err = b.Read(make([]byte, 1))
+	wantCode(t, err, codeTimedOut)
+}
+
+// What is held by others than the caller is woken; other peers keep theirs.
+func TestAbortPeer(t *testing.T) {
+	e := startEdge(t, echo)
+	_, err := e.net.AddNode(testnet.NodeConfig{Name: "other", Tags: []string{"tag:mailbox"},
+		Forward: map[uint16]string{25: listen(t, echo)}})
+	check(t, err)
+	gone, err := dial(t, e.node, "mailbox", 25)
+	check(t, err)
+	defer gone.close()
+	kept, err := dial(t, e.node, "other", 25)
+	check(t, err)
+	defer kept.close()
+	failed := make(chan error, 1)
+	go func() {
+		_, err := gone.Read(make([]byte, 1))
+		failed <- err
+	}()
+	peer, err := e.node.resolve("mailbox")
+	check(t, err)
+	e.node.abortPeer(peer.ip)
+	wantCode(t, <-failed, codeReset)
+	_, err = kept.Write([]byte("x"))
+	check(t, err)
+	_, err = io.ReadFull(kept, make([]byte, 1))
+	check(t, err)
+}
+
 func TestCloseDeliversWhatWasWritten(t *testing.T) {
 	sent := random(1 << 20)
 	got := make(chan []byte, 1)
