@@ -168,7 +168,6 @@ func TestOurAbortReachesThePeer(t *testing.T) {
 	}
 }
 
-// What was written before close is delivered though nobody holds the handle.
 // An idle connection lives through as many rounds of keepalive as 35 minutes have,
 // and ends soon after its peer has gone without a word.
 func TestKeepalive(t *testing.T) {
@@ -217,6 +216,7 @@ func TestAbortPeer(t *testing.T) {
 	check(t, err)
 }
 
+// What was written before close is delivered though nobody holds the handle.
 func TestCloseDeliversWhatWasWritten(t *testing.T) {
 	sent := random(1 << 20)
 	got := make(chan []byte, 1)

@@ -272,7 +272,7 @@ int tailscale_ping(tailscale sd, const char* host, int64_t timeout_ms,
 // Resets every connection to a peer's address, whoever holds it: for a peer that
 // is found to be gone, which will not end them itself. Their owners are woken and
 // see TAILSCALE_RESET. Zero also when there was none, TAILSCALE_BAD_ARGUMENT when
-// ip is no address, or TAILSCALE_NOT_RUNNING before the start and after the close.
+// ip is no address, or TAILSCALE_NOT_RUNNING before the start and while closing.
 // (Not in upstream.)
 int tailscale_abort_peer(tailscale sd, const char* ip);
 

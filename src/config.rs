@@ -148,7 +148,7 @@ pub struct Timeouts {
     /// 4.5.3.2.1 demands five minutes, and the least patient known gives 60 seconds.
     pub hold: Duration,
     /// `dead_peer`: how long a mailbox that went away without a word may go unnoticed before its
-    /// connections are closed, at least 5 seconds. Default: 50 seconds.
+    /// connections are closed, at least 15 seconds. Default: 50 seconds.
     pub dead_peer: Duration,
     /// `drain`: how long a stopping process waits for connections; zero cuts them at once. Default:
     /// 30 seconds.

@@ -9,7 +9,8 @@
 //!   that speaks first loses nothing. What it sends meanwhile waits in the
 //!   kernel, which takes no more than a first window (64 kB) from it.
 //! - A client is never turned away without a word while its protocol has one for
-//!   it, and never held longer than `hold`.
+//!   it, and never held longer than `hold`; except by a mailbox that greets others
+//!   and not this client.
 //! - A session is tried again only when not a byte has moved either way.
 //! - An abrupt end on one side becomes one on the other; an orderly end stays
 //!   orderly.
@@ -289,11 +290,10 @@ async fn pass_on<D: Dial>(
         let first_words = FirstWords { due: service.protocol.greets(), watch };
         relay(&mut SharedTcp(client), upstream, service.timeouts, first_words, drain, client_gone).await
     };
-    if outcome.first_byte.is_some() && !outcome.header_taken {
-        server.greeted();
-    }
-    if outcome.header_taken {
-        service.upstream.distrusted(&service.name, server);
+    match outcome.first_byte {
+        _ if outcome.header_taken => service.upstream.distrusted(&service.name, server),
+        Some(at) => server.greeted(at),
+        None => {}
     }
     match outcome.end {
         End::Failed { side: Side::Client, .. } => upstream.reset(),
@@ -396,11 +396,7 @@ fn log_refusal<D: Dial>(service: &Service<D>, visit: &Visit, refusal: &Refusal) 
             format!("as many clients are held as hold_max allows: cannot reach {upstream}: {}", reason(why))
         }
     };
-    if upstream.may_warn() {
-        warn!(id, listener, %client, %upstream, total_ms, "connection closed: {problem}");
-    } else {
-        info!(id, listener, %client, %upstream, total_ms, end = "turned away", "connection");
-    }
+    warn!(id, listener, %client, %upstream, total_ms, "connection closed: {problem}");
 }
 
 fn log_session<D: Dial>(service: &Service<D>, visit: &Visit, session: &Session) {
@@ -768,7 +764,7 @@ mod tests {
         let serving = spawn(&service, accepted, peer);
         drop(mailbox.accept().await.unwrap());
         until(|| service.hold.places.available_permits() == 0).await;
-        service.upstream.servers()[0].greeted(); // as its probe finds out
+        service.upstream.servers()[0].greeted(Instant::now()); // as its probe finds out
         drop(mailbox.accept().await.unwrap());
         assert_eq!(client.read(&mut [0]).await.unwrap(), 0, "as the mailbox does: not a word");
         timeout(Duration::from_secs(20), serving).await.expect("it is held").unwrap();

@@ -46,7 +46,8 @@ const QUIET: Duration = Duration::from_secs(1);
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long the first contact with the upstreams may hold up the first client:
-/// enough for WireGuard to repeat a handshake, after 5 to 5.4 seconds.
+/// enough for WireGuard to repeat a handshake, after 5 to 5.4 seconds. A silent one
+/// takes up to two more.
 const GREETING_LIMIT: Duration = Duration::from_secs(7);
 
 /// How long those who wait for a tailnet that refuses this edge may take to read the answer.

@@ -82,6 +82,9 @@ pub struct Seen {
     /// Probes in a row that speak against `state`, or against the reason that was told for it.
     #[serde(skip)]
     against: u32,
+    /// What those probes have in common.
+    #[serde(skip)]
+    counted: Option<(State, Option<Discriminant<ProbeError>>)>,
     /// What kind of problem was told.
     #[serde(skip)]
     told: Option<Discriminant<ProbeError>>,
@@ -106,6 +109,7 @@ impl Monitor {
             finding: None,
             problem: None,
             against: 0,
+            counted: None,
             told: None,
             end_told: false,
         };
@@ -140,17 +144,20 @@ impl Monitor {
             }
         };
         if found == seen.state && kind == seen.told {
-            seen.against = 0;
+            (seen.against, seen.counted) = (0, None);
             return false;
         }
-        seen.against += 1;
+        // For a change of state it does not matter which failure it is.
+        let counted = Some((found, if found == seen.state { kind } else { None }));
+        seen.against = if seen.counted == counted { seen.against + 1 } else { 1 };
+        seen.counted = counted;
         if seen.against < needed {
             return false;
         }
         if found != seen.state {
             (seen.state, seen.since) = (found, Timestamp::now());
         }
-        (seen.told, seen.against) = (kind, 0);
+        (seen.told, seen.against, seen.counted) = (kind, 0, None);
         true
     }
 
@@ -227,10 +234,11 @@ async fn explained<D: Dial>(
         Err(problem @ (ProbeError::ConnectTimedOut { .. } | ProbeError::Silent { .. })) => problem,
         other => return Some(other),
     };
-    let Ok(report) = dialler.ping(host, PING_LIMIT).await else { return Some(Err(problem)) };
-    if !report.network {
-        return None;
-    }
+    let report = match dialler.ping(host, PING_LIMIT).await {
+        Ok(report) if report.network => report,
+        Ok(_) | Err(ConnectError::NotRunning) => return None,
+        Err(_) => return Some(Err(problem)),
+    };
     Some(Err(match problem {
         ProbeError::ConnectTimedOut { limit } if !report.answered => {
             ProbeError::PeerSilent { limit, silence: Silence::of(&report) }
@@ -252,7 +260,7 @@ fn take_in<D: Dial>(
     let (listener, upstream) = (&monitor.listener, &monitor.upstream);
     match result {
         Ok(finding) => {
-            server.greeted();
+            server.greeted(Instant::now());
             service.upstream.found(server, monitor.seen().state == State::Up);
             if changed {
                 let (greeting, connect_ms) = (&finding.greeting, finding.connect.as_millis() as u64);
@@ -292,6 +300,7 @@ mod tests {
             finding: None,
             problem: None,
             against: 0,
+            counted: None,
             told: None,
             end_told: false,
         };
@@ -323,6 +332,10 @@ mod tests {
         assert_eq!(step(&ill()), (true, State::Down, true));
         assert_eq!(step(&well()), (false, State::Down, false));
         assert_eq!(step(&ill()), (false, State::Down, true));
+        let cut = Err(ProbeError::Cut("broke".into()));
+        for result in [well(), cut.clone(), well(), cut] {
+            assert_eq!(step(&result), (false, State::Down, false), "one well, one of another kind");
+        }
         assert_eq!(step(&well()), (false, State::Down, false));
         assert_eq!(step(&well()), (true, State::Up, true));
     }

@@ -181,8 +181,8 @@ impl Membership {
         if *lost == Trouble::NeedsLogUpload {
             return self.look_for_flow_logs(&mut attempts.flow_logs).await;
         }
-        if *lost == Trouble::Removed && !self.still_removed(attempts).await {
-            return true;
+        if *lost == Trouble::Removed && !self.is_still_removed(attempts).await {
+            return false;
         }
         let credential = self.credential().await;
         let fingerprint = match &credential {
@@ -217,13 +217,19 @@ impl Membership {
     }
 
     /// Asks the control server, every minute, whether this node is still removed: one that was
-    /// restored from a backup may know it again, which costs no credential. True without asking if it
-    /// has just been asked.
-    async fn still_removed(&self, attempts: &mut Attempts) -> bool {
-        if attempts.asked.is_some_and(|asked| asked.elapsed() < LOOK) {
-            return true;
+    /// restored from a backup may know it again, which costs no credential. In between, what it said.
+    async fn is_still_removed(&self, attempts: &mut Attempts) -> bool {
+        if let Some((asked, answer)) = attempts.asked
+            && asked.elapsed() < LOOK
+        {
+            return answer;
         }
-        attempts.asked = Some(Instant::now());
+        let answer = self.ask_anew(attempts).await;
+        attempts.asked = Some((Instant::now(), answer));
+        answer
+    }
+
+    async fn ask_anew(&self, attempts: &mut Attempts) -> bool {
         match self.node.up(self.settings.join_timeout).await {
             Err(JoinError::NotEnrolled { .. } | JoinError::EnrolmentEnded { .. }) => true,
             Ok(()) | Err(JoinError::WrongTags { .. }) => {
@@ -255,8 +261,9 @@ impl Membership {
 struct Attempts {
     place: Pace,
     flow_logs: Pace,
-    /// When the control server was last asked whether the node is still removed.
-    asked: Option<Instant>,
+    /// When the control server was last asked whether the node is still removed, and whether it said
+    /// so.
+    asked: Option<(Instant, bool)>,
     /// What the last one was told to have failed for.
     told: String,
 }

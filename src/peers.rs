@@ -27,6 +27,12 @@ use crate::upstream::Dial;
 /// How many pings in a row a peer must leave unanswered.
 const PINGS: u32 = 5;
 
+/// How long libtailscale looks, after a ping that was not answered, for a network of our own.
+const OWN_NETWORK_LIMIT: Duration = Duration::from_secs(2);
+
+/// The least that a ping is given: a few round trips over a relay.
+const MIN_PING_LIMIT: Duration = Duration::from_secs(1);
+
 /// A peer that connections go to.
 #[derive(Debug)]
 pub struct Peer {
@@ -86,6 +92,7 @@ impl Peers {
 
 async fn watch<D: Dial>(dialler: Arc<D>, peer: Arc<Peer>, limit: Duration) {
     let interval = limit / (PINGS + 1); // the first one comes up to an interval late
+    let ping_limit = interval.saturating_sub(OWN_NETWORK_LIMIT).max(MIN_PING_LIMIT);
     let mut unanswered = 0;
     // Remembered, since a peer that is removed has no address any more.
     let mut address = None;
@@ -93,7 +100,7 @@ async fn watch<D: Dial>(dialler: Arc<D>, peer: Arc<Peer>, limit: Duration) {
         let began = Instant::now();
         unanswered = match peer.connections() {
             0 => 0,
-            _ if is_silent(&*dialler, &peer.host, interval, &mut address).await => unanswered + 1,
+            _ if is_silent(&*dialler, &peer.host, ping_limit, &mut address).await => unanswered + 1,
             _ => 0,
         };
         if let (PINGS.., Some(address)) = (unanswered, address) {

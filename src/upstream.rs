@@ -9,8 +9,8 @@
 //! Invariants
 //! - A server that its probe calls down, or that has just cost a client its time, is tried last,
 //!   not never: it may be well again, and the probe may be wrong.
-//! - However many clients wait for a mailbox, one of them tries; when it succeeds, the others follow
-//!   a few at a time.
+//! - However many clients wait for a mailbox that cannot be reached, one of them tries; when it
+//!   succeeds, the others follow a few at a time.
 //! - Nothing is ever sent here, so that trying again repeats nothing.
 //!
 //! Deliberately not here: how long a client waits (see `connection.rs`), and probing.
@@ -45,6 +45,10 @@ const FINDING_LIFE: Duration = Duration::from_secs(10);
 /// each client would have to wait for, one finds out.
 const DOUBT: Duration = Duration::from_secs(10);
 
+/// How long an attempt may take before its server is doubted. With another one at hand nobody has to
+/// wait for it; a connection over a relay takes less.
+const SLOW: Duration = Duration::from_secs(1);
+
 /// How long a SYN may go unanswered before a second attempt is made beside the first, from another
 /// port. A userspace stack at the other end (tsnet, a tailscaled without TUN) may keep an old
 /// connection from the first one's port and answer nothing.
@@ -62,10 +66,6 @@ const TURN_LIMIT: Duration = Duration::from_secs(1);
 /// How many held clients dial at once when their mailbox is back: it has just started, and its
 /// backlog is short (Postfix asks for 100).
 const RETURNING: usize = 64;
-
-/// Between two warnings of clients that were turned away for the same upstream: during an outage
-/// there may be thousands of them.
-const REFUSAL_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Between two lines that tell of the same server's distrust.
 const DISTRUST_INTERVAL: Duration = Duration::from_secs(600);
@@ -128,8 +128,6 @@ pub struct Upstream<D> {
     /// Held by the one who tries for all that wait.
     turn: Mutex<Turn>,
     returning: Semaphore,
-    /// When it was last warned of a client that was turned away.
-    refusal_told: std::sync::Mutex<Option<Instant>>,
 }
 
 /// A port of a peer.
@@ -202,6 +200,8 @@ pub enum Silence {
         /// When it last did, if it does not (RFC 3339), else empty.
         last_seen: String,
     },
+    /// This edge reaches nobody, so that the silence says nothing.
+    OwnNetwork,
     /// The peer could not even be asked.
     Unknown(ConnectError),
 }
@@ -209,9 +209,10 @@ pub enum Silence {
 impl Silence {
     /// What a ping has found out.
     pub fn of(report: &PingReport) -> Silence {
-        match report.answered {
-            true => Silence::Port,
-            false => Silence::Peer { online: report.online, last_seen: report.last_seen.clone() },
+        match (report.answered, report.network) {
+            (true, _) => Silence::Port,
+            (false, true) => Silence::Peer { online: report.online, last_seen: report.last_seen.clone() },
+            (false, false) => Silence::OwnNetwork,
         }
     }
 }
@@ -231,6 +232,9 @@ impl fmt::Display for Silence {
             }
             Silence::Peer { online: false, last_seen } => {
                 write!(f, "the peer is offline, last seen {last_seen}; start it or its Tailscale")
+            }
+            Silence::OwnNetwork => {
+                f.write_str("this edge does not even reach its control server; check the network of this machine")
             }
             Silence::Unknown(reason) => write!(f, "and now the peer cannot be asked: {reason}"),
         }
@@ -289,15 +293,21 @@ impl Server {
     /// Notes a failure, for the probe and for the order of the next attempts.
     fn failed(&self, failure: &Failure) {
         self.suspected.notify_one();
-        if matches!(failure, Failure::Silent { .. } | Failure::Wordless) {
-            *self.doubted.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        if matches!(failure, Failure::Header(_) | Failure::Wordless) {
+            self.doubt();
         }
     }
 
-    /// Notes that it has greeted a client or a probe, and so is well.
-    pub fn greeted(&self) {
-        *self.greeted.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
-        *self.doubted.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    fn doubt(&self) {
+        *self.doubted.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// Notes that it has greeted a client or a probe then, perhaps a while ago, and so was well.
+    pub fn greeted(&self, then: Instant) {
+        let mut greeted = self.greeted.lock().unwrap_or_else(PoisonError::into_inner);
+        *greeted = Some(greeted.map_or(then, |last| last.max(then)));
+        let mut doubted = self.doubted.lock().unwrap_or_else(PoisonError::into_inner);
+        *doubted = doubted.filter(|doubted| *doubted > then);
     }
 
     /// Whether it has greeted somebody, a client or a probe, since then.
@@ -338,7 +348,6 @@ impl<D: Dial> Upstream<D> {
             successes: AtomicU64::new(0),
             turn: Mutex::new(Turn::new(0)),
             returning: Semaphore::new(RETURNING),
-            refusal_told: std::sync::Mutex::new(None),
         }
     }
 
@@ -373,8 +382,8 @@ impl<D: Dial> Upstream<D> {
     }
 
     /// Connects to the first server that can be reached, or says why none can: for each server
-    /// within the connect time-out and, after a silence, two seconds more. Dropping the future gives
-    /// up.
+    /// within the connect time-out and, after a silence, up to four seconds more. Dropping the future
+    /// gives up.
     pub async fn connect(&self) -> Result<(D::Stream, Arc<Server>), UpstreamError> {
         let successes = self.successes.load(Ordering::Relaxed);
         let mut failures = Vec::new();
@@ -399,19 +408,15 @@ impl<D: Dial> Upstream<D> {
         Err(error)
     }
 
-    /// Whether it is time to warn, with the reason, of a client that is turned away. If so, it is not
-    /// for a while.
-    pub fn may_warn(&self) -> bool {
-        is_time(&self.refusal_told, REFUSAL_INTERVAL)
-    }
-
     /// Notes that a server took the PROXY header for a command, and says so with what to do about
     /// it; not with every connection.
     pub fn distrusted(&self, listener: &str, server: &Server) {
         server.suspected.notify_one();
-        if !is_time(&server.distrust_told, DISTRUST_INTERVAL) {
+        let mut told = server.distrust_told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.is_some_and(|at| at.elapsed() < DISTRUST_INTERVAL) {
             return;
         }
+        *told = Some(Instant::now());
         let advice = trust::advice(&self.dialler.addresses());
         warn!(listener, upstream = %server, "the mailbox takes the PROXY header for a command, so mail cannot pass: {advice}");
     }
@@ -483,7 +488,10 @@ impl<D: Dial> Upstream<D> {
     }
 
     async fn connect_to(&self, server: &Server) -> Result<D::Stream, Failure> {
-        match timeout(self.connect_timeout, self.dial_twice(server)).await {
+        let attempt = Attempt { server, began: Instant::now() };
+        let dialled = timeout(self.connect_timeout, self.dial_twice(server)).await;
+        drop(attempt);
+        match dialled {
             Ok(Err(ConnectError::TimedOut)) | Err(_) => {
                 Err(Failure::Silent { limit: self.connect_timeout, silence: self.silence(server).await })
             }
@@ -521,14 +529,19 @@ impl<D: Dial> Upstream<D> {
     }
 }
 
-/// Whether the last time is so long ago; if so, the last time is now.
-fn is_time(last: &std::sync::Mutex<Option<Instant>>, interval: Duration) -> bool {
-    let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
-    let is_time = last.is_none_or(|at| at.elapsed() >= interval);
-    if is_time {
-        *last = Some(Instant::now());
+/// An attempt to connect. When it ends, also because a client has lost its patience, a server that
+/// took its time is doubted.
+struct Attempt<'a> {
+    server: &'a Server,
+    began: Instant,
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        if self.began.elapsed() >= SLOW {
+            self.server.doubt();
+        }
     }
-    is_time
 }
 
 impl Turn {
@@ -779,7 +792,9 @@ mod tests {
         assert_eq!(connected_host(&upstream).await, "a");
         upstream.suspect(&upstream.servers()[0], Failure::Wordless);
         assert_eq!(connected_host(&upstream).await, "b");
-        upstream.servers()[0].greeted();
+        upstream.servers()[0].greeted(Instant::now() - Duration::from_secs(1));
+        assert_eq!(connected_host(&upstream).await, "b", "that was before");
+        upstream.servers()[0].greeted(Instant::now());
         assert_eq!(connected_host(&upstream).await, "a", "its probe knows better");
     }
 

@@ -126,10 +126,15 @@ fn timeouts(mut table: Table, mistakes: &mut Mistakes) -> Timeouts {
     }
 }
 
+/// What finding out about a silence may take after it.
+const SILENCE_LIMIT: Duration = Duration::from_secs(4);
+
 /// A second server is of no use to a client that is turned away before it is tried.
 fn warn_of_short_hold(listeners: &[Listener], timeouts: &Timeouts, mistakes: &mut Mistakes) {
     let tries_one = |listener: &&Listener| {
-        listener.upstream.hosts.len() > 1 && !listener.hold.is_zero() && listener.hold <= timeouts.connect
+        listener.upstream.hosts.len() > 1
+            && !listener.hold.is_zero()
+            && listener.hold <= timeouts.connect + SILENCE_LIMIT
     };
     if let Some(listener) = listeners.iter().find(tries_one) {
         let place = Place { at: At::File, key: "timeouts.connect".to_owned() };

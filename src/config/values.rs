@@ -47,8 +47,8 @@ pub(super) const DURATION_OR_ZERO: Kind<Duration> =
 
 /// Less than a few pings take would close the connections of a mailbox that is well.
 pub(super) const DEAD_PEER: Kind<Duration> = Kind {
-    expected: r#"a duration of at least "5s""#,
-    parse: |text| duration(text).and_then(|d| if d.as_secs() < 5 { Err("is too short") } else { Ok(d) }),
+    expected: r#"a duration of at least "15s""#,
+    parse: |text| duration(text).and_then(|d| if d.as_secs() < 15 { Err("is too short") } else { Ok(d) }),
 };
 
 /// More often than that would be an attack on the mailbox.

@@ -182,14 +182,14 @@ fn a_session_that_was_begun_is_not_repeated_on_another_node() {
 
 #[test]
 fn connections_to_a_node_that_vanishes_are_closed_in_time_and_no_others() {
-    const DEAD_PEER: Duration = Duration::from_secs(5);
+    const DEAD_PEER: Duration = Duration::from_secs(15);
     const IDLE: usize = 3;
     let greeting = "* OK ready\r\n";
     let (first, second) = (Stub::start(stub::greet(greeting)), Stub::start(stub::greet(greeting)));
     let imap = |name: &str, host: &str| Listener::new(name, "imap", 25).set("upstream", &format!("{host:?}"));
     let listeners = [imap("imap", MAILBOX), imap("imap-b", SECOND)];
     let setup = two_nodes(first.addr, second.addr, &listeners, |edge| {
-        without_probe(edge).set("timeouts", "dead_peer", r#""5s""#)
+        without_probe(edge).set("timeouts", "dead_peer", r#""15s""#)
     });
     let edge = &setup.edge;
     let idle = |listener: &str| [(); IDLE].map(|()| is_greeted(edge, listener, greeting.as_bytes()));
@@ -206,7 +206,7 @@ fn connections_to_a_node_that_vanishes_are_closed_in_time_and_no_others() {
     eprintln!("the connections of a dead node were closed after {after:?}");
     assert!((DEAD_PEER / 2..DEAD_PEER + Duration::from_secs(4)).contains(&after), "after {after:?}");
     let line = edge.wait_log("has not answered for", LIMIT);
-    tells(&line, &[" WARN ", "upstream=\"stalwart\"", "connections=3", "has not answered for 5s", "closing"]);
+    tells(&line, &[" WARN ", "upstream=\"stalwart\"", "connections=3", "has not answered for 15s", "closing"]);
     let ended = eventually(LIMIT, || edge.log().count("end=\"upstream failed: ") == IDLE);
     assert!(ended, "{}", edge.log().tail());
 

@@ -557,7 +557,7 @@ fn a_node_that_vanishes_before_its_greeting_is_waited_for() {
         _ => stub::greet(GREETING)(conn),
     });
     let setup = start_with(&[(25, stub.addr)], &[smtp()], |edge| {
-        named(edge, "45s").set("timeouts", "dead_peer", r#""5s""#).set("timeouts", "connect", r#""2s""#)
+        named(edge, "45s").set("timeouts", "dead_peer", r#""15s""#).set("timeouts", "connect", r#""2s""#)
     });
     let mut client = connect(setup.edge.addr("smtp"));
     let header = header_of(&client);
