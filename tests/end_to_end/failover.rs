@@ -206,7 +206,10 @@ fn connections_to_a_node_that_vanishes_are_closed_in_time_and_no_others() {
     eprintln!("the connections of a dead node were closed after {after:?}");
     assert!((DEAD_PEER / 2..DEAD_PEER + Duration::from_secs(4)).contains(&after), "after {after:?}");
     let line = edge.wait_log("has not answered for", LIMIT);
-    tells(&line, &[" WARN ", "upstream=\"stalwart\"", "connections=3", "has not answered for 15s", "closing"]);
+    tells(
+        &line,
+        &[" WARN ", "upstream=\"stalwart\"", "connections=3", "has not answered for 15s", "closing"],
+    );
     let ended = eventually(LIMIT, || edge.log().count("end=\"upstream failed: ") == IDLE);
     assert!(ended, "{}", edge.log().tail());
 
