@@ -183,13 +183,14 @@ fn key_expiry(expiry: Option<Timestamp>, now: Timestamp) -> Check {
     }
 }
 
-/// Pings until there is a direct path, a few times: a node that has just come up begins over a relay
-/// with every peer, and its first packets may be lost.
+/// Pings until there is an answer over a direct path, a few times: a node that has just come up begins
+/// over a relay with every peer, and its first packets may be lost, a handshake among them, which is
+/// repeated only after five seconds.
 async fn ping(node: Arc<Node>, host: String) -> (String, Result<PingReport, ConnectError>) {
     let mut report = node.ping(&host, PING_LIMIT).await;
     for _ in 1..PINGS {
         match &report {
-            Ok(report) if report.direct.is_empty() && report.online => {}
+            Ok(report) if report.online && (!report.answered || report.direct.is_empty()) => {}
             _ => break,
         }
         sleep(BETWEEN_PINGS).await;
