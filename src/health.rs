@@ -93,16 +93,9 @@ pub struct Seen {
     end_told: bool,
 }
 
-impl Monitor {
-    /// For a server of a listener's service; nothing is probed yet.
-    pub fn new<D: Dial>(service: &Service<D>, server: &Server) -> Monitor {
-        let target = Target {
-            host: server.host().to_owned(),
-            port: server.port,
-            protocol: service.protocol,
-            header: service.proxy_protocol != config::ProxyProtocol::Off,
-        };
-        let seen = Seen {
+impl Seen {
+    fn nothing() -> Seen {
+        Seen {
             state: State::Unknown,
             since: Timestamp::now(),
             probed: None,
@@ -112,12 +105,24 @@ impl Monitor {
             counted: None,
             told: None,
             end_told: false,
+        }
+    }
+}
+
+impl Monitor {
+    /// For a server of a listener's service; nothing is probed yet.
+    pub fn new<D: Dial>(service: &Service<D>, server: &Server) -> Monitor {
+        let target = Target {
+            host: server.host().to_owned(),
+            port: server.port,
+            protocol: service.protocol,
+            header: service.proxy_protocol != config::ProxyProtocol::Off,
         };
         Monitor {
             listener: service.name.clone(),
             upstream: server.to_string(),
             target,
-            seen: Mutex::new(seen),
+            seen: Mutex::new(Seen::nothing()),
         }
     }
 
@@ -293,18 +298,12 @@ mod tests {
 
     fn monitor() -> Monitor {
         let target = Target { host: "stalwart".into(), port: 993, protocol: Protocol::Imaps, header: true };
-        let seen = Seen {
-            state: State::Unknown,
-            since: Timestamp::now(),
-            probed: None,
-            finding: None,
-            problem: None,
-            against: 0,
-            counted: None,
-            told: None,
-            end_told: false,
-        };
-        Monitor { listener: "imaps".into(), upstream: "stalwart:993".into(), target, seen: Mutex::new(seen) }
+        Monitor {
+            listener: "imaps".into(),
+            upstream: "stalwart:993".into(),
+            target,
+            seen: Mutex::new(Seen::nothing()),
+        }
     }
 
     fn well() -> Result<Finding, ProbeError> {
