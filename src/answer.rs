@@ -8,7 +8,7 @@
 //! - The text is the first thing that the client gets, and the last.
 //! - No RST goes before it: what the client has sent and nobody read would make the kernel send one,
 //!   and a RST takes the text out of the client's hands. So its bytes are read, and thrown away.
-//! - It ends within [`WRITE_LIMIT`] and [`LINGER_LIMIT`], whatever the client does.
+//! - It ends within ten seconds, whatever the client does.
 //!
 //! Deliberately not here: when to answer (see `connection.rs`). On a port whose protocol is not known
 //! (http, tcp) nothing is said.
