@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
+use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
@@ -34,7 +34,8 @@ use tracing::debug;
 
 use crate::doctor::{self, Examiner, NoLook};
 use crate::health::{Board, Monitor};
-use crate::metrics;
+use crate::ledger::Ledger;
+use crate::metrics::{self, Format};
 use crate::status::{self, NodeView, Status, UpstreamView};
 use crate::tailnet::NodeStatus;
 
@@ -54,6 +55,8 @@ pub struct Readiness {
     pub tags: Vec<String>,
     /// What is known of the mailbox; empty before it is looked for.
     pub board: Arc<OnceLock<Board>>,
+    /// Who is connected.
+    pub ledger: Arc<Ledger>,
     /// Fires when the edge begins to stop.
     pub drain: CancellationToken,
 }
@@ -73,6 +76,13 @@ impl Readiness {
             }
         }
         reasons
+    }
+
+    fn metrics(&self, format: Format) -> String {
+        let node = self.node.borrow().as_ref().map(|node| node.borrow().clone()).unwrap_or_default();
+        let (board, ledger) = (self.board.get(), &*self.ledger);
+        let is_ready = self.reasons().is_empty();
+        metrics::text(&metrics::Sources { node: &node, board, ledger, is_ready }, format)
     }
 
     /// What is known, for people and scripts.
@@ -151,9 +161,9 @@ fn answer(request: &Request<Incoming>, readiness: &Readiness) -> Response<Full<B
         }
         status::PATH => json(StatusCode::OK, &serde_json::json!(readiness.status())),
         "/metrics" => {
-            let node = readiness.node.borrow().as_ref().map(|node| node.borrow().clone());
-            let text = metrics::text(&node.unwrap_or_default(), readiness.board.get());
-            body(StatusCode::OK, metrics::CONTENT_TYPE, text)
+            let accept = request.headers().get(ACCEPT).and_then(|value| value.to_str().ok());
+            let format = Format::asked_for(accept.unwrap_or_default());
+            body(StatusCode::OK, format.content_type(), readiness.metrics(format))
         }
         // Whoever asks for the head alone does not want the work done.
         doctor::PATH => only("GET"),
@@ -217,7 +227,8 @@ mod tests {
         }
         let node = node.map(|status| watch::channel(status).1);
         let (tags, board) = (vec!["tag:reverse-proxy".into()], Arc::default());
-        Readiness { node: watch::channel(node).1, tags, board, drain }.reasons()
+        let ledger = Ledger::new(0);
+        Readiness { node: watch::channel(node).1, tags, board, ledger, drain }.reasons()
     }
 
     #[test]

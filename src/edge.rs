@@ -28,6 +28,7 @@ use crate::credential::Sources;
 use crate::doctor::Examiner;
 use crate::drain::StopSignals;
 use crate::health::{self, Board, Monitor};
+use crate::ledger::Ledger;
 use crate::limits::{ClientLimit, connection_limit};
 use crate::listener::{self, Admission, BindError};
 use crate::membership::Membership;
@@ -102,13 +103,15 @@ pub async fn run(config: Config, sources: Sources) -> Result<(), RunError> {
     // An ephemeral node has no identity that two could share.
     let _state_dir = (!settings.ephemeral).then(|| state_dir::lock(&settings.state_dir)).transpose()?;
 
+    let ledger = Ledger::new(config.log.repeats);
     let (node_sender, node_receiver) = watch::channel(None);
     let board = Arc::new(OnceLock::new());
     let examiner = Arc::new(Examiner::new(config.clone()));
     if let Some(admin) = admin {
         announce("admin", &admin);
         let (tags, board) = (settings.tags.clone(), Arc::clone(&board));
-        let readiness = Readiness { node: node_receiver, tags, board, drain: drain.clone() };
+        let (ledger, drain) = (Arc::clone(&ledger), drain.clone());
+        let readiness = Readiness { node: node_receiver, tags, board, ledger, drain };
         tokio::spawn(admin::serve(admin, Arc::new(readiness), Arc::clone(&examiner)));
     }
     let node = Arc::new(Node::start(settings)?);
@@ -116,7 +119,7 @@ pub async fn run(config: Config, sources: Sources) -> Result<(), RunError> {
     examiner.set_node(Arc::clone(&node));
     let membership = Membership::new(Arc::clone(&node), sources, settings.clone());
 
-    let outcome = serve(&config, bound, membership, &board, drain, &mut signals).await;
+    let outcome = serve(&config, bound, membership, &board, &ledger, drain, &mut signals).await;
     close(&node, &mut signals).await;
     outcome.map_err(RunError::Join)
 }
@@ -202,11 +205,12 @@ async fn serve(
     bound: Vec<Bound<'_>>,
     membership: Membership,
     board: &OnceLock<Board>,
+    ledger: &Arc<Ledger>,
     drain: CancellationToken,
     signals: &mut StopSignals,
 ) -> Result<(), JoinError> {
     let node = Arc::clone(&membership.node);
-    let start = || Serving::start(config, bound, &node, board, drain);
+    let start = || Serving::start(config, bound, &node, board, ledger, drain);
     let limit = config.timeouts.drain;
     let mut serving = if node.is_enrolled()? {
         let serving = start();
@@ -262,6 +266,7 @@ impl Serving {
         bound: Vec<Bound<'_>>,
         node: &Arc<Node>,
         board: &OnceLock<Board>,
+        ledger: &Arc<Ledger>,
         drain: CancellationToken,
     ) -> Serving {
         let sockets = bound.iter().map(|b| b.sockets.len()).sum();
@@ -278,6 +283,7 @@ impl Serving {
             held: Arc::new(Semaphore::new(config.limits.hold_max)),
             public_name: PublicName::new(config.hostname.clone()),
             drain: drain.clone(),
+            ledger: Arc::clone(ledger),
         };
         let mut peers = Peers::default();
         let closed: Vec<Port> = bound
@@ -292,6 +298,8 @@ impl Serving {
         let _ = board.set(Board { monitors, places: shared.held, hold_max: config.limits.hold_max });
         let (node, dead_peer) = (Arc::clone(node), config.timeouts.dead_peer);
         watching.spawn(async move { peers.watch(&node, dead_peer).await });
+        let telling = Arc::clone(ledger);
+        watching.spawn(async move { telling.keep_telling().await });
         let mut serving = Serving { closed, accepting: JoinSet::new(), watching, admission, drain };
         serving.open(|service| !service.hold.limit.is_zero());
         serving
@@ -370,6 +378,7 @@ struct Shared {
     held: Arc<Semaphore>,
     public_name: PublicName,
     drain: CancellationToken,
+    ledger: Arc<Ledger>,
 }
 
 impl Shared {
@@ -391,6 +400,7 @@ impl Shared {
             hold: Hold { limit, places: Arc::clone(&self.held) },
             public_name: self.public_name.clone(),
             drain: self.drain.clone(),
+            page: self.ledger.page(&listener.name, listener.upstream.to_string()),
         }
     }
 }

@@ -68,24 +68,13 @@ fn limit_for(configured: Option<usize>, listeners: usize, descriptors: u64) -> C
 pub struct ClientLimit {
     /// 0 is no limit.
     max: usize,
-    open: Mutex<HashMap<IpAddr, Share>>,
-}
-
-/// What one client has.
-#[derive(Debug, Default)]
-struct Share {
-    connections: usize,
-    /// Whether it was turned away already since its first connection.
-    refused: bool,
+    /// How many each client has.
+    open: Mutex<HashMap<IpAddr, usize>>,
 }
 
 /// A client has as many connections as it may.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Refused {
-    /// Whether this is the first time since the client came, so that a log can
-    /// tell it once.
-    pub first: bool,
-}
+pub struct ClientLimitReached;
 
 /// A client's place; dropping it gives the place back.
 #[derive(Debug)]
@@ -101,14 +90,14 @@ impl ClientLimit {
     }
 
     /// A place for the client, unless it has as many as it may.
-    pub fn admit(self: &Arc<Self>, client: IpAddr) -> Result<ClientPermit, Refused> {
+    pub fn admit(self: &Arc<Self>, client: IpAddr) -> Result<ClientPermit, ClientLimitReached> {
         let client = network_of(client);
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let share = open.entry(client).or_default();
-        if self.max != 0 && share.connections >= self.max {
-            return Err(Refused { first: !std::mem::replace(&mut share.refused, true) });
+        let connections = open.entry(client).or_default();
+        if self.max != 0 && *connections >= self.max {
+            return Err(ClientLimitReached);
         }
-        share.connections += 1;
+        *connections += 1;
         Ok(ClientPermit { limit: Arc::clone(self), client })
     }
 }
@@ -117,16 +106,16 @@ impl Drop for ClientPermit {
     fn drop(&mut self) {
         let mut open = self.limit.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Entry::Occupied(mut entry) = open.entry(self.client) {
-            entry.get_mut().connections -= 1;
-            if entry.get().connections == 0 {
+            *entry.get_mut() -= 1;
+            if *entry.get() == 0 {
                 entry.remove();
             }
         }
     }
 }
 
-/// The IPv4 address, or the /64 of an IPv6 address.
-fn network_of(client: IpAddr) -> IpAddr {
+/// What counts as one client: the IPv4 address, or the /64 of an IPv6 address.
+pub fn network_of(client: IpAddr) -> IpAddr {
     match client.to_canonical() {
         IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & (u128::MAX << 64)).into(),
         v4 => v4,
@@ -173,15 +162,13 @@ mod tests {
         let client = "192.0.2.7".parse().unwrap();
         let first = limit.admit(client).unwrap();
         let second = limit.admit(client).unwrap();
-        assert_eq!(limit.admit(client).unwrap_err(), Refused { first: true });
-        assert_eq!(limit.admit(client).unwrap_err(), Refused { first: false });
+        assert_eq!(limit.admit(client).unwrap_err(), ClientLimitReached);
         assert!(limit.admit("192.0.2.8".parse().unwrap()).is_ok());
         drop(first);
-        let third = limit.admit(client).unwrap();
-        assert_eq!(limit.admit(client).unwrap_err(), Refused { first: false });
-        drop((second, third));
-        let _again = (limit.admit(client).unwrap(), limit.admit(client).unwrap());
-        assert_eq!(limit.admit(client).unwrap_err(), Refused { first: true }, "after it had left");
+        let _third = limit.admit(client).unwrap();
+        assert_eq!(limit.admit(client).unwrap_err(), ClientLimitReached);
+        drop(second);
+        assert!(limit.admit(client).is_ok());
     }
 
     #[test]

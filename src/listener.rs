@@ -23,7 +23,8 @@ use tracing::{debug, info, warn};
 
 use crate::answer;
 use crate::connection::{self, Service};
-use crate::limits::{ClientLimit, Refused};
+use crate::ledger::Ended;
+use crate::limits::{ClientLimit, ClientLimitReached};
 use crate::upstream::Dial;
 
 /// Connections that wait for a permit in the kernel; capped by
@@ -196,9 +197,9 @@ fn admit<D: Dial>(
 ) {
     let place = match admission.clients.admit(peer.ip()) {
         Ok(place) => place,
-        Err(refused) => {
+        Err(ClientLimitReached) => {
             answer::refuse_at_once(&client, service.protocol, &service.public_name);
-            return log_refusal(&service.name, peer, refused);
+            return service.page.enter(peer).end(&Ended::client_limit());
         }
     };
     prepare(&client);
@@ -208,16 +209,6 @@ fn admit<D: Dial>(
         drop(client); // before others may take its place
         drop((permit, place));
     });
-}
-
-/// Once for each client that reaches its limit; the rest is noise.
-fn log_refusal(listener: &str, client: SocketAddr, refused: Refused) {
-    const REASON: &str = "refused: this client has as many connections as max_connections_per_client allows";
-    if refused.first {
-        warn!(listener, %client, "{REASON}; more of its connections will be refused");
-    } else {
-        debug!(listener, %client, "{REASON}");
-    }
 }
 
 /// Keepalive, and no delay: mail protocols are conversations of short lines,

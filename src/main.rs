@@ -1,6 +1,6 @@
 //! The program: arguments, log output, exit codes; nothing else.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -9,9 +9,9 @@ use tailwart_edge::cli::{Cli, Command, ConfigArgs, DoctorArgs, StatusArgs};
 use tailwart_edge::config::{Config, ConfigError, config_path};
 use tailwart_edge::credential::Sources;
 use tailwart_edge::doctor::{self, Patient};
+use tailwart_edge::log::{self, Logging};
 use tailwart_edge::{edge, status, tailnet};
 use tokio::runtime::Runtime;
-use tracing_subscriber::EnvFilter;
 
 /// Wrong usage or configuration.
 const EXIT_CONFIG: u8 = 2;
@@ -70,27 +70,14 @@ fn run(args: &ConfigArgs) -> ExitCode {
         Err(mistakes) => return config_mistakes(&mistakes),
     };
     let sources = Sources::capture(&environment, config.tailnet.auth_key_file.clone());
-    start_logging();
+    let logging = log::start(config.log, &environment);
     // Before any thread of ours exists.
     tailnet::forget_environment();
     tailnet::set_log_upload(config.tailnet.log_upload);
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
-    run_edge(config, sources)
-}
-
-/// To standard error: levels and targets by `RUST_LOG`, `info` by default; in colour on a terminal
-/// unless `NO_COLOR` says otherwise (no-color.org).
-fn start_logging() {
-    let colour = std::io::stderr().is_terminal() && environment("NO_COLOR").is_none_or(|set| set.is_empty());
-    let filter = EnvFilter::builder().with_default_directive(tracing::Level::INFO.into()).from_env_lossy();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_target(false)
-        .with_ansi(colour)
-        .with_writer(std::io::stderr)
-        .init();
+    run_edge(config, sources, &logging)
 }
 
 fn start_runtime() -> Result<Runtime, ExitCode> {
@@ -151,7 +138,7 @@ fn show_status(args: &StatusArgs) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn run_edge(config: Config, sources: Sources) -> ExitCode {
+fn run_edge(config: Config, sources: Sources, _logging: &Logging) -> ExitCode {
     let runtime = match start_runtime() {
         Ok(runtime) => runtime,
         Err(code) => return code,

@@ -13,8 +13,8 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::task::JoinSet;
@@ -33,12 +33,17 @@ const OWN_NETWORK_LIMIT: Duration = Duration::from_secs(2);
 /// The least that a ping is given: a few round trips over a relay.
 const MIN_PING_LIMIT: Duration = Duration::from_secs(1);
 
+/// How long the end of a connection may take to be noticed after its reset.
+const GIVEN_UP: Duration = Duration::from_secs(2);
+
 /// A peer that connections go to.
 #[derive(Debug)]
 pub struct Peer {
     /// As the configuration names it.
     pub host: String,
     connections: AtomicUsize,
+    /// When its connections were reset last.
+    given_up: Mutex<Option<Instant>>,
 }
 
 /// A connection to a peer; it counts until it is dropped.
@@ -48,13 +53,19 @@ pub struct Connected<'a>(&'a Peer);
 impl Peer {
     /// A peer by its name in the configuration.
     pub fn new(host: String) -> Peer {
-        Peer { host, connections: AtomicUsize::new(0) }
+        Peer { host, connections: AtomicUsize::new(0), given_up: Mutex::new(None) }
     }
 
     /// Counts a connection. When the peer goes silent it is reset.
     pub fn connected(&self) -> Connected<'_> {
         self.connections.fetch_add(1, Ordering::Relaxed);
         Connected(self)
+    }
+
+    /// Whether its connections were reset a moment ago because it is gone.
+    pub fn is_given_up(&self) -> bool {
+        let at = *self.given_up.lock().unwrap_or_else(PoisonError::into_inner);
+        at.is_some_and(|at| at.elapsed() < GIVEN_UP)
     }
 
     fn connections(&self) -> usize {
@@ -110,6 +121,7 @@ async fn watch<D: Dial>(dialler: Arc<D>, peer: Arc<Peer>, limit: Duration) {
                 connections,
                 "the mailbox's node has not answered for {limit:?}: closing its connections; check that it runs and has a network"
             );
+            *peer.given_up.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
             dialler.abort(address);
             unanswered = 0;
         }
@@ -131,8 +143,6 @@ async fn is_silent<D: Dial>(dialler: &D, host: &str, limit: Duration, address: &
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
-
     use tokio::net::TcpStream;
     use tokio::time::sleep;
 

@@ -33,7 +33,7 @@ use bindings::*;
 /// Why a call into libtailscale failed; the meaning of each is in
 /// `tailscale.h`.
 #[allow(missing_docs)] // the header's words would only be repeated
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Code {
     Error,
     WouldBlock,
