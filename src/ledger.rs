@@ -41,13 +41,16 @@ const TELL_INTERVAL: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Ledger {
     ids: AtomicU64,
-    open: Mutex<BTreeMap<u64, (Arc<Entry>, Arc<Page>)>>,
+    open: Mutex<BTreeMap<u64, Visited>>,
     failures: Mutex<VecDeque<Failure>>,
     /// What is counted.
     pub counters: Counters,
     /// What is held back of the log.
     pub repeats: Repeats<Kind>,
 }
+
+/// A connection and the page it is on.
+type Visited = (Arc<Entry>, Arc<Page>);
 
 /// A listener's page.
 #[derive(Debug)]
@@ -196,7 +199,7 @@ impl Ledger {
     /// Strikes out every connection there is, for want of time, and tells what is left to tell;
     /// returns how many there were.
     pub fn cut(&self) -> usize {
-        let open: Vec<_> =
+        let open: Vec<Visited> =
             self.open.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
         for (entry, page) in &open {
             page.strike_out(entry, &cut());
@@ -280,7 +283,7 @@ impl Page {
             id = entry.id,
             listener = &*self.listener,
             client = %entry.client,
-            upstream,
+            %upstream,
             sent = entry.sent.load(Ordering::Relaxed),
             received = entry.received.load(Ordering::Relaxed),
             connect_ms = connected.map(millis),
