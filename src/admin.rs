@@ -15,7 +15,7 @@
 //! changes nothing.
 
 use std::convert::Infallible;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::Full;
@@ -53,8 +53,8 @@ pub struct Readiness {
     pub node: watch::Receiver<Option<watch::Receiver<NodeStatus>>>,
     /// The tags it must hold.
     pub tags: Vec<String>,
-    /// What is known of the mailbox; empty before it is looked for.
-    pub board: Arc<OnceLock<Board>>,
+    /// What is known of the mailbox; `None` before it is looked for.
+    pub board: watch::Receiver<Option<Arc<Board>>>,
     /// Who is connected.
     pub ledger: Arc<Ledger>,
     /// Fires when the edge begins to stop.
@@ -80,22 +80,22 @@ impl Readiness {
 
     fn metrics(&self, format: Format) -> String {
         let node = self.node.borrow().as_ref().map(|node| node.borrow().clone()).unwrap_or_default();
-        let (board, ledger) = (self.board.get(), &*self.ledger);
+        let (board, ledger) = (self.board.borrow().clone(), &*self.ledger);
         let is_ready = self.reasons().is_empty();
-        metrics::text(&metrics::Sources { node: &node, board, ledger, is_ready }, format)
+        metrics::text(&metrics::Sources { node: &node, board: board.as_deref(), ledger, is_ready }, format)
     }
 
     /// What is known, for people and scripts.
     fn status(&self) -> Status {
         let node = self.node.borrow().as_ref().map(|node| node.borrow().clone()).unwrap_or_default();
         let NodeStatus { name, ips, tags, state, key_expiry, .. } = node;
-        let board = self.board.get();
-        let monitors = board.into_iter().flat_map(|board| &board.monitors);
+        let board = self.board.borrow().clone();
+        let monitors = board.iter().flat_map(|board| &board.monitors);
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: NodeView { name, ips, tags, state, key_expiry },
             not_ready: self.reasons(),
-            held: board.map_or(0, Board::held),
+            held: board.as_ref().map_or(0, |board| board.held()),
             upstreams: monitors.map(|monitor| upstream_view(monitor)).collect(),
         }
     }
@@ -111,7 +111,7 @@ fn upstream_view(monitor: &Monitor) -> UpstreamView {
 }
 
 /// Answers requests for as long as the edge lives.
-pub async fn serve(listener: TcpListener, readiness: Arc<Readiness>, examiner: Arc<Examiner>) {
+pub async fn serve(listener: Arc<TcpListener>, readiness: Arc<Readiness>, examiner: Arc<Examiner>) {
     let permits = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return }; // never closed
@@ -226,7 +226,7 @@ mod tests {
             drain.cancel();
         }
         let node = node.map(|status| watch::channel(status).1);
-        let (tags, board) = (vec!["tag:reverse-proxy".into()], Arc::default());
+        let (tags, board) = (vec!["tag:reverse-proxy".into()], watch::channel(None).1);
         let ledger = Ledger::new(0);
         Readiness { node: watch::channel(node).1, tags, board, ledger, drain }.reasons()
     }

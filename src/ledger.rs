@@ -16,7 +16,7 @@ mod repeats;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -43,6 +43,7 @@ pub struct Ledger {
     ids: AtomicU64,
     open: Mutex<BTreeMap<u64, Visited>>,
     failures: Mutex<VecDeque<Failure>>,
+    dismissed: AtomicUsize,
     /// What is counted.
     pub counters: Counters,
     /// What is held back of the log.
@@ -166,6 +167,7 @@ impl Ledger {
             ids: AtomicU64::new(1),
             open: Mutex::default(),
             failures: Mutex::default(),
+            dismissed: AtomicUsize::new(0),
             counters: Counters::default(),
             repeats: Repeats::new(repeats_per_minute),
         })
@@ -181,6 +183,11 @@ impl Ledger {
     pub fn connections(&self) -> Vec<ConnectionView> {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         open.values().map(|(entry, page)| entry.view(page)).collect()
+    }
+
+    /// How many connections have ended because the edge is stopping, and were not cut.
+    pub fn dismissed(&self) -> usize {
+        self.dismissed.load(Ordering::Relaxed)
     }
 
     /// The last failures, the latest first.
@@ -259,6 +266,9 @@ impl Page {
         }
         let ledger = &self.ledger;
         ledger.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&entry.id);
+        if matches!(ended.state, EndState::StoppedQuiet | EndState::StoppedWaiting) {
+            ledger.dismissed.fetch_add(1, Ordering::Relaxed);
+        }
         let first_byte = ended.first_byte.map(|at| at - entry.accepted);
         ledger.counters.ended(&self.listener, ended.state);
         first_byte.inspect(|after| self.counters.first_byte.observe(after.as_secs_f64()));

@@ -10,12 +10,13 @@
 //!
 //! Deliberately not here: how often a line may repeat itself (see `ledger.rs`).
 
+use std::fmt;
 use std::io::IsTerminal;
 
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
+use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
 use crate::config::{Log, LogFormat};
 
@@ -53,6 +54,12 @@ pub fn start(settings: Log, environment: &dyn Fn(&str) -> Option<String>) -> Log
     Logging { formatter, filter, writer, colour, directives, _worker: worker }
 }
 
+impl fmt::Debug for Logging {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Logging").field("directives", &self.directives).finish_non_exhaustive()
+    }
+}
+
 impl Logging {
     /// Follows a changed configuration.
     pub fn change(&self, settings: Log) {
@@ -68,7 +75,7 @@ impl Logging {
 }
 
 fn format(settings: Log, writer: &NonBlocking, colour: bool) -> Formatter {
-    let layer = fmt::layer().with_target(false).with_writer(writer.clone());
+    let layer = tracing_subscriber::fmt::layer().with_target(false).with_writer(writer.clone());
     match settings.format {
         LogFormat::Text => layer.with_ansi(colour).boxed(),
         LogFormat::Json => {
