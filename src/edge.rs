@@ -95,7 +95,7 @@ pub struct Start {
     /// The descriptors that came with it.
     pub handed: Vec<Handed>,
     /// Where its log lines go.
-    pub logging: Logging,
+    pub logging: Arc<Logging>,
 }
 
 /// Runs the edge until a signal stops it. `Ok` is an orderly stop, also when

@@ -78,7 +78,7 @@ pub(super) struct Parts {
     /// Where it is shown what is known of the mailbox.
     pub board: watch::Sender<Option<Arc<Board>>>,
     pub ledger: Arc<Ledger>,
-    pub logging: Logging,
+    pub logging: Arc<Logging>,
 }
 
 /// The ports, and what is connected through them.
