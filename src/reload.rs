@@ -144,10 +144,10 @@ impl Changes {
             warn!("{key} has changed and takes effect with the next restart");
         }
         let Changes { added, removed, changed, settings, .. } = self;
-        if self.is_empty() {
-            info!("configuration reloaded: nothing has changed that can change now");
-        } else {
-            info!(?added, ?removed, ?changed, ?settings, "configuration reloaded");
+        match (self.is_empty(), self.restart.is_empty()) {
+            (true, true) => info!("configuration reloaded: nothing has changed"),
+            (true, false) => info!("configuration reloaded: nothing else has changed"),
+            _ => info!(?added, ?removed, ?changed, ?settings, "configuration reloaded"),
         }
     }
 }

@@ -315,6 +315,9 @@ impl Serving {
     /// Closes the ports and waits for the connections within the drain time-out; another signal ends
     /// the wait.
     pub async fn stop(&mut self, signal: &str, signals: &mut Signals) {
+        if self.opening == Opening::None {
+            return info!(signal, "stopping before anything was served");
+        }
         let (began, limit) = (Instant::now(), self.config.timeouts.drain);
         let tasks = self.admission.tasks.clone();
         self.close_ports().await;
