@@ -27,7 +27,7 @@ use crate::connection::{Hold, Service};
 use crate::credential::Sources;
 use crate::doctor::Examiner;
 use crate::drain::StopSignals;
-use crate::health::{self, Board, Monitor};
+use crate::health::{self, Board, Monitor, Outlook};
 use crate::limits::{ClientLimit, connection_limit};
 use crate::listener::{self, Admission, BindError};
 use crate::membership::Membership;
@@ -105,13 +105,17 @@ pub async fn run(config: Config, sources: Sources) -> Result<(), RunError> {
     let (node_sender, node_receiver) = watch::channel(None);
     let board = Arc::new(OnceLock::new());
     let examiner = Arc::new(Examiner::new(config.clone()));
+    let (tags, drain_begun) = (settings.tags.clone(), drain.clone());
+    let readiness =
+        Arc::new(Readiness { node: node_receiver, tags, board: Arc::clone(&board), drain: drain_begun });
     if let Some(admin) = admin {
         announce("admin", &admin);
-        let (tags, board) = (settings.tags.clone(), Arc::clone(&board));
-        let readiness = Readiness { node: node_receiver, tags, board, drain: drain.clone() };
-        tokio::spawn(admin::serve(admin, Arc::new(readiness), Arc::clone(&examiner)));
+        tokio::spawn(admin::serve(admin, Arc::clone(&readiness), Arc::clone(&examiner)));
     }
     let node = Arc::new(Node::start(settings)?);
+    if let Some(port) = config.admin_tailnet_port {
+        tokio::spawn(admin::serve_tailnet(Arc::clone(&node), port, readiness));
+    }
     node_sender.send_replace(Some(node.status()));
     examiner.set_node(Arc::clone(&node));
     let membership = Membership::new(Arc::clone(&node), sources, settings.clone());
@@ -289,7 +293,10 @@ impl Serving {
             .collect();
         let mut watching = JoinSet::new();
         let monitors = probe_all(&mut watching, &closed, node, config.probe);
-        let _ = board.set(Board { monitors, places: shared.held, hold_max: config.limits.hold_max });
+        let probed = if config.probe.interval.is_zero() { &[][..] } else { &monitors[..] };
+        let outlooks = closed.iter().map(|port| Outlook::new(&port.service, probed)).collect();
+        let hold_max = config.limits.hold_max;
+        let _ = board.set(Board { monitors, outlooks, places: shared.held, hold_max });
         let (node, dead_peer) = (Arc::clone(node), config.timeouts.dead_peer);
         watching.spawn(async move { peers.watch(&node, dead_peer).await });
         let mut serving = Serving { closed, accepting: JoinSet::new(), watching, admission, drain };
@@ -401,7 +408,7 @@ async fn greet_upstream(node: Arc<Node>, host: String) {
     match node.ping(&host, GREETING_LIMIT).await {
         Ok(report) if report.answered => {
             let latency_ms = (report.latency_ms * 1e3).round() / 1e3;
-            info!(upstream = host, ip = %report.ip, path = %report.route(), latency_ms, "upstream reached");
+            info!(upstream = host, ip = %report.ip, path = report.route().to_string(), latency_ms, "upstream reached");
         }
         Ok(report) => {
             warn!(upstream = host, ip = %report.ip, online = report.online, "upstream does not answer a ping; check that it is running");

@@ -62,6 +62,7 @@ fn no_file_and_a_host_give_the_documented_defaults() {
     assert_eq!(config.probe, Probe { interval: Duration::from_secs(30), rise: 2, fall: 3 });
     assert_eq!(config.hostname, None);
     assert_eq!(config.admin, Some("127.0.0.1:9464".parse().expect("an address")));
+    assert_eq!(config.admin_tailnet_port, None);
     assert_eq!(config.warnings, [""; 0]);
 }
 
@@ -152,6 +153,7 @@ const EVERY_KEY: &str = r#"
     fall = 100
     [admin]
     listen = "off"
+    tailnet_port = 9464
 "#;
 
 #[test]
@@ -181,7 +183,7 @@ fn every_key_outside_listeners_is_read() {
     assert_eq!(config.probe, Probe { interval: Duration::ZERO, rise: 1, fall: 100 });
     let limits = Limits { max_connections: Some(1000), max_connections_per_client: 0, hold_max: 0 };
     assert_eq!(config.limits, limits);
-    assert_eq!(config.admin, None);
+    assert_eq!((config.admin, config.admin_tailnet_port), (None, Some(9464)));
 }
 
 #[test]
