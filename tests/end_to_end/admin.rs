@@ -12,7 +12,7 @@ use crate::common::tailnet::TestTailnet;
 use crate::common::wait::{eventually, wait_for};
 use crate::common::{http, private_dir};
 use crate::setup::{
-    EDGE, LIMIT, MAILBOX, Setup, becomes, edge_on, hears, no_crash, node, start_with, stops, tailnet_with,
+    AT_ONCE, EDGE, LIMIT, MAILBOX, Setup, becomes, edge_on, hears, no_crash, node, start_with, stops, tailnet_with,
     tcp, without_probe,
 };
 
@@ -136,7 +136,7 @@ fn half_requests_keep_nobody_from_being_answered() {
     let admin = edge.addr("admin");
     let slow = half_requests(admin, 600);
     let scrapes: Vec<_> =
-        (0..100).map(|_| std::thread::spawn(move || try_get(admin, "/metrics", LIMIT))).collect();
+        (0..100).map(|_| std::thread::spawn(move || try_get(admin, "/metrics", AT_ONCE))).collect();
     for scrape in scrapes {
         let answer = scrape.join().expect("it does not panic");
         assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("# EOF\n"), "{answer:?}");
