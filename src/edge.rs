@@ -276,7 +276,7 @@ async fn greet_upstream(node: Arc<Node>, host: String) {
     match node.ping(&host, GREETING_LIMIT).await {
         Ok(report) if report.answered => {
             let latency_ms = (report.latency_ms * 1e3).round() / 1e3;
-            info!(upstream = host, ip = %report.ip, path = report.path(), latency_ms, "upstream reached");
+            info!(upstream = host, ip = %report.ip, path = report.route().to_string(), latency_ms, "upstream reached");
         }
         Ok(report) => {
             warn!(upstream = host, ip = %report.ip, online = report.online, "upstream does not answer a ping; check that it is running");

@@ -122,6 +122,7 @@ impl Changes {
             ("probe", old.probe != new.probe),
             ("log", old.log != new.log),
             ("admin.listen", old.admin != new.admin),
+            ("admin.tailnet_port", old.admin_tailnet_port != new.admin_tailnet_port),
         ];
         Changes {
             added: names(&added),
