@@ -12,9 +12,10 @@ mod serving;
 
 use std::collections::BTreeSet;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use thiserror::Error;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -23,7 +24,6 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info, warn};
 
-use crate::admin::Readiness;
 use crate::config::Config;
 use crate::credential::Sources;
 use crate::doctor::Examiner;
@@ -32,6 +32,7 @@ use crate::ledger::Ledger;
 use crate::listener::BindError;
 use crate::log::Logging;
 use crate::membership::Membership;
+use crate::overview::Overview;
 use crate::reload::{ReloadError, Source};
 use crate::sockets::{Opened, Sockets};
 use crate::state_dir::{self, StateDirError};
@@ -120,12 +121,21 @@ pub async fn run(start: Start) -> Result<(), RunError> {
     let examiner = Arc::new(Examiner::new(config.clone()));
     let drain = CancellationToken::new();
     let ledger = Ledger::new(config.log.repeats);
-    let (tags, connections) = (settings.tags.clone(), Arc::clone(&ledger));
-    let readiness = Readiness { node: node_receiver, tags, board, ledger: connections, drain };
-    let mut admin = Admin::new(readiness, Arc::clone(&examiner));
+    let overview = Arc::new(Overview {
+        started: Timestamp::now(),
+        node: node_receiver,
+        library: OnceLock::new(),
+        tags: settings.tags.clone(),
+        board,
+        ledger: Arc::clone(&ledger),
+        lost_lines: Some(logging.lost()),
+        drain,
+    });
+    let mut admin = Admin::new(Arc::clone(&overview), Arc::clone(&examiner));
     admin.serve(opened.admin.clone());
     let node = Arc::new(Node::start(&settings)?);
     node_sender.send_replace(Some(node.status()));
+    let _ = overview.library.set(Arc::clone(&node));
     examiner.set_node(Arc::clone(&node));
     let membership = Arc::new(Membership::new(Arc::clone(&node), credentials, settings));
 
@@ -210,8 +220,8 @@ impl Edge<'_> {
         let membership = Arc::clone(&self.membership);
         let keeping = tokio::spawn(async move { membership.keep().await });
         let (supervisor, node) = (Arc::clone(&self.supervisor), Arc::clone(&self.membership.node));
-        let overview = self.serving.overview();
-        let informing = tokio::spawn(async move { supervisor.keep_informed(&node, overview).await });
+        let summary = self.serving.summary();
+        let informing = tokio::spawn(async move { supervisor.keep_informed(&node, summary).await });
         [keeping, informing].map(AbortOnDropHandle::new).into()
     }
 

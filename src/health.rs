@@ -14,6 +14,7 @@
 //! `upstream.rs`: a server that is down is tried last).
 
 use std::mem::Discriminant;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -25,6 +26,7 @@ use tracing::{info, warn};
 
 use crate::config;
 use crate::connection::Service;
+use crate::peers::Peer;
 use crate::probe::{Certificate, Finding, ProbeError, Target, probe};
 use crate::tailnet::ConnectError;
 use crate::trust;
@@ -257,13 +259,30 @@ pub struct Judgement {
     pub warnings: Vec<String>,
 }
 
+/// A listener as it is served.
+#[derive(Clone, Debug)]
+pub struct Listening {
+    /// Its name.
+    pub name: String,
+    /// What is spoken there.
+    pub protocol: config::Protocol,
+    /// Where clients come in.
+    pub addresses: Vec<SocketAddr>,
+    /// Where its connections go.
+    pub upstream: String,
+}
+
 /// Every server that is probed, and how many clients wait for one.
 #[derive(Debug)]
 pub struct Board {
     /// One for each listener and server.
     pub monitors: Vec<Arc<Monitor>>,
+    /// The ports as they are served.
+    pub listeners: Vec<Listening>,
     /// One for each listener.
     pub outlooks: Vec<Outlook>,
+    /// The mailbox's nodes.
+    pub peers: Vec<Arc<Peer>>,
     /// The permits to hold a client.
     pub places: Arc<Semaphore>,
     /// How many of them there are.
@@ -271,6 +290,19 @@ pub struct Board {
 }
 
 impl Board {
+    /// Of an edge that serves nothing.
+    #[cfg(test)]
+    pub fn empty() -> Board {
+        Board {
+            monitors: Vec::new(),
+            listeners: Vec::new(),
+            outlooks: Vec::new(),
+            peers: Vec::new(),
+            places: Arc::new(Semaphore::new(0)),
+            hold_max: 0,
+        }
+    }
+
     /// How many clients are held.
     pub fn held(&self) -> usize {
         self.hold_max.saturating_sub(self.places.available_permits())
@@ -494,8 +526,7 @@ mod tests {
     }
 
     fn judge(outlooks: Vec<Outlook>) -> Judgement {
-        let (monitors, places) = (Vec::new(), Arc::new(Semaphore::new(0)));
-        Board { monitors, outlooks, places, hold_max: 0 }.judge()
+        Board { outlooks, ..Board::empty() }.judge()
     }
 
     fn judgement(reasons: &[&str], warnings: &[&str]) -> Judgement {

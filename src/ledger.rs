@@ -133,6 +133,8 @@ pub struct ConnectionView {
     pub stage: String,
     /// The server it goes to, once that is known.
     pub upstream: Option<String>,
+    /// The path that its packets take inside the tailnet, once that is known.
+    pub path: Option<String>,
     /// Bytes to the mailbox.
     pub sent: u64,
     /// Bytes to the client.
@@ -285,15 +287,16 @@ impl Page {
             });
         }
         let Some(repeats) = self.may_tell(entry, ended.state) else { return };
-        let connected = match stage {
-            Stage::Relaying { connected, .. } => Some(connected),
-            Stage::Connecting | Stage::Held => None,
+        let (connected, path) = match stage {
+            Stage::Relaying { connected, server } => (Some(connected), server.path()),
+            Stage::Connecting | Stage::Held => (None, None),
         };
         info!(
             id = entry.id,
             listener = &*self.listener,
             client = %entry.client,
             %upstream,
+            path = path.map(|path| path.route.to_string()),
             sent = entry.sent.load(Ordering::Relaxed),
             received = entry.received.load(Ordering::Relaxed),
             connect_ms = connected.map(millis),
@@ -378,17 +381,18 @@ impl Entry {
     }
 
     fn view(&self, page: &Page) -> ConnectionView {
-        let (stage, upstream) = match self.stage() {
+        let (stage, server) = match self.stage() {
             Stage::Connecting => ("connecting", None),
             Stage::Held => ("held", None),
-            Stage::Relaying { server, .. } => ("relaying", Some(server.to_string())),
+            Stage::Relaying { server, .. } => ("relaying", Some(server)),
         };
         ConnectionView {
             id: self.id,
             listener: page.listener.to_string(),
             client: self.client,
             stage: stage.to_owned(),
-            upstream,
+            path: server.as_ref().and_then(|server| server.path()).map(|path| path.route.to_string()),
+            upstream: server.map(|server| server.to_string()),
             sent: self.sent.load(Ordering::Relaxed),
             received: self.received.load(Ordering::Relaxed),
             seconds: self.accepted.elapsed().as_secs(),

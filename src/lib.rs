@@ -11,7 +11,7 @@
 //! looking; [`peers`] notices one that is gone. [`tailnet`] is the node and the C
 //! boundary, [`membership`] its life. The rest is what an operator touches: [`cli`],
 //! [`config`], [`credential`], [`secret`], [`state_dir`], [`limits`], [`sockets`],
-//! [`reload`], [`supervisor`], [`drain`], [`admin`], [`metrics`], [`log`],
+//! [`reload`], [`supervisor`], [`drain`], [`admin`], [`overview`], [`metrics`], [`log`],
 //! [`status`], [`doctor`].
 //!
 //! `ARCHITECTURE.md` has the picture and the invariants.
@@ -67,6 +67,8 @@ pub mod supervisor;
 pub mod drain;
 
 pub mod admin;
+
+pub mod overview;
 
 pub mod metrics;
 

@@ -24,7 +24,7 @@ use prometheus_client::registry::{Registry, Unit};
 use crate::end_state::EndState;
 use crate::health::{Board, Monitor, State};
 use crate::ledger::{ConnectionView, Ledger};
-use crate::tailnet::{NodeStatus, linked_version};
+use crate::tailnet::{Figures, NodeStatus, Route, linked_version};
 
 const PREFIX: &str = "tailwart_edge";
 
@@ -87,6 +87,23 @@ struct OfStage {
     stage: String,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfPeer {
+    upstream: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfPath {
+    upstream: String,
+    path: &'static str,
+    relay: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfRegion {
+    region: String,
+}
+
 /// Which server, as which listener uses it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Port {
@@ -117,6 +134,19 @@ pub struct ListenerCounters {
     pub dial: Histogram,
     /// Seconds from a client's coming to the mailbox's first byte.
     pub first_byte: Histogram,
+}
+
+/// What the connections of a listener have come to since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Those that have ended.
+    pub ended: u64,
+    /// Of these, those that our side or the mailbox has failed.
+    pub failed: u64,
+    /// Bytes to the mailbox.
+    pub sent: u64,
+    /// Bytes to clients.
+    pub received: u64,
 }
 
 impl Default for Counters {
@@ -183,6 +213,21 @@ impl Counters {
         });
     }
 
+    /// What a listener's connections have come to.
+    pub fn totals(&self, listener: &str) -> Totals {
+        let labels = OfListener { listener: listener.to_owned() };
+        let ended = |wanted: fn(EndState) -> bool| {
+            let states = EndState::ALL.into_iter().filter(|state| wanted(*state));
+            states.map(|state| self.count(listener, state)).sum()
+        };
+        Totals {
+            ended: ended(|_| true),
+            failed: ended(EndState::is_failure),
+            sent: self.sent.get_or_create(&labels).get(),
+            received: self.received.get_or_create(&labels).get(),
+        }
+    }
+
     /// How many connections of a listener have ended so.
     pub fn count(&self, listener: &str, state: EndState) -> u64 {
         self.of_end(listener, state).get()
@@ -211,6 +256,10 @@ pub struct Sources<'a> {
     pub ledger: &'a Ledger,
     /// Whether the edge is ready, as `/readyz` has it.
     pub is_ready: bool,
+    /// What the library costs, once there is a node.
+    pub figures: Option<Figures>,
+    /// Log lines that were lost because nobody read them.
+    pub lost_lines: u64,
 }
 
 /// The metrics of this moment.
@@ -221,9 +270,16 @@ pub fn text(sources: &Sources, format: Format) -> String {
     registry.register("build", "Which version this is", Info::new(build));
     registry.register("ready", "Whether /readyz says so", whole(sources.is_ready));
     node_metrics(&mut registry, sources.node);
+    let lost = Counter::<u64>::default();
+    lost.inc_by(sources.lost_lines);
+    registry.register("log_lines_lost", "Log lines that were lost because nobody read them", lost);
     connection_metrics(&mut registry, &sources.ledger.connections());
     if let Some(board) = sources.board {
         mailbox_metrics(&mut registry, board);
+        path_metrics(&mut registry, board);
+    }
+    if let Some(figures) = &sources.figures {
+        library_metrics(&mut registry, figures);
     }
     let mut unprefixed = Registry::default();
     process::register(&mut unprefixed);
@@ -305,6 +361,58 @@ fn mailbox_metrics(registry: &mut Registry, board: &Board) {
     );
 }
 
+fn path_metrics(registry: &mut Registry, board: &Board) {
+    let paths = Family::<OfPath, Gauge>::default();
+    let latency = Family::<OfPeer, Gauge<f64, AtomicU64>>::default();
+    let connections = Family::<OfPeer, Gauge>::default();
+    for peer in &board.peers {
+        let upstream = peer.host.clone();
+        let of_peer = OfPeer { upstream: upstream.clone() };
+        connections.get_or_create(&of_peer).set(i64::try_from(peer.connections()).unwrap_or(i64::MAX));
+        let Some(path) = peer.path() else { continue };
+        latency.get_or_create(&of_peer).set(path.latency.as_secs_f64());
+        let (path, relay) = match path.route {
+            Route::Direct(_) => ("direct", String::new()),
+            Route::Relay(relay) => ("relay", relay),
+        };
+        paths.get_or_create(&OfPath { upstream, path, relay }).set(1);
+    }
+    registry.register("upstream_connections", "Connections to the mailbox's node", connections);
+    registry.register(
+        "upstream_path",
+        "Which way packets to the mailbox's node take: 1 for the present one",
+        paths,
+    );
+    registry.register_with_unit(
+        "upstream_latency",
+        "Round trip to the mailbox's node inside the tailnet, as last seen",
+        Unit::Seconds,
+        latency,
+    );
+}
+
+fn library_metrics(registry: &mut Registry, figures: &Figures) {
+    let whole = |value: u64| whole(i64::try_from(value).unwrap_or(i64::MAX));
+    let goroutines = whole(figures.goroutines);
+    registry.register("go_goroutines", "Goroutines of the tailnet library", goroutines);
+    let heap = Family::<[(&str, &str); 1], Gauge>::default();
+    let in_state = |state| heap.get_or_create_owned(&[("state", state)]);
+    let idle = figures.heap_idle_bytes.saturating_sub(figures.heap_released_bytes);
+    in_state("in_use").set(i64::try_from(figures.heap_in_use_bytes).unwrap_or(i64::MAX));
+    in_state("idle").set(i64::try_from(idle).unwrap_or(i64::MAX));
+    in_state("released").set(i64::try_from(figures.heap_released_bytes).unwrap_or(i64::MAX));
+    registry.register_with_unit("go_heap", "Heap of the tailnet library", Unit::Bytes, heap);
+    let (collections, pause) = (Counter::<u64>::default(), Counter::<f64, AtomicU64>::default());
+    collections.inc_by(figures.gc_count);
+    pause.inc_by(figures.gc_pause_seconds);
+    registry.register("go_gc_cycles", "Garbage collections of the tailnet library", collections);
+    registry.register_with_unit("go_gc_pause", "How long they have stopped it", Unit::Seconds, pause);
+    let endpoints = whole(figures.endpoints);
+    registry.register("stack_endpoints", "TCP endpoints of the node, in whatever state", endpoints);
+    let handles = whole(figures.handles);
+    registry.register("stack_handles", "Connections of the node that are open on our side", handles);
+}
+
 fn note(
     monitor: &Monitor,
     up: &Family<Port, Gauge>,
@@ -331,6 +439,15 @@ fn node_metrics(registry: &mut Registry, node: &NodeStatus) {
         "Whether the control server sees the node",
         whole(node.in_map_poll),
     );
+    if !node.home_region.is_empty() {
+        let home = Family::<OfRegion, Gauge>::default();
+        home.get_or_create(&OfRegion { region: node.home_region.clone() }).set(1);
+        registry.register(
+            "node_home_relay",
+            "The node's home relay (DERP region): 1 for the present one",
+            home,
+        );
+    }
     if let Some(expiry) = node.key_expiry {
         // Absent for a key that does not expire: zero would read as long ago.
         let gauge = Gauge::<f64, AtomicU64>::default();
@@ -349,7 +466,8 @@ mod tests {
     use super::*;
 
     fn text_of(node: &NodeStatus, ledger: &Ledger, format: Format) -> String {
-        text(&Sources { node, board: None, ledger, is_ready: false }, format)
+        let sources = Sources { node, board: None, ledger, is_ready: false, figures: None, lost_lines: 0 };
+        text(&sources, format)
     }
 
     #[test]

@@ -123,7 +123,8 @@ impl Peer {
         false
     }
 
-    fn connections(&self) -> usize {
+    /// How many connections to it there are.
+    pub fn connections(&self) -> usize {
         self.connections.load(Ordering::Relaxed)
     }
 }
@@ -167,6 +168,11 @@ impl<D: Dial> Peers<D> {
             self.limit.subscribe(),
         ));
         peer
+    }
+
+    /// Those that somebody has.
+    pub fn known(&self) -> Vec<Arc<Peer>> {
+        self.known.values().filter_map(Weak::upgrade).collect()
     }
 
     /// Changes the limit, from each peer's next ping on.

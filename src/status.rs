@@ -18,6 +18,7 @@ use tokio::time::timeout;
 
 use crate::doctor::http;
 use crate::health::{Seen, State};
+use crate::ledger::{ConnectionView, Failure};
 
 /// The path at which the admin port says it.
 pub const PATH: &str = "/status";
@@ -30,14 +31,32 @@ const LIMIT: Duration = Duration::from_secs(5);
 pub struct Status {
     /// Its version.
     pub version: String,
+    /// That of the Tailscale in it.
+    pub tailscale: String,
+    /// When it was started.
+    pub started: Timestamp,
+    /// When it said this.
+    pub now: Timestamp,
     /// Its node.
     pub node: NodeView,
     /// Why it is not ready; empty when it is.
     pub not_ready: Vec<String>,
+    /// What is wrong besides.
+    pub warnings: Vec<String>,
     /// How many clients wait for a mailbox that cannot be reached.
     pub held: usize,
+    /// Its listeners.
+    pub listeners: Vec<ListenerView>,
     /// Each server, as each listener uses it.
     pub upstreams: Vec<UpstreamView>,
+    /// How many connections there are.
+    pub open: usize,
+    /// The clients with the most connections.
+    pub clients: Vec<ClientView>,
+    /// The connections; of very many the oldest.
+    pub connections: Vec<ConnectionView>,
+    /// The last failures, the latest first.
+    pub failures: Vec<Failure>,
 }
 
 /// The node of an edge. Its login address is left out: whoever opens it first owns the node.
@@ -53,6 +72,31 @@ pub struct NodeView {
     pub state: String,
     /// When its key expires, if it does.
     pub key_expiry: Option<Timestamp>,
+    /// The region of its home relay; empty when it has none.
+    pub home_region: String,
+}
+
+/// A listener.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ListenerView {
+    /// Its name.
+    pub name: String,
+    /// What is spoken there.
+    pub protocol: String,
+    /// Where clients come in.
+    pub addresses: Vec<SocketAddr>,
+    /// Where its connections go.
+    pub upstream: String,
+    /// Connections there are.
+    pub open: usize,
+    /// Connections that have ended since the start.
+    pub ended: u64,
+    /// Of these, those that our side or the mailbox has failed.
+    pub failed: u64,
+    /// Bytes to the mailbox.
+    pub sent: u64,
+    /// Bytes to clients.
+    pub received: u64,
 }
 
 /// A server as a listener uses it.
@@ -64,8 +108,25 @@ pub struct UpstreamView {
     pub upstream: String,
     /// What is spoken there.
     pub protocol: String,
+    /// The path that packets to it took last: direct or relayed.
+    pub path: Option<String>,
+    /// The round trip on that path.
+    pub latency_ms: Option<f64>,
     /// What its probe has found.
     pub probe: Seen,
+}
+
+/// What a client has of the connections.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ClientView {
+    /// An IPv4 address, or the first one of an IPv6 /64.
+    pub client: IpAddr,
+    /// How many connections it has.
+    pub connections: usize,
+    /// Bytes from it.
+    pub sent: u64,
+    /// Bytes to it.
+    pub received: u64,
 }
 
 /// Asks the edge that has this admin address, or says why that cannot be done.
@@ -84,31 +145,136 @@ pub async fn ask(admin: SocketAddr) -> Result<Status, String> {
     }
 }
 
+/// How many clients and failures are shown on one screen.
+const SHOWN: usize = 5;
+
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let NodeView { name, ips, tags, state, .. } = &self.node;
+        let up = lasting(self.now.duration_since(self.started).as_secs());
         match &self.not_ready[..] {
-            [] => writeln!(f, "tailwart-edge {} is ready", self.version)?,
-            reasons => writeln!(f, "tailwart-edge {} is not ready: {}", self.version, reasons.join("; "))?,
+            [] => writeln!(f, "tailwart-edge {} is ready; started {up} ago", self.version)?,
+            reasons => writeln!(f, "tailwart-edge {} is NOT READY: {}", self.version, reasons.join("; "))?,
         }
+        self.warnings.iter().try_for_each(|warning| writeln!(f, "warning: {warning}"))?;
+        writeln!(f, "node {}", self.node)?;
+        let held = if self.held == 0 { "no client waits".to_owned() } else { format!("{} WAIT", self.held) };
+        writeln!(f, "{} connections; {held} for the mailbox", self.open)?;
+        self.listeners(f)?;
+        self.upstreams(f)?;
+        self.clients(f)?;
+        self.failures(f)
+    }
+}
+
+impl Status {
+    fn listeners(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let heads = ["LISTENER", "ADDRESSES", "OPEN", "ENDED", "FAILED", "FROM CLIENTS", "TO CLIENTS"];
+        let rows = self.listeners.iter().map(|listener| {
+            let addresses: Vec<String> = listener.addresses.iter().map(ToString::to_string).collect();
+            vec![
+                listener.name.clone(),
+                addresses.join(" "),
+                listener.open.to_string(),
+                listener.ended.to_string(),
+                listener.failed.to_string(),
+                bytes(listener.sent),
+                bytes(listener.received),
+            ]
+        });
+        table(f, &heads, rows)
+    }
+
+    fn upstreams(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let rows = self.upstreams.iter().map(|upstream| {
+            let UpstreamView { listener, upstream, path, latency_ms, probe, .. } = upstream;
+            let latency = latency_ms.map(|ms| format!(", {ms:.1} ms")).unwrap_or_default();
+            let path = path.as_ref().map_or_else(|| "-".to_owned(), |path| format!("{path}{latency}"));
+            vec![listener.clone(), upstream.clone(), path, Line(probe).to_string()]
+        });
+        table(f, &["LISTENER", "UPSTREAM", "PATH", "PROBE"], rows)
+    }
+
+    fn clients(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let rows = self.clients.iter().take(SHOWN).map(|share| {
+            let ClientView { client, connections, sent, received } = share;
+            vec![client.to_string(), connections.to_string(), bytes(*sent), bytes(*received)]
+        });
+        table(f, &["CLIENT", "OPEN", "FROM IT", "TO IT"], rows)
+    }
+
+    fn failures(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let rows = self.failures.iter().take(SHOWN).map(|failure| {
+            let Failure { last, count, listener, client, end, why, .. } = failure;
+            vec![
+                format!("{last:.0}"),
+                count.to_string(),
+                listener.clone(),
+                client.ip().to_string(),
+                end.clone(),
+                why.clone(),
+            ]
+        });
+        table(f, &["LAST FAILURES", "TIMES", "LISTENER", "LAST CLIENT", "END", "WHY"], rows)
+    }
+}
+
+impl fmt::Display for NodeView {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let NodeView { name, ips, tags, state, key_expiry, home_region } = self;
         let ips: Vec<String> = ips.iter().map(ToString::to_string).collect();
-        writeln!(f, "node {name} ({state}), {}, {}", ips.join(", "), tags.join(", "))?;
-        match self.held {
-            0 => writeln!(f, "no client waits for the mailbox")?,
-            held => writeln!(f, "{held} clients wait for the mailbox")?,
+        write!(f, "{name} ({state}), {}, {}", ips.join(", "), tags.join(", "))?;
+        if !home_region.is_empty() {
+            write!(f, ", home relay {home_region}")?;
         }
-        let width = |text: fn(&UpstreamView) -> &str| self.upstreams.iter().map(|u| text(u).len()).max();
-        let listeners = width(|upstream| &upstream.listener).unwrap_or(0);
-        let servers = width(|upstream| &upstream.upstream).unwrap_or(0);
-        for UpstreamView { listener, upstream, probe, .. } in &self.upstreams {
-            writeln!(f, "{listener:listeners$}  {upstream:servers$}  {}", Line(probe))?;
-        }
-        Ok(())
+        key_expiry.map_or(Ok(()), |expiry| write!(f, ", key until {expiry:.0}"))
+    }
+}
+
+/// Columns under their heads, after an empty line; nothing without rows.
+fn table(f: &mut fmt::Formatter<'_>, heads: &[&str], rows: impl Iterator<Item = Vec<String>>) -> fmt::Result {
+    let heads = heads.iter().map(|&head| head.to_owned()).collect();
+    let rows: Vec<Vec<String>> = std::iter::once(heads).chain(rows).collect();
+    if rows.len() == 1 {
+        return Ok(());
+    }
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..rows[0].len()).map(width).collect();
+    writeln!(f)?;
+    for row in &rows {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
+        writeln!(f, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
+    }
+    Ok(())
+}
+
+/// A number of bytes for people.
+pub fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["kB", "MB", "GB", "TB", "PB"];
+    if count < 1000 {
+        return format!("{count} B");
+    }
+    let mut value = count as f64 / 1e3;
+    let mut units = UNITS.iter();
+    let mut unit = units.next();
+    while value >= 999.95 && units.len() > 0 {
+        value /= 1e3;
+        unit = units.next();
+    }
+    format!("{value:.1} {}", unit.unwrap_or(&"PB"))
+}
+
+/// A time span for people.
+pub fn lasting(seconds: i64) -> String {
+    match seconds {
+        ..60 => format!("{} s", seconds.max(0)),
+        60..3600 => format!("{} min", seconds / 60),
+        3600..86_400 => format!("{} h {} min", seconds / 3600, seconds % 3600 / 60),
+        _ => format!("{} d {} h", seconds / 86_400, seconds % 86_400 / 3600),
     }
 }
 
 /// What a probe has found, in a line.
-struct Line<'a>(&'a Seen);
+pub struct Line<'a>(pub &'a Seen);
 
 impl fmt::Display for Line<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -131,45 +297,81 @@ impl fmt::Display for Line<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// As `/status` has it.
-    const ANSWER: &str = r#"{
-        "version": "0.1.0",
+    pub const ANSWER: &str = r#"{
+        "version": "0.1.0", "tailscale": "1.2.3",
+        "started": "2026-01-01T00:00:00Z", "now": "2026-01-03T04:05:06Z",
         "node": {"name": "edge.ts.net", "ips": ["100.64.0.2"], "tags": ["tag:reverse-proxy"],
-                 "state": "Running", "key_expiry": null},
-        "not_ready": [],
-        "held": 3,
+                 "state": "Running", "key_expiry": null, "home_region": "fra"},
+        "not_ready": [], "warnings": ["listener web: no upstream answers"],
+        "held": 3, "open": 1,
+        "listeners": [
+            {"name": "smtp", "protocol": "smtp", "addresses": ["0.0.0.0:25", "[::]:25"],
+             "upstream": "stalwart:25", "open": 1, "ended": 1234, "failed": 5, "sent": 999, "received": 12345678},
+            {"name": "imaps", "protocol": "imaps", "addresses": ["0.0.0.0:993"],
+             "upstream": "stalwart:993", "open": 0, "ended": 0, "failed": 0, "sent": 0, "received": 0}
+        ],
         "upstreams": [
-            {"listener": "smtp", "upstream": "stalwart:25", "protocol": "smtp", "probe":
+            {"listener": "smtp", "upstream": "stalwart:25", "protocol": "smtp", "path": "direct 192.0.2.1:41641",
+             "latency_ms": 12.345, "probe":
                 {"state": "down", "since": "2026-01-02T03:04:05.678Z", "probed": null, "finding": null,
                  "problem": "cannot connect: refused"}},
-            {"listener": "imaps", "upstream": "stalwart:993", "protocol": "imaps", "probe":
+            {"listener": "imaps", "upstream": "stalwart:993", "protocol": "imaps", "path": null,
+             "latency_ms": null, "probe":
                 {"state": "up", "since": "2026-01-02T03:04:05Z", "probed": null, "problem": null, "finding":
                     {"greeting": "* OK ready", "connect_ms": 1, "total_ms": 2, "certificate":
-                        {"names": ["mx.example.org"], "not_after": "2026-03-04T05:06:07Z"}}}},
-            {"listener": "web", "upstream": "stalwart:80", "protocol": "http", "probe":
-                {"state": "unknown", "since": "2026-01-02T03:04:05Z", "probed": null, "finding": null,
-                 "problem": null}}
-        ]}"#;
+                        {"names": ["mx.example.org"], "not_after": "2026-03-04T05:06:07Z"}}}}
+        ],
+        "clients": [{"client": "192.0.2.7", "connections": 1, "sent": 10, "received": 2000}],
+        "connections": [
+            {"id": 7, "listener": "smtp", "client": "192.0.2.7:4711", "stage": "relaying", "upstream": "stalwart:25",
+             "path": "direct 192.0.2.1:41641", "sent": 10, "received": 2000, "seconds": 61}
+        ],
+        "failures": [
+            {"last": "2026-01-03T04:00:00Z", "count": 12, "listener": "smtp", "upstream": "stalwart:25",
+             "client": "192.0.2.9:25", "end": "sQ", "why": "held until its time was over"}
+        ]
+    }"#;
 
     #[test]
     fn one_screen_says_whether_mail_flows() {
         let mut status: Status = serde_json::from_str(ANSWER).unwrap();
         let expected = "\
-tailwart-edge 0.1.0 is ready
-node edge.ts.net (Running), 100.64.0.2, tag:reverse-proxy
-3 clients wait for the mailbox
-smtp   stalwart:25   DOWN since 2026-01-02T03:04:05Z: cannot connect: refused
-imaps  stalwart:993  up since 2026-01-02T03:04:05Z: * OK ready; certificate until 2026-03-04T05:06:07Z
-web    stalwart:80   not known yet
+tailwart-edge 0.1.0 is ready; started 2 d 4 h ago
+warning: listener web: no upstream answers
+node edge.ts.net (Running), 100.64.0.2, tag:reverse-proxy, home relay fra
+1 connections; 3 WAIT for the mailbox
+
+LISTENER  ADDRESSES           OPEN  ENDED  FAILED  FROM CLIENTS  TO CLIENTS
+smtp      0.0.0.0:25 [::]:25  1     1234   5       999 B         12.3 MB
+imaps     0.0.0.0:993         0     0      0       0 B           0 B
+
+LISTENER  UPSTREAM      PATH                             PROBE
+smtp      stalwart:25   direct 192.0.2.1:41641, 12.3 ms  DOWN since 2026-01-02T03:04:05Z: cannot connect: refused
+imaps     stalwart:993  -                                up since 2026-01-02T03:04:05Z: * OK ready; certificate until 2026-03-04T05:06:07Z
+
+CLIENT     OPEN  FROM IT  TO IT
+192.0.2.7  1     10 B     2.0 kB
+
+LAST FAILURES         TIMES  LISTENER  LAST CLIENT  END  WHY
+2026-01-03T04:00:00Z  12     smtp      192.0.2.9    sQ   held until its time was over
 ";
         assert_eq!(status.to_string(), expected);
         status.not_ready = vec!["the tailnet node is not started".into(), "the edge is stopping".into()];
         let first =
-            "tailwart-edge 0.1.0 is not ready: the tailnet node is not started; the edge is stopping\n";
+            "tailwart-edge 0.1.0 is NOT READY: the tailnet node is not started; the edge is stopping\n";
         assert!(status.to_string().starts_with(first));
+    }
+
+    #[test]
+    fn numbers_are_for_people() {
+        let texts = [0, 999, 1000, 999_949, 999_950, 12_345_678_901, u64::MAX].map(bytes);
+        assert_eq!(texts, ["0 B", "999 B", "1.0 kB", "999.9 kB", "1.0 MB", "12.3 GB", "18446.7 PB"]);
+        let texts = [-5, 59, 60, 3599, 3600, 86_399, 90_000].map(lasting);
+        assert_eq!(texts, ["0 s", "59 s", "1 min", "59 min", "1 h 0 min", "23 h 59 min", "1 d 1 h"]);
     }
 
     #[tokio::test]

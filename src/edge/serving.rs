@@ -21,17 +21,18 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use tracing::{info, warn};
 
 use super::QUIET;
-use crate::admin::{self, Readiness};
+use crate::admin;
 use crate::answer::PublicName;
 use crate::config::{self, Config};
 use crate::connection::{Hold, Service};
 use crate::doctor::Examiner;
 use crate::drain::{Drained, Signals};
-use crate::health::{self, Board, Monitor, Outlook, State};
+use crate::health::{self, Board, Listening, Monitor, Outlook, State};
 use crate::ledger::Ledger;
 use crate::limits::{ClientLimit, Permits, connection_limit};
 use crate::listener::{self, Admission, BindError};
 use crate::log::Logging;
+use crate::overview::Overview;
 use crate::peers::Peers;
 use crate::relay::Timeouts;
 use crate::reload::Changes;
@@ -45,15 +46,15 @@ const TURN_AWAY_LIMIT: Duration = Duration::from_secs(3);
 
 /// The admin listener, which is there before the node is.
 pub(super) struct Admin {
-    readiness: Arc<Readiness>,
+    overview: Arc<Overview>,
     examiner: Arc<Examiner>,
     running: Option<(Socket, AbortOnDropHandle<()>)>,
     on_tailnet: Option<(u16, AbortOnDropHandle<()>)>,
 }
 
 impl Admin {
-    pub fn new(readiness: Readiness, examiner: Arc<Examiner>) -> Admin {
-        Admin { readiness: Arc::new(readiness), examiner, running: None, on_tailnet: None }
+    pub fn new(overview: Arc<Overview>, examiner: Arc<Examiner>) -> Admin {
+        Admin { overview, examiner, running: None, on_tailnet: None }
     }
 
     /// Serves at this socket, and at no other.
@@ -66,8 +67,8 @@ impl Admin {
             return;
         }
         announce(ADMIN, &socket);
-        let (readiness, examiner) = (Arc::clone(&self.readiness), Arc::clone(&self.examiner));
-        let served = tokio::spawn(admin::serve(Arc::clone(&socket.listener), readiness, examiner));
+        let (overview, examiner) = (Arc::clone(&self.overview), Arc::clone(&self.examiner));
+        let served = tokio::spawn(admin::serve(Arc::clone(&socket.listener), overview, examiner));
         self.running = Some((socket, AbortOnDropHandle::new(served)));
     }
 
@@ -77,8 +78,8 @@ impl Admin {
             return;
         }
         self.on_tailnet = port.map(|port| {
-            let (node, readiness) = (Arc::clone(node), Arc::clone(&self.readiness));
-            let served = tokio::spawn(admin::serve_tailnet(node, port, readiness));
+            let (node, overview) = (Arc::clone(node), Arc::clone(&self.overview));
+            let served = tokio::spawn(admin::serve_tailnet(node, port, overview));
             (port, AbortOnDropHandle::new(served))
         });
     }
@@ -168,7 +169,7 @@ impl Serving {
         };
         let held = Permits::new(config.limits.hold_max);
         let peers = Peers::new(Arc::clone(&parts.node), config.timeouts.dead_peer);
-        let drain = parts.admin.readiness.drain.clone();
+        let drain = parts.admin.overview.drain.clone();
         let ledger = Arc::clone(&parts.ledger);
         let telling = tokio::spawn(async move { ledger.keep_telling().await });
         let (ports, opening) = (Vec::new(), Opening::None);
@@ -314,7 +315,9 @@ impl Serving {
         let probed = if self.config.probe.interval.is_zero() { &[][..] } else { &monitors[..] };
         let outlooks = self.ports.iter().map(|port| Outlook::new(&port.service, probed)).collect();
         let (places, hold_max) = (Arc::clone(self.held.semaphore()), self.held.size());
-        self.parts.board.send_replace(Some(Arc::new(Board { monitors, outlooks, places, hold_max })));
+        let listeners = self.ports.iter().map(Port::listening).collect();
+        let board = Board { monitors, listeners, outlooks, peers: self.peers.known(), places, hold_max };
+        self.parts.board.send_replace(Some(Arc::new(board)));
     }
 
     fn opened(&self) -> Opened {
@@ -324,9 +327,9 @@ impl Serving {
     }
 
     /// What goes on, in one line, whenever it is asked.
-    pub fn overview(&self) -> impl Fn() -> String + use<> {
+    pub fn summary(&self) -> impl Fn() -> String + use<> {
         let (board, tasks) = (self.parts.board.subscribe(), self.admission.tasks.clone());
-        move || overview(board.borrow().as_deref(), tasks.len())
+        move || summary(board.borrow().as_deref(), tasks.len())
     }
 
     /// Closes the ports and waits for the connections within the drain time-out; another signal ends
@@ -387,6 +390,15 @@ impl Opening {
 }
 
 impl Port {
+    fn listening(&self) -> Listening {
+        Listening {
+            name: self.service.name.clone(),
+            protocol: self.service.protocol,
+            addresses: self.sockets.iter().filter_map(Socket::local).collect(),
+            upstream: self.service.upstream.to_string(),
+        }
+    }
+
     fn accept(&mut self, admission: &Admission) {
         for socket in &self.sockets {
             announce(&self.service.name, socket);
@@ -425,7 +437,7 @@ fn total_limit(config: &Config, opened: &Opened) -> usize {
     limit.connections
 }
 
-fn overview(board: Option<&Board>, connections: usize) -> String {
+fn summary(board: Option<&Board>, connections: usize) -> String {
     let monitors = board.map_or(&[][..], |board| &board.monitors);
     let listeners: BTreeSet<&str> = monitors.iter().map(|monitor| monitor.listener.as_str()).collect();
     let in_state = |state| monitors.iter().filter(move |monitor| monitor.seen().state == state);

@@ -1,0 +1,270 @@
+//! The state of the edge as one page for a browser, in the spirit of HAProxy's statistics.
+//!
+//! Invariants: it needs nothing but itself and no script, and its headers forbid the browser everything
+//! else; all text passes maud, which makes it harmless. It asks the browser to load it again, so that
+//! its figures are live.
+
+use http_body_util::Full;
+use hyper::Response;
+use hyper::body::Bytes;
+use hyper::header::{
+    CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue, REFERRER_POLICY,
+    X_CONTENT_TYPE_OPTIONS,
+};
+use maud::{DOCTYPE, Markup, PreEscaped, html};
+
+use crate::health::State;
+use crate::status::{Line, Status, bytes, lasting};
+
+/// Between two loads.
+const REFRESH_SECONDS: u32 = 5;
+
+const STYLE: &str = include_str!("page.css");
+
+/// Only the style above, known by its SHA-256, and no frame around the page.
+const POLICY: &str = "default-src 'none'; style-src 'sha256-nTieBUJPC+bgNmhDoLF8j9QE2vgitvzAoLCP9x8VC2M='; \
+    base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+/// The page.
+pub fn response(status: &Status) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(page(status).into_string()));
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8"));
+    headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+fn page(status: &Status) -> Markup {
+    let verdict = if status.not_ready.is_empty() { "ready" } else { "not ready" };
+    html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                meta name="color-scheme" content="light dark";
+                meta http-equiv="refresh" content=(REFRESH_SECONDS);
+                title { (status.node.name) ": " (verdict) }
+                style { (PreEscaped(STYLE)) }
+            }
+            body {
+                (header(status, verdict))
+                main {
+                    (listeners(status))
+                    (upstreams(status))
+                    (failures(status))
+                    (clients(status))
+                    (connections(status))
+                }
+                footer {
+                    "tailwart-edge " (status.version) ", Tailscale " (status.tailscale) ". "
+                    "Loaded again every " (REFRESH_SECONDS) " seconds. "
+                    a href="/status" { "JSON" } " · " a href="/metrics" { "metrics" } " · "
+                    a href="/readyz" { "readyz" }
+                }
+            }
+        }
+    }
+}
+
+fn header(status: &Status, verdict: &str) -> Markup {
+    let class = if status.not_ready.is_empty() { "good" } else { "bad" };
+    html! {
+        header {
+            h1 { (status.node.name) " " span.(class) id="verdict" { (verdict) } }
+            @for reason in &status.not_ready { p.bad { (reason) } }
+            @for warning in &status.warnings { p.warning { (warning) } }
+            p { (status.node) }
+            dl {
+                (figure("connections", status.open))
+                (figure("held", status.held))
+                (figure("up", lasting(status.now.duration_since(status.started).as_secs())))
+                (figure("as of", format!("{:.0}", status.now)))
+            }
+        }
+    }
+}
+
+fn figure(name: &str, value: impl std::fmt::Display) -> Markup {
+    html! { div { dt { (name) } dd { (value.to_string()) } } }
+}
+
+/// A section with a table; without rows it says so.
+fn section(id: &str, title: &str, heads: &[&str], rows: impl Iterator<Item = Markup>) -> Markup {
+    let mut rows = rows.peekable();
+    html! {
+        section id=(id) {
+            h2 { (title) }
+            @if rows.peek().is_none() {
+                p { "None." }
+            } @else {
+                div.scroll { table {
+                    thead { tr { @for head in heads { th scope="col" { (head) } } } }
+                    tbody { @for row in rows { (row) } }
+                } }
+            }
+        }
+    }
+}
+
+fn listeners(status: &Status) -> Markup {
+    let heads = [
+        "name",
+        "protocol",
+        "addresses",
+        "upstream",
+        "open",
+        "ended",
+        "failed",
+        "from clients",
+        "to clients",
+    ];
+    let rows = status.listeners.iter().map(|listener| {
+        html! {
+            tr {
+                th scope="row" { (listener.name) }
+                td { (listener.protocol) }
+                td { @for address in &listener.addresses { span.line { (address) } } }
+                td { (listener.upstream) }
+                td.number { (listener.open) }
+                td.number { (listener.ended) }
+                td.number.bad[listener.failed > 0] { (listener.failed) }
+                td.number { (bytes(listener.sent)) }
+                td.number { (bytes(listener.received)) }
+            }
+        }
+    });
+    section("listeners", "Listeners", &heads, rows)
+}
+
+fn upstreams(status: &Status) -> Markup {
+    let rows = status.upstreams.iter().map(|upstream| {
+        let class = match upstream.probe.state {
+            State::Up => "good",
+            State::Down => "bad",
+            State::Unknown => "unknown",
+        };
+        html! {
+            tr {
+                th scope="row" { (upstream.upstream) }
+                td { (upstream.listener) }
+                td { (upstream.path.as_deref().unwrap_or("not known yet")) }
+                td.number { @if let Some(ms) = upstream.latency_ms { (format!("{ms:.1} ms")) } }
+                td.(class) { (Line(&upstream.probe).to_string()) }
+            }
+        }
+    });
+    section("upstreams", "Mailbox", &["upstream", "listener", "path", "round trip", "probe"], rows)
+}
+
+fn failures(status: &Status) -> Markup {
+    let rows = status.failures.iter().map(|failure| {
+        html! {
+            tr {
+                td { (format!("{:.0}", failure.last)) }
+                td.number { (failure.count) }
+                td { (failure.listener) }
+                td { (failure.client) }
+                td { code { (failure.end) } }
+                td { (failure.why) }
+            }
+        }
+    });
+    section("failures", "Recent failures", &["last", "times", "listener", "last client", "end", "why"], rows)
+}
+
+fn clients(status: &Status) -> Markup {
+    let rows = status.clients.iter().map(|share| {
+        html! {
+            tr {
+                th scope="row" { (share.client) }
+                td.number { (share.connections) }
+                td.number { (bytes(share.sent)) }
+                td.number { (bytes(share.received)) }
+            }
+        }
+    });
+    section("clients", "Top clients", &["client", "open", "from it", "to it"], rows)
+}
+
+fn connections(status: &Status) -> Markup {
+    let heads = ["id", "client", "listener", "stage", "upstream", "path", "from client", "to client", "age"];
+    let rows = status.connections.iter().map(|connection| {
+        html! {
+            tr {
+                td.number { (connection.id) }
+                td { (connection.client) }
+                td { (connection.listener) }
+                td { (connection.stage) }
+                td { (connection.upstream.as_deref().unwrap_or("-")) }
+                td { (connection.path.as_deref().unwrap_or("-")) }
+                td.number { (bytes(connection.sent)) }
+                td.number { (bytes(connection.received)) }
+                td.number { (lasting(i64::try_from(connection.seconds).unwrap_or(i64::MAX))) }
+            }
+        }
+    });
+    let title = match status.open.checked_sub(status.connections.len()) {
+        Some(more @ 1..) => format!("Connections (the oldest; {more} more)"),
+        _ => "Connections".to_owned(),
+    };
+    section("connections", &title, &heads, rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::tests::ANSWER;
+
+    fn status() -> Status {
+        serde_json::from_str(ANSWER).unwrap()
+    }
+
+    #[test]
+    fn all_that_is_known_is_on_it() {
+        let text = page(&status()).into_string();
+        for part in [
+            "<title>edge.ts.net: ready</title>",
+            "class=\"good\" id=\"verdict\">ready<",
+            "<td class=\"number bad\">5</td>",
+            "<td class=\"bad\">DOWN since 2026-01-02T03:04:05Z: cannot connect: refused</td>",
+            "192.0.2.7:4711",
+            "<code>sQ</code>",
+            "relaying",
+            "12.3 MB",
+        ] {
+            assert!(text.contains(part), "{part:?} is missing from:\n{text}");
+        }
+    }
+
+    #[test]
+    fn what_others_say_cannot_become_markup() {
+        let mut status = status();
+        status.failures[0].why = "<script>alert(1)</script>".into();
+        status.upstreams[0].probe.problem = Some("\"><img src=x>".into());
+        status.not_ready = vec!["<b>".into()];
+        let text = page(&status).into_string();
+        assert!(!text.contains("<script") && !text.contains("<img") && !text.contains("<b>"), "{text}");
+        assert!(text.contains("&lt;script&gt;") && text.contains(">not ready<"), "{text}");
+    }
+
+    #[test]
+    fn nothing_is_asked_of_elsewhere() {
+        let text = page(&status()).into_string();
+        for foreign in ["http://", "https://", "url(", "@import", "src=", "<script", "onload", "style="] {
+            assert!(!text.contains(foreign), "{foreign:?} in:\n{text}");
+        }
+    }
+
+    #[test]
+    fn the_policy_knows_the_style() {
+        use base64::Engine;
+        let digest = ring::digest::digest(&ring::digest::SHA256, STYLE.as_bytes());
+        let hash = base64::engine::general_purpose::STANDARD.encode(digest);
+        assert!(POLICY.contains(&format!("style-src 'sha256-{hash}';")), "it is {hash} now");
+        assert!(POLICY.starts_with("default-src 'none'") && !POLICY.contains("script"));
+    }
+}

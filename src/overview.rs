@@ -1,0 +1,265 @@
+//! Everything that is known of the running edge, put together when somebody asks: whether it is ready,
+//! its state, its metrics.
+//!
+//! An edge is ready when mail can be accepted: the node is running, the control server sees it, a relay
+//! can be reached, it holds its tags, the mailbox answers, and the edge is not stopping.
+//!
+//! Whether the mailbox answers is for the probe to say, and nobody is ready before the first one has
+//! ended. Where probing is off, the last attempt of a client says it, so that an edge that was away is
+//! ready again only when somebody has come through: a load balancer in front wants the probe. With
+//! several listeners one that has a server is enough, and what is wrong with the others is a warning: a
+//! load balancer takes the whole machine out, and would take away port 993 because of port 4190.
+//! Listeners for mail count, others only where there is none.
+//!
+//! Deliberately not here: serving any of it (see `admin.rs`).
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, OnceLock};
+
+use jiff::Timestamp;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing_appender::non_blocking::ErrorCounter;
+
+use crate::health::{Board, Judgement, Listening, Monitor, NOT_REACHED_YET};
+use crate::ledger::{ConnectionView, Ledger};
+use crate::limits::network_of;
+use crate::metrics::{self, Format};
+use crate::status::{ClientView, ListenerView, NodeView, Status, UpstreamView};
+use crate::tailnet::{Node, NodeStatus, linked_version};
+
+/// Connections that are listed; of more the oldest are.
+const CONNECTIONS: usize = 200;
+/// Clients that are listed.
+const CLIENTS: usize = 10;
+
+/// Where to look.
+#[derive(Debug)]
+pub struct Overview {
+    /// When the edge was started.
+    pub started: Timestamp,
+    /// The node's state; `None` before there is a node.
+    pub node: watch::Receiver<Option<watch::Receiver<NodeStatus>>>,
+    /// The node itself, for what its library costs; empty before there is one.
+    pub library: OnceLock<Arc<Node>>,
+    /// The tags it must hold.
+    pub tags: Vec<String>,
+    /// What is known of the mailbox; `None` before it is looked for.
+    pub board: watch::Receiver<Option<Arc<Board>>>,
+    /// Who is connected.
+    pub ledger: Arc<Ledger>,
+    /// How many log lines were lost.
+    pub lost_lines: Option<ErrorCounter>,
+    /// Fires when the edge begins to stop.
+    pub drain: CancellationToken,
+}
+
+impl Overview {
+    /// Why mail cannot be accepted now, all reasons at once, and what is wrong besides.
+    pub fn judge(&self) -> Judgement {
+        let mut judgement = match &*self.board.borrow() {
+            Some(board) => board.judge(),
+            None => Judgement { reasons: vec![NOT_REACHED_YET.to_owned()], warnings: Vec::new() },
+        };
+        judgement.reasons.splice(0..0, self.own_reasons());
+        judgement
+    }
+
+    /// What is wrong with the edge itself.
+    fn own_reasons(&self) -> Vec<String> {
+        let mut reasons = Vec::new();
+        if self.drain.is_cancelled() {
+            reasons.push("the edge is stopping".to_owned());
+        }
+        match &*self.node.borrow() {
+            None => reasons.push("the tailnet node is not started".to_owned()),
+            Some(node) => {
+                let troubles = node.borrow().troubles(&self.tags, Timestamp::now());
+                reasons.extend(troubles.iter().map(ToString::to_string));
+            }
+        }
+        reasons
+    }
+
+    /// The metrics of this moment.
+    pub fn metrics(&self, format: Format) -> String {
+        let board = self.board.borrow().clone();
+        let sources = metrics::Sources {
+            node: &self.node_status(),
+            board: board.as_deref(),
+            ledger: &self.ledger,
+            is_ready: self.judge().reasons.is_empty(),
+            figures: self.library.get().and_then(|node| node.figures()),
+            lost_lines: self.lost_lines.as_ref().map_or(0, |lost| lost.dropped_lines() as u64),
+        };
+        metrics::text(&sources, format)
+    }
+
+    /// What is known, for people and scripts.
+    pub fn status(&self) -> Status {
+        let Judgement { reasons: not_ready, warnings } = self.judge();
+        let NodeStatus { name, ips, tags, state, key_expiry, home_region, .. } = self.node_status();
+        let board = self.board.borrow().clone();
+        let mut connections = self.ledger.connections();
+        let open = connections.len();
+        let listening = board.iter().flat_map(|board| &board.listeners);
+        let listeners = listening.map(|listening| self.listener(listening, &connections)).collect();
+        let clients = clients(&connections);
+        connections.truncate(CONNECTIONS);
+        let monitors = board.iter().flat_map(|board| &board.monitors);
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            tailscale: linked_version().to_owned(),
+            started: self.started,
+            now: Timestamp::now(),
+            node: NodeView { name, ips, tags, state, key_expiry, home_region },
+            not_ready,
+            warnings,
+            held: board.as_ref().map_or(0, |board| board.held()),
+            listeners,
+            upstreams: monitors.map(|monitor| upstream(monitor, board.as_deref())).collect(),
+            open,
+            clients,
+            connections,
+            failures: self.ledger.failures(),
+        }
+    }
+
+    fn node_status(&self) -> NodeStatus {
+        self.node.borrow().as_ref().map(|node| node.borrow().clone()).unwrap_or_default()
+    }
+
+    fn listener(&self, listening: &Listening, connections: &[ConnectionView]) -> ListenerView {
+        let totals = self.ledger.counters.totals(&listening.name);
+        let here = connections.iter().filter(|connection| connection.listener == listening.name);
+        ListenerView {
+            name: listening.name.clone(),
+            protocol: listening.protocol.name().to_owned(),
+            addresses: listening.addresses.clone(),
+            upstream: listening.upstream.clone(),
+            open: here.count(),
+            ended: totals.ended,
+            failed: totals.failed,
+            sent: totals.sent,
+            received: totals.received,
+        }
+    }
+}
+
+fn upstream(monitor: &Monitor, board: Option<&Board>) -> UpstreamView {
+    let peers = board.map_or(&[][..], |board| &board.peers);
+    let path = peers.iter().find(|peer| peer.host == monitor.target.host).and_then(|peer| peer.path());
+    UpstreamView {
+        listener: monitor.listener.clone(),
+        upstream: monitor.upstream.clone(),
+        protocol: monitor.target.protocol.name().to_owned(),
+        path: path.as_ref().map(|path| path.route.to_string()),
+        latency_ms: path.map(|path| (path.latency.as_secs_f64() * 1e6).round() / 1e3),
+        probe: monitor.seen(),
+    }
+}
+
+/// Those with the most connections, as `limits.max_connections_per_client` counts them.
+fn clients(connections: &[ConnectionView]) -> Vec<ClientView> {
+    let mut shares: HashMap<IpAddr, ClientView> = HashMap::new();
+    for connection in connections {
+        let client = network_of(connection.client.ip());
+        let share =
+            shares.entry(client).or_insert(ClientView { client, connections: 0, sent: 0, received: 0 });
+        share.connections += 1;
+        share.sent += connection.sent;
+        share.received += connection.received;
+    }
+    let mut clients: Vec<ClientView> = shares.into_values().collect();
+    clients.sort_by_key(|share| (std::cmp::Reverse(share.connections), share.client));
+    clients.truncate(CLIENTS);
+    clients
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::end_state::EndState;
+    use crate::ledger::Ended;
+    use crate::tailnet::Trouble;
+
+    fn ready_node() -> NodeStatus {
+        NodeStatus {
+            state: "Running".into(),
+            in_map_poll: true,
+            tags: vec!["tag:reverse-proxy".into()],
+            ..NodeStatus::default()
+        }
+    }
+
+    /// Of an edge in this state.
+    pub fn overview(node: Option<NodeStatus>, draining: bool, board: Option<Board>) -> Overview {
+        let drain = CancellationToken::new();
+        if draining {
+            drain.cancel();
+        }
+        let node = node.map(|status| watch::channel(status).1);
+        Overview {
+            started: Timestamp::now(),
+            node: watch::channel(node).1,
+            library: OnceLock::new(),
+            tags: vec!["tag:reverse-proxy".into()],
+            board: watch::channel(board.map(Arc::new)).1,
+            ledger: Ledger::new(0),
+            lost_lines: None,
+            drain,
+        }
+    }
+
+    /// Of an edge without listeners, once it serves.
+    fn reasons(node: Option<NodeStatus>, draining: bool) -> Vec<String> {
+        overview(node, draining, Some(Board::empty())).judge().reasons
+    }
+
+    #[test]
+    fn a_running_tagged_node_is_ready() {
+        assert_eq!(reasons(Some(ready_node()), false), Vec::<String>::new());
+    }
+
+    #[test]
+    fn every_reason_is_told() {
+        assert_eq!(reasons(None, false), ["the tailnet node is not started"]);
+        assert_eq!(reasons(Some(ready_node()), true), ["the edge is stopping"]);
+        let node = NodeStatus { in_map_poll: false, tags: vec![], ..ready_node() };
+        let troubles = [Trouble::ControlLost(String::new()), Trouble::TagMissing("tag:reverse-proxy".into())];
+        assert_eq!(reasons(Some(node), false), troubles.map(|trouble| trouble.to_string()));
+    }
+
+    #[test]
+    fn an_edge_that_has_not_begun_to_serve_is_not_ready() {
+        let reasons = overview(None, false, None).judge().reasons;
+        assert_eq!(reasons, ["the tailnet node is not started", NOT_REACHED_YET]);
+    }
+
+    #[tokio::test]
+    async fn the_state_has_who_is_connected_and_what_became_of_others() {
+        let listeners = vec![Listening {
+            name: "smtp".into(),
+            protocol: crate::config::Protocol::Smtp,
+            addresses: vec!["0.0.0.0:25".parse().unwrap()],
+            upstream: "stalwart:25".into(),
+        }];
+        let overview = overview(Some(ready_node()), false, Some(Board { listeners, ..Board::empty() }));
+        let page = overview.ledger.page("smtp", "stalwart:25".into());
+        let enter = |client: &str| page.enter(client.parse().unwrap());
+        let _one = enter("192.0.2.7:1");
+        let two = [enter("[2001:db8::1]:1"), enter("[2001:db8::2]:1")];
+        two[0].moved(10, 200);
+        let why = "held until its time was over".to_owned();
+        enter("192.0.2.9:1").end(&Ended { state: EndState::HoldEnded, why, first_byte: None });
+        let status = overview.status();
+        let [listener] = &status.listeners[..] else { panic!("{status:?}") };
+        assert_eq!((listener.open, listener.ended, listener.failed), (3, 1, 1));
+        assert_eq!((listener.sent, listener.received, status.open), (10, 200, 3));
+        let clients: Vec<_> =
+            status.clients.iter().map(|share| (share.client.to_string(), share.connections)).collect();
+        assert_eq!(clients, [("2001:db8::".to_owned(), 2), ("192.0.2.7".to_owned(), 1)]);
+        assert_eq!(status.failures.len(), 1);
+    }
+}
