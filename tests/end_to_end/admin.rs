@@ -12,8 +12,8 @@ use crate::common::tailnet::TestTailnet;
 use crate::common::wait::{eventually, wait_for};
 use crate::common::{http, private_dir};
 use crate::setup::{
-    AT_ONCE, EDGE, LIMIT, MAILBOX, Setup, becomes, edge_on, hears, no_crash, node, start_with, stops, tailnet_with,
-    tcp, without_probe,
+    AT_ONCE, EDGE, LIMIT, MAILBOX, Setup, becomes, edge_on, hears, no_crash, node, start_with, stops,
+    tailnet_with, tcp, without_probe,
 };
 
 /// The port on the tailnet.
