@@ -51,6 +51,14 @@ func (a *accepting) accept() (*blocking, error) {
 	}
 }
 
+// waiting counts the connections that nobody has accepted.
+func (a *accepting) waiting() int {
+	l := listeners.get(a.handle)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.waiting)
+}
+
 func (a *accepting) close() { listeners.remove(a.handle).end() }
 
 // fromMailbox connects from the mailbox's node to a port of ours.
@@ -127,7 +135,7 @@ func TestWhoeverNobodyAcceptsIsRefused(t *testing.T) {
 		check(t, err)
 		defer waiting[i].Close()
 	}
-	eventually(t, "all wait", func() bool { return len(listeners.get(l.handle).waiting) == backlog })
+	eventually(t, "all wait", func() bool { return l.waiting() == backlog })
 	isRefused := func(port uint16) {
 		t.Helper()
 		if _, err := e.fromMailbox(self, port, testTimeout); err == nil || !strings.Contains(err.Error(), "refused") {
@@ -184,7 +192,7 @@ func TestAListenerEndsWithItsNode(t *testing.T) {
 	client, err := e.fromMailbox(netip.MustParseAddr(e.node.ips()[0]), listenPort, testTimeout)
 	check(t, err)
 	defer client.Close()
-	eventually(t, "it waits", func() bool { return len(listeners.get(l.handle).waiting) == 1 })
+	eventually(t, "it waits", func() bool { return l.waiting() == 1 })
 	e.node.close()
 	_, err = l.accept()
 	wantCode(t, err, codeNotRunning)

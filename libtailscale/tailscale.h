@@ -296,7 +296,8 @@ int tailscale_ping(tailscale sd, const char* host, int64_t timeout_ms,
 int tailscale_abort_peer(tailscale sd, const char* ip);
 
 // ---------------------------------------------------------------------------
-// Connections (none of this is in upstream)
+// Connections (none of this is in upstream, whose tailscale_listen and
+// tailscale_accept have other arguments)
 // ---------------------------------------------------------------------------
 
 // Begins to connect to a peer. `host` is a MagicDNS name, its first label, or

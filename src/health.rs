@@ -229,8 +229,8 @@ impl Outlook {
     fn verdict(&self) -> Verdict {
         if self.monitors.is_empty() {
             return match &*self.away.borrow() {
-                Some(error) => Verdict::No(error.to_string()),
-                None => Verdict::Yes,
+                Some(error) if error.blames_a_server() => Verdict::No(error.to_string()),
+                _ => Verdict::Yes,
             };
         }
         let seen: Vec<(&Monitor, Seen)> =
@@ -422,6 +422,7 @@ fn take_in<D: Dial>(
 mod tests {
     use super::*;
     use crate::config::Protocol;
+    use crate::upstream::Failure;
 
     const SETTINGS: config::Probe = config::Probe { interval: Duration::from_secs(30), rise: 2, fall: 3 };
 
@@ -521,8 +522,12 @@ mod tests {
             listener: listener.into(),
             is_mail,
             monitors: states.iter().map(in_state).collect(),
-            away: watch::channel(Some(UpstreamError::default())).1,
+            away: away_for(ConnectError::Refused),
         }
+    }
+
+    fn away_for(reason: ConnectError) -> watch::Receiver<Option<UpstreamError>> {
+        watch::channel(Some(UpstreamError::of("stalwart:993", Failure::Connect(reason)))).1
     }
 
     fn judge(outlooks: Vec<Outlook>) -> Judgement {
@@ -567,8 +572,11 @@ mod tests {
     #[test]
     fn without_a_probe_the_last_attempt_counts() {
         let away = || outlook("smtp", true, &[]);
-        assert_eq!(judge(vec![away()]).reasons.len(), 1);
-        let there = Outlook { away: watch::channel(None).1, ..away() };
-        assert_eq!(judge(vec![there]), judgement(&[], &[]));
+        let why = format!("listener smtp: no upstream answers: {}", ConnectError::Refused);
+        assert_eq!(judge(vec![away()]), judgement(&[&why], &[]));
+        // That this edge had no tailnet then is not the mailbox's fault.
+        for away_since in [watch::channel(None).1, away_for(ConnectError::NotRunning)] {
+            assert_eq!(judge(vec![Outlook { away: away_since, ..away() }]), judgement(&[], &[]));
+        }
     }
 }

@@ -180,7 +180,7 @@ struct Turn {
 }
 
 /// Why no server of an upstream could be reached: each one's failure, in the order of the attempts.
-#[derive(Clone, Debug, Default, Error, PartialEq, Eq)]
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub struct UpstreamError {
     failures: Vec<(String, Failure)>,
 }
@@ -288,6 +288,12 @@ impl fmt::Display for UpstreamError {
 }
 
 impl UpstreamError {
+    /// Of one server, for tests.
+    #[cfg(test)]
+    pub fn of(server: &str, failure: Failure) -> UpstreamError {
+        UpstreamError { failures: vec![(server.to_owned(), failure)] }
+    }
+
     /// Each server's failure, in the order of the attempts.
     pub fn failures(&self) -> impl Iterator<Item = &Failure> {
         self.failures.iter().map(|(_, failure)| failure)
@@ -319,6 +325,20 @@ impl UpstreamError {
         } else {
             EndState::ServerUnreachable
         }
+    }
+
+    /// Whether a server is to blame, and not this edge alone, which had no tailnet or no network.
+    pub fn blames_a_server(&self) -> bool {
+        self.failures().any(|failure| {
+            !matches!(
+                failure,
+                Failure::Connect(ConnectError::NotRunning)
+                    | Failure::Silent {
+                        silence: Silence::OwnNetwork | Silence::Unknown(ConnectError::NotRunning),
+                        ..
+                    }
+            )
+        })
     }
 
     /// Whether waiting may help. A name that is our own is a mistake in the configuration.
