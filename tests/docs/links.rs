@@ -63,8 +63,8 @@ fn is_web(link: &str) -> bool {
 
 #[test]
 fn a_link_that_leads_nowhere_is_found() {
-    let page = Page { path: "docs/src/a.md".into(), text: "# One heading, `with` code\n".into() };
-    let anchors = HashMap::from([(Path::new("docs/src/a.md"), page.anchors())]);
+    let page = Page { path: "docs/src/SUMMARY.md".into(), text: "# One heading, `with` code\n".into() };
+    let anchors = HashMap::from([(Path::new("docs/src/SUMMARY.md"), page.anchors())]);
     assert_eq!(leads(&page, "#one-heading-with-code", &anchors), Ok(()));
     for wrong in ["#another", "nothing.md", "../../README.md", "../../README.md#try-it"] {
         assert!(leads(&page, wrong, &anchors).is_err(), "{wrong}");
