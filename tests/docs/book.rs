@@ -1,8 +1,14 @@
 //! The book's table of contents.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
+use tailwart_edge::config::Config;
+use tailwart_edge::status::Status;
+
+use crate::common::repo_root;
 use crate::pages::{self, BOOK, Page, resolve};
 
 #[test]
@@ -31,4 +37,50 @@ fn every_page_begins_with_its_title() {
 fn the_readme_is_short() {
     let lines = Page::read(Path::new("README.md")).text.lines().count();
     assert!(lines <= 160, "{lines} lines");
+}
+
+/// The JSON on a page.
+fn json(page: &str) -> Value {
+    let page = Page::read(&Path::new(BOOK).join(page));
+    let block = page.blocks().into_iter().find(|block| block.kind == "json").expect("a block of JSON");
+    serde_json::from_str(&block.code).expect("JSON")
+}
+
+#[test]
+fn the_five_dial_lines_of_caddy_are_the_default() {
+    let caddy = json("moving-from-caddy.md");
+    let servers = caddy["apps"]["layer4"]["servers"].as_object().expect("servers");
+    let dialled: BTreeSet<(String, String)> = servers
+        .values()
+        .map(|server| {
+            let dial = &server["routes"][0]["handle"][0]["upstreams"][0]["dial"][0];
+            (server["listen"][0].to_string(), dial.to_string())
+        })
+        .collect();
+    let config = Config::without_file(Some("stalwart.tail1234.ts.net"), &|_| None).expect("a host");
+    let ours = config.listeners.iter().map(|listener| {
+        (format!("\":{}\"", listener.listen[0].port()), format!("\"{}\"", listener.upstream))
+    });
+    assert_eq!(dialled, ours.collect());
+}
+
+#[test]
+fn the_state_is_shown_as_it_is() {
+    let shown = json("reference/http.md");
+    let status: Status = serde_json::from_value(shown.clone()).expect("an answer of /status");
+    assert_eq!(serde_json::to_value(status).expect("JSON"), shown);
+}
+
+#[test]
+fn every_metric_is_on_its_page() {
+    let page = Page::read(&Path::new(BOOK).join("reference/metrics.md")).text;
+    let code = fs::read_to_string(repo_root().join("src/metrics.rs")).expect("source can be read");
+    let calls = ["register(", "register_with_unit("].into_iter().flat_map(|call| code.split(call).skip(1));
+    let names: Vec<&str> = calls
+        .filter_map(|rest| rest.trim_start().strip_prefix('"').and_then(|rest| rest.split('"').next()))
+        .collect();
+    assert!(names.len() >= 5, "only {names:?}");
+    for name in names {
+        assert!(page.contains(&format!("`tailwart_edge_{name}")), "{name} is not in reference/metrics.md");
+    }
 }
