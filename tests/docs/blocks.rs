@@ -19,11 +19,10 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use jsonc_parser::{ParseOptions, parse_to_serde_value};
 use serde_json::Value;
 
-use crate::common::temp_dir;
 use crate::common::tools::{Finished, run};
+use crate::common::{hujson, temp_dir};
 use crate::pages::{self, Block};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -68,7 +67,7 @@ fn check(block: &Block) -> Result<(), String> {
         "toml,fragment" => edge(&block.code, &["--upstream", "stalwart"]),
         "toml,stalwart" => block.code.parse::<toml::Table>().map(drop).map_err(|error| error.to_string()),
         "json" => serde_json::from_str::<Value>(&block.code).map(drop).map_err(|error| error.to_string()),
-        "hujson" => human_json(&block.code),
+        "hujson" => hujson::parse(&block.code).map(drop),
         "sh" => silent(run(Command::new("bash").arg("-n"), block.code.as_bytes(), LIMIT)),
         "ini,main.cf" => postfix(&block.code, ""),
         "ini,master.cf" => postfix("", &block.code),
@@ -96,22 +95,6 @@ fn edge(config: &str, flags: &[&str]) -> Result<(), String> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tailwart-edge"));
     command.env_clear().envs(VARIABLES).args(["check", "-c"]).arg(&file).args(flags);
     silent(run(&mut command, b"", LIMIT))
-}
-
-fn human_json(text: &str) -> Result<(), String> {
-    let options = ParseOptions {
-        allow_comments: true,
-        allow_trailing_commas: true,
-        allow_loose_object_property_names: false,
-        allow_missing_commas: false,
-        allow_single_quoted_strings: false,
-        allow_hexadecimal_numbers: false,
-        allow_unary_plus_numbers: false,
-        allow_bare_decimal_point_numbers: false,
-        allow_non_finite_numbers: false,
-        allow_extended_string_escapes: false,
-    };
-    parse_to_serde_value::<Value>(text, &options).map(drop).map_err(|error| error.to_string())
 }
 
 /// `postconf` names each parameter that Postfix does not know, in either file.
