@@ -15,12 +15,12 @@
 //! changes nothing.
 
 use std::convert::Infallible;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
+use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
@@ -34,7 +34,8 @@ use tracing::debug;
 
 use crate::doctor::{self, Examiner, NoLook};
 use crate::health::{Board, Monitor};
-use crate::metrics;
+use crate::ledger::Ledger;
+use crate::metrics::{self, Format};
 use crate::status::{self, NodeView, Status, UpstreamView};
 use crate::tailnet::NodeStatus;
 
@@ -52,8 +53,10 @@ pub struct Readiness {
     pub node: watch::Receiver<Option<watch::Receiver<NodeStatus>>>,
     /// The tags it must hold.
     pub tags: Vec<String>,
-    /// What is known of the mailbox; empty before it is looked for.
-    pub board: Arc<OnceLock<Board>>,
+    /// What is known of the mailbox; `None` before it is looked for.
+    pub board: watch::Receiver<Option<Arc<Board>>>,
+    /// Who is connected.
+    pub ledger: Arc<Ledger>,
     /// Fires when the edge begins to stop.
     pub drain: CancellationToken,
 }
@@ -75,17 +78,24 @@ impl Readiness {
         reasons
     }
 
+    fn metrics(&self, format: Format) -> String {
+        let node = self.node.borrow().as_ref().map(|node| node.borrow().clone()).unwrap_or_default();
+        let (board, ledger) = (self.board.borrow().clone(), &*self.ledger);
+        let is_ready = self.reasons().is_empty();
+        metrics::text(&metrics::Sources { node: &node, board: board.as_deref(), ledger, is_ready }, format)
+    }
+
     /// What is known, for people and scripts.
     fn status(&self) -> Status {
         let node = self.node.borrow().as_ref().map(|node| node.borrow().clone()).unwrap_or_default();
         let NodeStatus { name, ips, tags, state, key_expiry, .. } = node;
-        let board = self.board.get();
-        let monitors = board.into_iter().flat_map(|board| &board.monitors);
+        let board = self.board.borrow().clone();
+        let monitors = board.iter().flat_map(|board| &board.monitors);
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: NodeView { name, ips, tags, state, key_expiry },
             not_ready: self.reasons(),
-            held: board.map_or(0, Board::held),
+            held: board.as_ref().map_or(0, |board| board.held()),
             upstreams: monitors.map(|monitor| upstream_view(monitor)).collect(),
         }
     }
@@ -101,7 +111,7 @@ fn upstream_view(monitor: &Monitor) -> UpstreamView {
 }
 
 /// Answers requests for as long as the edge lives.
-pub async fn serve(listener: TcpListener, readiness: Arc<Readiness>, examiner: Arc<Examiner>) {
+pub async fn serve(listener: Arc<TcpListener>, readiness: Arc<Readiness>, examiner: Arc<Examiner>) {
     let permits = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return }; // never closed
@@ -151,9 +161,9 @@ fn answer(request: &Request<Incoming>, readiness: &Readiness) -> Response<Full<B
         }
         status::PATH => json(StatusCode::OK, &serde_json::json!(readiness.status())),
         "/metrics" => {
-            let node = readiness.node.borrow().as_ref().map(|node| node.borrow().clone());
-            let text = metrics::text(&node.unwrap_or_default(), readiness.board.get());
-            body(StatusCode::OK, metrics::CONTENT_TYPE, text)
+            let accept = request.headers().get(ACCEPT).and_then(|value| value.to_str().ok());
+            let format = Format::asked_for(accept.unwrap_or_default());
+            body(StatusCode::OK, format.content_type(), readiness.metrics(format))
         }
         // Whoever asks for the head alone does not want the work done.
         doctor::PATH => only("GET"),
@@ -216,8 +226,9 @@ mod tests {
             drain.cancel();
         }
         let node = node.map(|status| watch::channel(status).1);
-        let (tags, board) = (vec!["tag:reverse-proxy".into()], Arc::default());
-        Readiness { node: watch::channel(node).1, tags, board, drain }.reasons()
+        let (tags, board) = (vec!["tag:reverse-proxy".into()], watch::channel(None).1);
+        let ledger = Ledger::new(0);
+        Readiness { node: watch::channel(node).1, tags, board, ledger, drain }.reasons()
     }
 
     #[test]

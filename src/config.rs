@@ -68,6 +68,8 @@ pub struct Config {
     pub limits: Limits,
     /// `[probe]`: how the mailboxes are watched.
     pub probe: Probe,
+    /// `[log]`: what is logged, and how.
+    pub log: Log,
     /// `[admin] listen`: where health is served; `None` for `"off"`. Default:
     /// `127.0.0.1:9464`.
     pub admin: Option<SocketAddr>,
@@ -182,6 +184,27 @@ pub struct Probe {
     pub rise: u32,
     /// `fall`: probes that must fail before it counts as down. Default: 3.
     pub fall: u32,
+}
+
+/// `[log]`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Log {
+    /// `format`. Default: text.
+    pub format: LogFormat,
+    /// `level`: how much is logged, unless `RUST_LOG` is set. Default: info.
+    pub level: tracing::Level,
+    /// `repeats`: of connections that came to nothing, how many lines of one client, or of one reason,
+    /// are logged a minute before the rest is only counted; 0 for no limit. Default: 10.
+    pub repeats: u32,
+}
+
+/// How a log line is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
 }
 
 /// What is spoken on a listener: decides its default port, its idle timeout and how a failure is

@@ -1,5 +1,5 @@
-//! One client's life: reach the upstream, write the PROXY header, relay, one
-//! log line.
+//! One client's life: reach the upstream, write the PROXY header, relay, and one
+//! line in the ledger.
 //!
 //! Invariants
 //! - The header is the first thing on the upstream's connection, in one write,
@@ -19,7 +19,6 @@ use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -29,14 +28,15 @@ use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
 
 use crate::answer::{self, PublicName};
 use crate::config::{Protocol, ProxyProtocol};
+use crate::end_state::EndState;
+use crate::ledger::{Ended, Page, Visit};
 use crate::proxy_header::proxy_header;
 use crate::relay::{End, FirstWords, Outcome, Reset, Side, Timeouts, relay};
 use crate::trust::HeaderWatch;
-use crate::upstream::{Dial, Failure, Server, Upstream, UpstreamError};
+use crate::upstream::{Dial, Failure, Reached, Server, Upstream, UpstreamError};
 
 /// How long the stack may take to accept the header: a new connection's send
 /// buffer is empty, so it is immediate unless the connection has failed.
@@ -70,6 +70,8 @@ pub struct Service<D> {
     pub public_name: PublicName,
     /// Fires when the edge begins to stop.
     pub drain: CancellationToken,
+    /// Where its connections are entered.
+    pub page: Arc<Page>,
 }
 
 /// For how long clients wait for an upstream that is away, and how many.
@@ -81,25 +83,13 @@ pub struct Hold {
     pub places: Arc<Semaphore>,
 }
 
-/// A client's connection.
-struct Visit {
-    id: u64,
-    client: SocketAddr,
-    accepted: Instant,
-}
-
-/// A conversation that was relayed.
-struct Session {
-    server: Arc<Server>,
-    /// From the client's coming to the header.
-    connected: Duration,
-    outcome: Outcome,
-}
-
 /// How a connection ended before it was relayed.
 enum Refusal {
     /// The client left while it waited.
-    ClientGone,
+    ClientGone {
+        /// Whether it was held.
+        held: bool,
+    },
     /// The upstream cannot be reached, and clients are not held.
     Away(UpstreamError),
     /// Nor could it be for as long as clients are held.
@@ -111,16 +101,15 @@ enum Refusal {
 }
 
 /// Serves one accepted connection to its end. Never fails: whatever happens is
-/// in the log line. Cancellation drops both connections.
+/// in the ledger. Cancellation drops both connections.
 pub async fn serve<D: Dial>(service: &Service<D>, client: &mut TcpStream, peer: SocketAddr) {
-    static CONNECTIONS: AtomicU64 = AtomicU64::new(1);
-    let id = CONNECTIONS.fetch_add(1, Ordering::Relaxed);
-    let visit = Visit { id, client: peer, accepted: Instant::now() };
+    let visit = service.page.enter(peer);
     match converse(service, client, &visit).await {
-        Ok(session) => log_session(service, &visit, &session),
+        Ok(ended) => visit.end(&ended),
         Err(refusal) => {
-            log_refusal(service, &visit, &refusal);
-            if !matches!(refusal, Refusal::ClientGone) {
+            let is_gone = matches!(refusal, Refusal::ClientGone { .. });
+            visit.end(&refusal.ended(&service.upstream));
+            if !is_gone {
                 Box::pin(answer::refuse(client, service.protocol, &service.public_name)).await;
             }
         }
@@ -134,9 +123,9 @@ async fn converse<D: Dial>(
     service: &Service<D>,
     client: &mut TcpStream,
     visit: &Visit,
-) -> Result<Session, Refusal> {
+) -> Result<Ended, Refusal> {
     // Asked now: a socket that was reset meanwhile no longer knows it.
-    let local = client.local_addr().map_err(|_| Refusal::ClientGone)?;
+    let local = client.local_addr().map_err(|_| Refusal::ClientGone { held: false })?;
     let mut failed = None;
     let mut tries = 0;
     let mut first_wordless = None;
@@ -144,12 +133,11 @@ async fn converse<D: Dial>(
         // In a box, since an idle connection would otherwise keep the room for it.
         let opening = Box::pin(open(service, client, visit, local, failed.take(), &mut tries));
         let (mut upstream, server) = opening.await?;
-        let connected = visit.accepted.elapsed();
-        let outcome = pass_on(service, client, &mut upstream, &server).await;
+        let outcome = pass_on(service, client, visit, &mut upstream, &server).await;
         // A server that has greeted others since, and again not this client, has its reasons.
         let is_unwanted = first_wordless.is_some_and(|at| server.greeted_since(at));
         if !matches!(outcome.end, End::Wordless) || is_unwanted {
-            return Ok(Session { server, connected, outcome });
+            return Ok(outcome.ended(server.is_given_up()));
         }
         first_wordless.get_or_insert(Instant::now());
         failed = Some(service.upstream.suspect(&server, Failure::Wordless));
@@ -167,7 +155,7 @@ async fn open<D: Dial>(
     mut failed: Option<UpstreamError>,
     tries: &mut usize,
 ) -> Result<(D::Stream, Arc<Server>), Refusal> {
-    let header = proxy_header(service.proxy_protocol, visit.client, local);
+    let header = proxy_header(service.proxy_protocol, visit.client(), local);
     loop {
         if let Some(why) = failed {
             *tries += 1;
@@ -181,9 +169,12 @@ async fn open<D: Dial>(
                 hold(service, client, visit, &|| Some(why.clone()), pause).await?;
             }
         }
-        let (mut upstream, server) = reach(service, client, visit).await?;
-        match write_header(&mut upstream, header.as_deref()).await {
-            Ok(()) => return Ok((upstream, server)),
+        let Reached { mut stream, server, dial } = reach(service, client, visit).await?;
+        match write_header(&mut stream, header.as_deref()).await {
+            Ok(()) => {
+                visit.relaying(&server, dial);
+                return Ok((stream, server));
+            }
             Err(error) => failed = Some(service.upstream.suspect(&server, Failure::Header(error.kind()))),
         }
     }
@@ -200,7 +191,7 @@ async fn reach<D: Dial>(
     service: &Service<D>,
     client: &TcpStream,
     visit: &Visit,
-) -> Result<(D::Stream, Arc<Server>), Refusal> {
+) -> Result<Reached<D::Stream>, Refusal> {
     let upstream = &service.upstream;
     let why = || upstream.away();
     let holds = !service.hold.limit.is_zero();
@@ -221,7 +212,7 @@ async fn reach<D: Dial>(
             Err(error) if holds && error.may_pass() => None,
             connected => return connected.map_err(Refusal::Away),
         },
-        _ = reset(client) => return Err(Refusal::ClientGone),
+        _ = reset(client) => return Err(Refusal::ClientGone { held: false }),
         () = sleep(HELD_AFTER), if holds => Some(first),
     };
     let attempt = async {
@@ -248,6 +239,7 @@ async fn hold<D: Dial, T>(
     let Ok(_place) = service.hold.places.try_acquire() else {
         return Err(Refusal::HoldFull(why()));
     };
+    visit.held();
     wait(service, client, visit, why, attempt).await
 }
 
@@ -262,8 +254,8 @@ async fn wait<D: Dial, T>(
 ) -> Result<T, Refusal> {
     tokio::select! {
         done = attempt => Ok(done),
-        () = left(client) => Err(Refusal::ClientGone),
-        () = sleep_until(visit.accepted + service.hold.limit) => Err(Refusal::HoldEnded(why())),
+        () = left(client) => Err(Refusal::ClientGone { held: true }),
+        () = sleep_until(visit.accepted() + service.hold.limit) => Err(Refusal::HoldEnded(why())),
         () = service.drain.cancelled() => Err(Refusal::Stopping),
     }
 }
@@ -277,10 +269,12 @@ async fn write_header<S: AsyncWrite + Unpin>(upstream: &mut S, header: Option<&[
 async fn pass_on<D: Dial>(
     service: &Service<D>,
     client: &mut TcpStream,
+    visit: &Visit,
     upstream: &mut D::Stream,
     server: &Server,
 ) -> Outcome {
     let _connected = server.connected();
+    let moved = |sent, received| visit.moved(sent, received);
     let outcome = {
         // By reference, since an idle connection would otherwise hold each
         // twice: as an argument and as what is polled.
@@ -288,7 +282,8 @@ async fn pass_on<D: Dial>(
         let has_header = service.proxy_protocol != ProxyProtocol::Off;
         let watch = has_header.then(|| HeaderWatch::new(service.protocol)).flatten().map(Box::new);
         let first_words = FirstWords { due: service.protocol.greets(), watch };
-        relay(&mut SharedTcp(client), upstream, service.timeouts, first_words, drain, client_gone).await
+        relay(&mut SharedTcp(client), upstream, service.timeouts, first_words, moved, drain, client_gone)
+            .await
     };
     match outcome.first_byte {
         _ if outcome.header_taken => service.upstream.distrusted(&service.name, server),
@@ -375,58 +370,75 @@ impl AsyncWrite for SharedTcp<'_> {
     }
 }
 
-fn log_refusal<D: Dial>(service: &Service<D>, visit: &Visit, refusal: &Refusal) {
-    let (listener, upstream, client, id) = (&service.name, &service.upstream, visit.client, visit.id);
-    let total_ms = millis(visit.accepted.elapsed());
-    let reason = |why: &Option<UpstreamError>| {
-        why.as_ref().map_or_else(|| "no answer so far".to_owned(), ToString::to_string)
-    };
-    let problem = match refusal {
-        Refusal::ClientGone => {
-            return info!(id, listener, %client, %upstream, total_ms, end = "client left while connecting", "connection");
-        }
-        Refusal::Stopping => {
-            return info!(id, listener, %client, %upstream, total_ms, end = "turned away because the edge is stopping", "connection");
-        }
-        Refusal::Away(why) => format!("cannot reach {upstream}: {why}"),
-        Refusal::HoldEnded(why) => {
-            format!("held until its time was over: cannot reach {upstream}: {}", reason(why))
-        }
-        Refusal::HoldFull(why) => {
-            format!("as many clients are held as hold_max allows: cannot reach {upstream}: {}", reason(why))
-        }
-    };
-    warn!(id, listener, %client, %upstream, total_ms, "connection closed: {problem}");
+impl Refusal {
+    /// What the ledger is to say of it.
+    fn ended<D>(&self, upstream: &Upstream<D>) -> Ended {
+        let cannot = |before: &str, error: &Option<UpstreamError>| {
+            let what = error.as_ref().map_or_else(|| "no answer so far".to_owned(), UpstreamError::what);
+            format!("{before}cannot reach {upstream}: {what}")
+        };
+        let (state, why) = match self {
+            Refusal::ClientGone { held: false } => {
+                (EndState::ClientLeftConnecting, "client left while connecting".to_owned())
+            }
+            Refusal::ClientGone { held: true } => {
+                (EndState::ClientLeftHeld, "client left while it was held".to_owned())
+            }
+            Refusal::Away(error) => (error.end_state(), format!("cannot reach {upstream}: {}", error.what())),
+            Refusal::HoldEnded(error) => {
+                (EndState::HoldEnded, cannot("held until its time was over: ", error))
+            }
+            Refusal::HoldFull(error) => {
+                (EndState::HoldFull, cannot("as many clients are held as hold_max allows: ", error))
+            }
+            Refusal::Stopping => {
+                (EndState::StoppedWaiting, "turned away because the edge is stopping".to_owned())
+            }
+        };
+        Ended { state, why, first_byte: None }
+    }
 }
 
-fn log_session<D: Dial>(service: &Service<D>, visit: &Visit, session: &Session) {
-    let Session { server, connected, outcome } = session;
-    let end = match &outcome.end {
-        End::Wordless => "upstream closed without a word".to_owned(),
-        End::Closed { first } => format!("{first} closed"),
-        End::Failed { side, error } => format!("{side} failed: {error}"),
-        End::Idle => "idle time-out".to_owned(),
-        End::HalfClosed { first } => format!("half-close time-out after {first} closed"),
-        End::Drained => "closed because the edge is stopping".to_owned(),
-    };
-    info!(
-        id = visit.id,
-        listener = service.name,
-        client = %visit.client,
-        upstream = %server,
-        sent = outcome.sent,
-        received = outcome.received,
-        connect_ms = millis(*connected),
-        first_byte_ms = outcome.first_byte.map(|at| millis(at - visit.accepted)),
-        total_ms = millis(visit.accepted.elapsed()),
-        end,
-        "connection"
-    );
-}
+impl Outcome {
+    /// What the ledger is to say of it. `given_up`: whether the server's node has vanished meanwhile.
+    fn ended(&self, given_up: bool) -> Ended {
+        let (state, why) = match &self.end {
+            End::Failed { side: Side::Upstream, .. } if given_up => {
+                (EndState::ServerVanished, "the mailbox's node vanished".to_owned())
+            }
+            End::Wordless => (EndState::ServerWordless, "upstream closed without a word".to_owned()),
+            End::Closed { first } => (self.closed_by(*first), format!("{first} closed")),
+            End::Failed { side, error } => (self.failed_by(*side), format!("{side} failed: {error}")),
+            End::Idle => (EndState::Idle, "idle time-out".to_owned()),
+            End::HalfClosed { first } => {
+                let state = match first {
+                    Side::Client => EndState::ServerStalled,
+                    Side::Upstream => EndState::ClientStalled,
+                };
+                (state, format!("half-close time-out after {first} closed"))
+            }
+            End::Drained => (EndState::StoppedQuiet, "closed because the edge is stopping".to_owned()),
+        };
+        Ended { state, why, first_byte: self.first_byte }
+    }
 
-/// Milliseconds with three digits, for people.
-fn millis(duration: Duration) -> f64 {
-    (duration.as_secs_f64() * 1e6).round() / 1e3
+    fn closed_by(&self, first: Side) -> EndState {
+        match (first, self.first_byte) {
+            (Side::Client, None) => EndState::ClientLeftUngreeted,
+            (Side::Client, Some(_)) => EndState::ClientClosed,
+            (Side::Upstream, None) => EndState::ServerWordless,
+            (Side::Upstream, Some(_)) => EndState::ServerClosed,
+        }
+    }
+
+    fn failed_by(&self, side: Side) -> EndState {
+        match (side, self.first_byte) {
+            (Side::Client, None) => EndState::ClientLeftUngreeted,
+            (Side::Client, Some(_)) => EndState::ClientFailed,
+            (Side::Upstream, None) => EndState::ServerWordless,
+            (Side::Upstream, Some(_)) => EndState::ServerFailed,
+        }
+    }
 }
 
 #[cfg(test)]

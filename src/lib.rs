@@ -5,12 +5,14 @@
 //! The modules in reading order: [`edge`] joins the parts; [`listener`]
 //! accepts; [`connection`] is one client's life: [`upstream`] dials,
 //! [`proxy_header`] writes, [`relay`] moves the bytes, [`answer`] speaks when
-//! there is no mailbox that could. [`trust`] recognises a mailbox that takes the
+//! there is no mailbox that could; [`ledger`] has who is connected, and how it ended
+//! ([`end_state`]). [`trust`] recognises a mailbox that takes the
 //! header for commands, [`probe`] looks whether one is well and [`health`] keeps
 //! looking; [`peers`] notices one that is gone. [`tailnet`] is the node and the C
 //! boundary, [`membership`] its life. The rest is what an operator touches: [`cli`],
-//! [`config`], [`credential`], [`secret`], [`state_dir`], [`limits`], [`drain`],
-//! [`admin`], [`metrics`], [`status`], [`doctor`].
+//! [`config`], [`credential`], [`secret`], [`state_dir`], [`limits`], [`sockets`],
+//! [`reload`], [`supervisor`], [`drain`], [`admin`], [`metrics`], [`log`],
+//! [`status`], [`doctor`].
 //!
 //! `ARCHITECTURE.md` has the picture and the invariants.
 
@@ -27,6 +29,10 @@ pub mod proxy_header;
 pub mod relay;
 
 pub mod answer;
+
+pub mod end_state;
+
+pub mod ledger;
 
 pub mod trust;
 
@@ -52,11 +58,19 @@ pub mod state_dir;
 
 pub mod limits;
 
+pub mod sockets;
+
+pub mod reload;
+
+pub mod supervisor;
+
 pub mod drain;
 
 pub mod admin;
 
 pub mod metrics;
+
+pub mod log;
 
 pub mod status;
 

@@ -5,6 +5,8 @@
 //!   at the connection limit; it goes back when the connection's task ends.
 //! - An error of `accept` never ends a listener: it backs off from 5 ms to 1 s
 //!   and goes on, so running out of descriptors costs time, not the port.
+//! - Accepting can be ended at any time, by dropping it, and begun again: the
+//!   socket stays open, no client is lost, and the permit goes back.
 //!
 //! `[::]` sockets take IPv6 only, so that v4 and v6 are configured and fail
 //! each on their own.
@@ -23,7 +25,8 @@ use tracing::{debug, info, warn};
 
 use crate::answer;
 use crate::connection::{self, Service};
-use crate::limits::{ClientLimit, Refused};
+use crate::ledger::Ended;
+use crate::limits::{ClientLimit, ClientLimitReached};
 use crate::upstream::Dial;
 
 /// Connections that wait for a permit in the kernel; capped by
@@ -117,21 +120,13 @@ pub struct Admission {
     pub tasks: TaskTracker,
 }
 
-/// Accepts connections until the service drains, each served in a task of its
-/// own.
-pub async fn accept<D: Dial>(listener: TcpListener, service: Arc<Service<D>>, admission: Admission) {
+/// Accepts connections for as long as it is not dropped, each served in a task
+/// of its own.
+pub async fn accept<D: Dial>(listener: Arc<TcpListener>, service: Arc<Service<D>>, admission: Admission) {
     let mut trouble = Trouble { backoff: BACKOFF_FIRST, last: None };
     loop {
-        let next = async {
-            let permit = Arc::clone(&admission.permits).acquire_owned().await;
-            (permit, listener.accept().await)
-        };
-        let (permit, accepted) = tokio::select! {
-            next = next => next,
-            () = service.drain.cancelled() => return,
-        };
-        let Ok(permit) = permit else { return }; // never closed
-        match accepted {
+        let Ok(permit) = Arc::clone(&admission.permits).acquire_owned().await else { return }; // never closed
+        match listener.accept().await {
             Ok((client, peer)) => {
                 trouble.over(&service.name);
                 admit(&service, &admission, permit, client, peer);
@@ -143,6 +138,20 @@ pub async fn accept<D: Dial>(listener: TcpListener, service: Arc<Service<D>>, ad
                 drop(permit);
                 tokio::time::sleep(trouble.with(&service.name, &error)).await;
             }
+        }
+    }
+}
+
+/// Takes in those who wait in the kernel's backlog, which would reset them when
+/// the socket is closed, as far as the limits allow.
+pub fn accept_backlog<D: Dial>(listener: &TcpListener, service: &Arc<Service<D>>, admission: &Admission) {
+    for _ in 0..BACKLOG {
+        let Ok(permit) = Arc::clone(&admission.permits).try_acquire_owned() else { return };
+        // Past tokio, which may not have heard yet that there is somebody.
+        let Ok((client, peer)) = SockRef::from(listener).accept() else { return };
+        let accepted = client.set_nonblocking(true).and_then(|()| TcpStream::from_std(client.into()));
+        if let (Ok(client), Some(peer)) = (accepted, peer.as_socket()) {
+            admit(service, admission, permit, client, peer);
         }
     }
 }
@@ -196,9 +205,9 @@ fn admit<D: Dial>(
 ) {
     let place = match admission.clients.admit(peer.ip()) {
         Ok(place) => place,
-        Err(refused) => {
+        Err(ClientLimitReached) => {
             answer::refuse_at_once(&client, service.protocol, &service.public_name);
-            return log_refusal(&service.name, peer, refused);
+            return service.page.enter(peer).end(&Ended::client_limit());
         }
     };
     prepare(&client);
@@ -208,16 +217,6 @@ fn admit<D: Dial>(
         drop(client); // before others may take its place
         drop((permit, place));
     });
-}
-
-/// Once for each client that reaches its limit; the rest is noise.
-fn log_refusal(listener: &str, client: SocketAddr, refused: Refused) {
-    const REASON: &str = "refused: this client has as many connections as max_connections_per_client allows";
-    if refused.first {
-        warn!(listener, %client, "{REASON}; more of its connections will be refused");
-    } else {
-        debug!(listener, %client, "{REASON}");
-    }
 }
 
 /// Keepalive, and no delay: mail protocols are conversations of short lines,

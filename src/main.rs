@@ -1,6 +1,6 @@
 //! The program: arguments, log output, exit codes; nothing else.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -9,9 +9,11 @@ use tailwart_edge::cli::{Cli, Command, ConfigArgs, DoctorArgs, StatusArgs};
 use tailwart_edge::config::{Config, ConfigError, config_path};
 use tailwart_edge::credential::Sources;
 use tailwart_edge::doctor::{self, Patient};
-use tailwart_edge::{edge, status, tailnet};
+use tailwart_edge::edge::{self, Start};
+use tailwart_edge::reload::Source;
+use tailwart_edge::supervisor::{Supervisor, handed_over};
+use tailwart_edge::{log, status, tailnet};
 use tokio::runtime::Runtime;
-use tracing_subscriber::EnvFilter;
 
 /// Wrong usage or configuration.
 const EXIT_CONFIG: u8 = 2;
@@ -69,28 +71,18 @@ fn run(args: &ConfigArgs) -> ExitCode {
         Ok(config) => config,
         Err(mistakes) => return config_mistakes(&mistakes),
     };
-    let sources = Sources::capture(&environment, config.tailnet.auth_key_file.clone());
-    start_logging();
+    let credentials = Sources::capture(&environment, config.tailnet.auth_key_file.clone());
+    let source = Source::capture(args.config.clone(), args.upstream.clone(), std::env::vars_os());
+    let logging = log::start(config.log, &environment);
+    let supervisor = Supervisor::find(&environment);
+    let handed = handed_over(&environment);
     // Before any thread of ours exists.
     tailnet::forget_environment();
     tailnet::set_log_upload(config.tailnet.log_upload);
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
-    run_edge(config, sources)
-}
-
-/// To standard error: levels and targets by `RUST_LOG`, `info` by default; in colour on a terminal
-/// unless `NO_COLOR` says otherwise (no-color.org).
-fn start_logging() {
-    let colour = std::io::stderr().is_terminal() && environment("NO_COLOR").is_none_or(|set| set.is_empty());
-    let filter = EnvFilter::builder().with_default_directive(tracing::Level::INFO.into()).from_env_lossy();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_target(false)
-        .with_ansi(colour)
-        .with_writer(std::io::stderr)
-        .init();
+    run_edge(Start { config, source, credentials, supervisor, handed, logging })
 }
 
 fn start_runtime() -> Result<Runtime, ExitCode> {
@@ -151,12 +143,12 @@ fn show_status(args: &StatusArgs) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn run_edge(config: Config, sources: Sources) -> ExitCode {
+fn run_edge(start: Start) -> ExitCode {
     let runtime = match start_runtime() {
         Ok(runtime) => runtime,
         Err(code) => return code,
     };
-    let outcome = runtime.block_on(edge::run(config, sources));
+    let outcome = runtime.block_on(edge::run(start));
     // Connections that the drain time-out cut must not hold the exit up.
     runtime.shutdown_background();
     match outcome {

@@ -1,20 +1,91 @@
-//! What is measured, in Prometheus's text format.
+//! What is measured, in Prometheus's text formats.
+//!
+//! [`Counters`] count from the start of the process; everything else is looked up at the moment of the
+//! scrape. Names follow Prometheus's conventions: base units, `_total` for what only grows.
+//!
+//! Invariant: no label's values come from clients, so the number of series is bounded by the
+//! configuration.
 //!
 //! Deliberately not here: serving it (see [`crate::admin`]).
+
+mod process;
 
 use std::sync::atomic::AtomicU64;
 
 use prometheus_client::encoding::EncodeLabelSet;
-use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::text::{encode_eof, encode_registry};
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::end_state::EndState;
 use crate::health::{Board, Monitor, State};
-use crate::tailnet::NodeStatus;
+use crate::ledger::{ConnectionView, Ledger};
+use crate::tailnet::{NodeStatus, linked_version};
 
-/// The format of [`text`], for the header of that name.
-pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+const PREFIX: &str = "tailwart_edge";
+
+/// A dial inside the tailnet takes a round trip, or five seconds and more when WireGuard has to repeat
+/// a handshake.
+const DIAL_BUCKETS_SECONDS: [f64; 11] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 6.0, 15.0];
+
+/// Until the client hears the mailbox: the dial, the greeting (postscreen waits for six seconds), the
+/// hold.
+const FIRST_BYTE_BUCKETS_SECONDS: [f64; 11] =
+    [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 2.5, 7.5, 25.0, 60.0];
+
+/// The formats there are: Prometheus asks for OpenMetrics, `curl` and `promtool` for the classic one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// <https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format>
+    Classic,
+    /// <https://prometheus.io/docs/specs/om/open_metrics_spec/>
+    OpenMetrics,
+}
+
+impl Format {
+    /// What the header `Accept` asks for.
+    pub fn asked_for(accept: &str) -> Format {
+        match accept.contains("application/openmetrics-text") {
+            true => Format::OpenMetrics,
+            false => Format::Classic,
+        }
+    }
+
+    /// For the header `Content-Type`.
+    pub const fn content_type(self) -> &'static str {
+        match self {
+            Format::Classic => "text/plain; version=0.0.4; charset=utf-8",
+            Format::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfListener {
+    listener: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfEnd {
+    listener: String,
+    end: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfRefusal {
+    listener: String,
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfStage {
+    listener: String,
+    stage: String,
+}
 
 /// Which server, as which listener uses it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -23,27 +94,201 @@ struct Port {
     upstream: String,
 }
 
-/// The metrics of the node in this state, and of the mailbox once it is looked for.
-pub fn text(node: &NodeStatus, board: Option<&Board>) -> String {
-    let mut registry = Registry::with_prefix("tailwart_edge");
-    node_metrics(&mut registry, node);
-    if let Some(board) = board {
+/// What is counted from the start of the process.
+#[derive(Debug)]
+pub struct Counters {
+    registry: Registry,
+    ended: Family<OfEnd, Counter>,
+    refused: Family<OfRefusal, Counter>,
+    sent: Family<OfListener, Counter>,
+    received: Family<OfListener, Counter>,
+    dial: Family<OfListener, Histogram, fn() -> Histogram>,
+    first_byte: Family<OfListener, Histogram, fn() -> Histogram>,
+}
+
+/// Those of one listener that are needed often.
+#[derive(Debug)]
+pub struct ListenerCounters {
+    /// Bytes to the mailbox.
+    pub sent: Counter,
+    /// Bytes to clients.
+    pub received: Counter,
+    /// Seconds that a dial took which succeeded.
+    pub dial: Histogram,
+    /// Seconds from a client's coming to the mailbox's first byte.
+    pub first_byte: Histogram,
+}
+
+impl Default for Counters {
+    fn default() -> Counters {
+        let mut counters = Counters {
+            registry: Registry::with_prefix(PREFIX),
+            ended: Family::default(),
+            refused: Family::default(),
+            sent: Family::default(),
+            received: Family::default(),
+            dial: Family::new_with_constructor(|| Histogram::new(DIAL_BUCKETS_SECONDS)),
+            first_byte: Family::new_with_constructor(|| Histogram::new(FIRST_BYTE_BUCKETS_SECONDS)),
+        };
+        counters.register();
+        counters
+    }
+}
+
+impl Counters {
+    fn register(&mut self) {
+        let registry = &mut self.registry;
+        registry.register("connections", "Connections that have ended, by end state", self.ended.clone());
+        registry.register(
+            "refused_connections",
+            "Clients that were turned away, or closed where their protocol has no word for it",
+            self.refused.clone(),
+        );
+        registry.register_with_unit("sent", "Bytes to the mailbox", Unit::Bytes, self.sent.clone());
+        registry.register_with_unit("received", "Bytes to clients", Unit::Bytes, self.received.clone());
+        registry.register_with_unit(
+            "dial",
+            "How long it took to connect to the mailbox, when it succeeded",
+            Unit::Seconds,
+            self.dial.clone(),
+        );
+        registry.register_with_unit(
+            "first_byte",
+            "From a client's coming to the mailbox's first byte, the hold included",
+            Unit::Seconds,
+            self.first_byte.clone(),
+        );
+    }
+
+    /// Those of a listener; all of them are there from now on, at zero.
+    pub fn listener(&self, listener: &str) -> ListenerCounters {
+        let labels = OfListener { listener: listener.to_owned() };
+        for state in EndState::ALL {
+            self.of_end(listener, state);
+            self.of_refusal(listener, state);
+        }
+        ListenerCounters {
+            sent: self.sent.get_or_create(&labels).clone(),
+            received: self.received.get_or_create(&labels).clone(),
+            dial: self.dial.get_or_create(&labels).clone(),
+            first_byte: self.first_byte.get_or_create(&labels).clone(),
+        }
+    }
+
+    /// Counts a connection that has ended.
+    pub fn ended(&self, listener: &str, state: EndState) {
+        self.of_end(listener, state).inc();
+        self.of_refusal(listener, state).inspect(|refused| {
+            refused.inc();
+        });
+    }
+
+    /// How many connections of a listener have ended so.
+    pub fn count(&self, listener: &str, state: EndState) -> u64 {
+        self.of_end(listener, state).get()
+    }
+
+    fn of_end(&self, listener: &str, state: EndState) -> Counter {
+        let labels = OfEnd { listener: listener.to_owned(), end: state.code() };
+        self.ended.get_or_create(&labels).clone()
+    }
+
+    fn of_refusal(&self, listener: &str, state: EndState) -> Option<Counter> {
+        let reason = state.refusal()?;
+        let labels = OfRefusal { listener: listener.to_owned(), reason };
+        Some(self.refused.get_or_create(&labels).clone())
+    }
+}
+
+/// What is looked at when the metrics are asked for.
+#[derive(Debug)]
+pub struct Sources<'a> {
+    /// The node's state.
+    pub node: &'a NodeStatus,
+    /// What is known of the mailbox, once it is looked for.
+    pub board: Option<&'a Board>,
+    /// The connections.
+    pub ledger: &'a Ledger,
+    /// Whether the edge is ready, as `/readyz` has it.
+    pub is_ready: bool,
+}
+
+/// The metrics of this moment.
+pub fn text(sources: &Sources, format: Format) -> String {
+    let mut registry = Registry::with_prefix(PREFIX);
+    let build =
+        [("version", env!("CARGO_PKG_VERSION").to_owned()), ("tailscale", linked_version().to_owned())];
+    registry.register("build", "Which version this is", Info::new(build));
+    registry.register("ready", "Whether /readyz says so", whole(sources.is_ready));
+    node_metrics(&mut registry, sources.node);
+    connection_metrics(&mut registry, &sources.ledger.connections());
+    if let Some(board) = sources.board {
         mailbox_metrics(&mut registry, board);
     }
+    let mut unprefixed = Registry::default();
+    process::register(&mut unprefixed);
     let mut text = String::new();
     // Writing to a string cannot fail.
-    let _ = encode(&mut text, &registry);
+    for registry in [&sources.ledger.counters.registry, &registry, &unprefixed] {
+        let _ = encode_registry(&mut text, registry);
+    }
+    let _ = encode_eof(&mut text);
+    match format {
+        Format::OpenMetrics => text,
+        Format::Classic => classic(&text),
+    }
+}
+
+/// The classic format of a text in OpenMetrics: there a counter's name ends with `_total` in its
+/// description too, infos are gauges, and there are neither units nor an end.
+fn classic(open_metrics: &str) -> String {
+    let mut suffixes = std::collections::HashMap::new();
+    for line in open_metrics.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
+        match line.split_once(' ') {
+            Some((name, "counter")) => suffixes.insert(name, "_total"),
+            Some((name, "info")) => suffixes.insert(name, "_info"),
+            _ => None,
+        };
+    }
+    let mut text = String::with_capacity(open_metrics.len());
+    for line in open_metrics.lines().filter(|line| !line.starts_with("# UNIT ") && *line != "# EOF") {
+        let mut words = line.splitn(4, ' ');
+        let described = match (words.next(), words.next(), words.next(), words.next()) {
+            (Some("#"), Some(what), Some(name), Some(rest)) => {
+                let suffix = suffixes.get(name).copied().unwrap_or_default();
+                let rest = if (what, rest) == ("TYPE", "info") { "gauge" } else { rest };
+                format!("# {what} {name}{suffix} {rest}\n")
+            }
+            _ => format!("{line}\n"),
+        };
+        text.push_str(&described);
+    }
     text
 }
 
+fn whole(value: impl Into<i64>) -> Gauge {
+    let gauge = Gauge::default();
+    gauge.set(value.into());
+    gauge
+}
+
+fn connection_metrics(registry: &mut Registry, connections: &[ConnectionView]) {
+    let open = Family::<OfStage, Gauge>::default();
+    for connection in connections {
+        let (listener, stage) = (connection.listener.clone(), connection.stage.clone());
+        open.get_or_create(&OfStage { listener, stage }).inc();
+    }
+    registry.register("open_connections", "Connections there are, by how far they have come", open);
+}
+
 fn mailbox_metrics(registry: &mut Registry, board: &Board) {
-    let held: Gauge = Gauge::default();
-    held.set(i64::try_from(board.held()).unwrap_or(i64::MAX));
+    let held = whole(i64::try_from(board.held()).unwrap_or(i64::MAX));
     registry.register("held_connections", "Clients that wait for a mailbox that cannot be reached", held);
     let up = Family::<Port, Gauge>::default();
     let expiry = Family::<Port, Gauge<f64, AtomicU64>>::default();
+    let probe = Family::<Port, Gauge<f64, AtomicU64>>::default();
     for monitor in &board.monitors {
-        note(monitor, &up, &expiry);
+        note(monitor, &up, &expiry, &probe);
     }
     registry.register("upstream_up", "Whether the probe finds the mailbox well; absent until it knows", up);
     registry.register_with_unit(
@@ -52,23 +297,40 @@ fn mailbox_metrics(registry: &mut Registry, board: &Board) {
         Unit::Seconds,
         expiry,
     );
+    registry.register_with_unit(
+        "upstream_probe_duration",
+        "How long the last probe took that succeeded",
+        Unit::Seconds,
+        probe,
+    );
 }
 
-fn note(monitor: &Monitor, up: &Family<Port, Gauge>, expiry: &Family<Port, Gauge<f64, AtomicU64>>) {
+fn note(
+    monitor: &Monitor,
+    up: &Family<Port, Gauge>,
+    expiry: &Family<Port, Gauge<f64, AtomicU64>>,
+    probe: &Family<Port, Gauge<f64, AtomicU64>>,
+) {
     let port = Port { listener: monitor.listener.clone(), upstream: monitor.upstream.clone() };
     let seen = monitor.seen();
     if seen.state != State::Unknown {
         up.get_or_create(&port).set((seen.state == State::Up).into());
     }
-    if let Some(certificate) = seen.finding.and_then(|finding| finding.certificate) {
+    let Some(finding) = seen.finding else { return };
+    probe.get_or_create(&port).set(finding.total.as_secs_f64());
+    if let Some(certificate) = finding.certificate {
         expiry.get_or_create(&port).set(certificate.not_after.as_second() as f64);
     }
 }
 
 fn node_metrics(registry: &mut Registry, node: &NodeStatus) {
-    let running: Gauge = Gauge::default();
-    running.set(node.is_running().into());
+    let running = whole(node.is_running());
     registry.register("node_running", "Whether the node has a place on the tailnet", running);
+    registry.register(
+        "node_in_map_poll",
+        "Whether the control server sees the node",
+        whole(node.in_map_poll),
+    );
     if let Some(expiry) = node.key_expiry {
         // Absent for a key that does not expire: zero would read as long ago.
         let gauge = Gauge::<f64, AtomicU64>::default();
@@ -86,15 +348,53 @@ fn node_metrics(registry: &mut Registry, node: &NodeStatus) {
 mod tests {
     use super::*;
 
+    fn text_of(node: &NodeStatus, ledger: &Ledger, format: Format) -> String {
+        text(&Sources { node, board: None, ledger, is_ready: false }, format)
+    }
+
     #[test]
     fn the_expiry_is_there_when_there_is_one() {
-        let without = text(&NodeStatus::default(), None);
+        let ledger = Ledger::new(0);
+        let without = text_of(&NodeStatus::default(), &ledger, Format::OpenMetrics);
         assert!(without.contains("tailwart_edge_node_running 0\n"), "{without}");
         assert!(!without.contains("expiry"), "{without}");
         let expiry = Some("2027-01-01T00:00:00Z".parse().unwrap());
         let node = NodeStatus { state: "Running".into(), key_expiry: expiry, ..NodeStatus::default() };
-        let with = text(&node, None);
+        let with = text_of(&node, &ledger, Format::OpenMetrics);
         assert!(with.contains("tailwart_edge_node_running 1\n"), "{with}");
         assert!(with.contains("tailwart_edge_node_key_expiry_timestamp_seconds 1798761600.0\n"), "{with}");
+    }
+
+    #[test]
+    fn a_listener_has_all_its_counters_from_the_start() {
+        let ledger = Ledger::new(0);
+        let _page = ledger.page("smtp", "stalwart:25".into());
+        ledger.counters.ended("smtp", EndState::HoldEnded);
+        let text = text_of(&NodeStatus::default(), &ledger, Format::Classic);
+        for line in [
+            "# TYPE tailwart_edge_connections_total counter",
+            "tailwart_edge_connections_total{listener=\"smtp\",end=\"sQ\"} 1",
+            "tailwart_edge_connections_total{listener=\"smtp\",end=\"S-\"} 0",
+            "tailwart_edge_refused_connections_total{listener=\"smtp\",reason=\"hold_ended\"} 1",
+            "tailwart_edge_refused_connections_total{listener=\"smtp\",reason=\"client_limit\"} 0",
+            "tailwart_edge_sent_bytes_total{listener=\"smtp\"} 0",
+            "tailwart_edge_dial_seconds_count{listener=\"smtp\"} 0",
+            "# TYPE tailwart_edge_build_info gauge",
+        ] {
+            assert!(text.lines().any(|there| there == line), "{line}\n{text}");
+        }
+        assert!(!text.contains("# UNIT") && !text.contains("# EOF"), "{text}");
+    }
+
+    #[test]
+    fn the_process_is_described() {
+        let text = text_of(&NodeStatus::default(), &Ledger::new(0), Format::Classic);
+        for name in
+            ["cpu_seconds_total", "resident_memory_bytes", "threads", "start_time_seconds", "open_fds"]
+        {
+            let value = text.lines().find_map(|line| line.strip_prefix(&format!("process_{name} ")));
+            let value: f64 = value.unwrap_or_else(|| panic!("{name}: {text}")).parse().expect("a number");
+            assert!(value > 0.0 || name.starts_with("cpu"), "{name} {value}");
+        }
     }
 }

@@ -141,10 +141,11 @@ pub enum End {
     Drained,
 }
 
-/// Relays until both directions ended, one side failed, or a time-out. `drain`
-/// completes when the edge begins to stop, `client_gone` when the client has
-/// reset its connection: reading does not tell while the upstream takes nothing,
-/// nor after the client's end of stream.
+/// Relays until both directions ended, one side failed, or a time-out. `moved` is
+/// told how many bytes have moved since the last time, to the upstream and to the
+/// client. `drain` completes when the edge begins to stop, `client_gone` when the
+/// client has reset its connection: reading does not tell while the upstream takes
+/// nothing, nor after the client's end of stream.
 ///
 /// Cancellation drops bytes that were read but not yet written.
 pub async fn relay<C, U>(
@@ -152,6 +153,7 @@ pub async fn relay<C, U>(
     upstream: &mut U,
     timeouts: Timeouts,
     first_words: FirstWords,
+    moved: impl Fn(u64, u64),
     drain: impl Future<Output = ()>,
     client_gone: impl Future<Output = io::Error>,
 ) -> Outcome
@@ -170,6 +172,7 @@ where
         let both = relay.poll(cx, client, upstream);
         if relay.progress() != before {
             timer.as_mut().progressed();
+            moved(relay.sent.bytes - before.0, relay.received.bytes - before.1);
             relay.awaits_reply = relay.sent.bytes != before.0;
         }
         if let Poll::Ready(end) = both {
@@ -226,7 +229,10 @@ impl Relay {
     /// Whether the connection waits for nothing but its client, as one in IMAP
     /// IDLE or between two commands.
     fn is_quiet(&self) -> bool {
-        !self.awaits_reply && self.sent.is_settled() && self.received.is_settled()
+        !self.awaits_reply
+            && !self.awaits_first_word()
+            && self.sent.is_settled()
+            && self.received.is_settled()
     }
 
     /// Whether nothing has happened yet, and the upstream is to speak first.

@@ -33,6 +33,7 @@ use ffi::{Conn, LineSink, NodeHandle, Setting};
 pub use error::{ConnectError, JoinError};
 pub use ffi::{
     Code, forget_environment, linked_version, open_connections, run_on_alternate_stack, set_log_upload,
+    take_inherited_sockets,
 };
 pub use status::{NodeStatus, Trouble};
 
@@ -258,6 +259,12 @@ impl Node {
     /// Whether the node has an identity, good or not, before it has said a word to the control server.
     pub fn is_enrolled(&self) -> Result<bool, JoinError> {
         Ok(self.look()?.enrolled)
+    }
+
+    /// Whether the Go side answers a call that waits for nobody but its own locks.
+    pub async fn is_responding(&self) -> bool {
+        let handle = Arc::clone(&self.handle);
+        tokio::task::spawn_blocking(move || handle.status().is_ok()).await.unwrap_or(false)
     }
 
     /// The node's state; changes can be awaited.

@@ -18,6 +18,7 @@
 use std::fmt;
 use std::future::Future;
 use std::io;
+use std::mem::Discriminant;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
@@ -29,6 +30,8 @@ use tokio::sync::{Mutex, Notify, Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{info, warn};
 
+use crate::end_state::EndState;
+use crate::ledger::Repeats;
 use crate::peers::{Connected, Peer};
 use crate::relay::Reset;
 use crate::tailnet::{ConnectError, Node, PingReport, TailnetStream};
@@ -69,6 +72,10 @@ const RETURNING: usize = 64;
 
 /// Between two lines that tell of the same server's distrust.
 const DISTRUST_INTERVAL: Duration = Duration::from_secs(600);
+
+/// How often a minute it is told that no server can be reached, for each kind of reason: an upstream
+/// may come and go.
+const TOLD_PER_MINUTE: u32 = 3;
 
 /// Makes connections to peers.
 pub trait Dial: Send + Sync + 'static {
@@ -123,11 +130,25 @@ pub struct Upstream<D> {
     connect_timeout: Duration,
     /// Why no server could be reached at the last attempt; none while one can.
     away: watch::Sender<Option<UpstreamError>>,
+    /// What was told of that, and how often.
+    told: Repeats<Vec<FailureKind>>,
+    is_told: AtomicBool,
     /// How often a server was reached: a failure that began before the last success is old news.
     successes: AtomicU64,
     /// Held by the one who tries for all that wait.
     turn: Mutex<Turn>,
     returning: Semaphore,
+}
+
+/// A server that was reached.
+#[derive(Debug)]
+pub struct Reached<S> {
+    /// The connection.
+    pub stream: S,
+    /// Where it leads.
+    pub server: Arc<Server>,
+    /// How long this attempt took, without those before it.
+    pub dial: Duration,
 }
 
 /// A port of a peer.
@@ -186,6 +207,19 @@ pub enum Failure {
         "the mail server closes the connection without a word; it may be starting, or it may not trust this edge's PROXY header: look into its log"
     )]
     Wordless,
+}
+
+/// What makes a failure another one: not its details.
+type FailureKind = (Discriminant<Failure>, Option<ConnectError>);
+
+impl Failure {
+    fn kind(&self) -> FailureKind {
+        let connect = match self {
+            Failure::Connect(error) => Some(*error),
+            Failure::Silent { .. } | Failure::Header(_) | Failure::Wordless => None,
+        };
+        (std::mem::discriminant(self), connect)
+    }
 }
 
 /// What is behind a silent port.
@@ -259,6 +293,34 @@ impl UpstreamError {
         self.failures.iter().map(|(_, failure)| failure)
     }
 
+    /// Of what kind each failure is.
+    fn kinds(&self) -> Vec<FailureKind> {
+        self.failures().map(Failure::kind).collect()
+    }
+
+    /// What happened, without what to do about it.
+    pub fn what(&self) -> String {
+        let what = |failure: &Failure| failure.to_string().split(';').next().unwrap_or_default().to_owned();
+        if let [(_, only)] = &self.failures[..] {
+            return what(only);
+        }
+        let each: Vec<_> =
+            self.failures.iter().map(|(server, failure)| format!("{server}: {}", what(failure))).collect();
+        each.join(", ")
+    }
+
+    /// How a connection ends for it.
+    pub fn end_state(&self) -> EndState {
+        let all = |kind: fn(&Failure) -> bool| self.failures().all(kind);
+        if all(|failure| *failure == Failure::Connect(ConnectError::NotRunning)) {
+            EndState::NoTailnet
+        } else if all(|failure| matches!(failure, Failure::Silent { .. })) {
+            EndState::ServerSilent
+        } else {
+            EndState::ServerUnreachable
+        }
+    }
+
     /// Whether waiting may help. A name that is our own is a mistake in the configuration.
     pub fn may_pass(&self) -> bool {
         self.failures.iter().any(|(_, failure)| *failure != Failure::Connect(ConnectError::IsSelf))
@@ -321,6 +383,11 @@ impl Server {
         self.peer.connected()
     }
 
+    /// Whether its peer vanished a moment ago, so that its connections were reset.
+    pub fn is_given_up(&self) -> bool {
+        self.peer.is_given_up()
+    }
+
     /// Completes when a connection to it has failed since the last time.
     pub async fn suspected(&self) {
         self.suspected.notified().await;
@@ -345,6 +412,8 @@ impl<D: Dial> Upstream<D> {
             servers: peers.into_iter().map(|peer| Arc::new(Server::new(peer, port))).collect(),
             connect_timeout,
             away: watch::Sender::new(None),
+            told: Repeats::new(TOLD_PER_MINUTE),
+            is_told: AtomicBool::new(false),
             successes: AtomicU64::new(0),
             turn: Mutex::new(Turn::new(0)),
             returning: Semaphore::new(RETURNING),
@@ -384,16 +453,17 @@ impl<D: Dial> Upstream<D> {
     /// Connects to the first server that can be reached, or says why none can: for each server
     /// within the connect time-out and, after a silence, up to four seconds more. Dropping the future
     /// gives up.
-    pub async fn connect(&self) -> Result<(D::Stream, Arc<Server>), UpstreamError> {
+    pub async fn connect(&self) -> Result<Reached<D::Stream>, UpstreamError> {
         let successes = self.successes.load(Ordering::Relaxed);
         let mut failures = Vec::new();
         let mut servers: Vec<&Arc<Server>> = self.servers.iter().collect();
         servers.sort_by_cached_key(|server| server.comes_last()); // keeps their order
         for server in servers {
+            let began = Instant::now();
             match self.connect_to(server).await {
                 Ok(stream) => {
                     self.is_back();
-                    return Ok((stream, Arc::clone(server)));
+                    return Ok(Reached { stream, server: Arc::clone(server), dial: began.elapsed() });
                 }
                 Err(failure) => {
                     server.failed(&failure);
@@ -424,22 +494,35 @@ impl<D: Dial> Upstream<D> {
     /// Notes that a connection to a server failed after it was made.
     pub fn suspect(&self, server: &Server, failure: Failure) -> UpstreamError {
         server.failed(&failure);
-        UpstreamError { failures: vec![(server.to_string(), failure)] }
+        let error = UpstreamError { failures: vec![(server.to_string(), failure)] };
+        self.tell("was reached, but is of no use", &error);
+        error
     }
 
     fn is_gone(&self, error: &UpstreamError) {
         self.away.send_if_modified(|away| {
-            if away.is_none() {
-                warn!(upstream = %self, "cannot be reached: {error}");
+            if away.as_ref().is_none_or(|before| before.kinds() != error.kinds())
+                && self.tell("cannot be reached", error)
+            {
+                self.is_told.store(true, Ordering::Relaxed);
             }
             *away = Some(error.clone());
             false // those who wait are not woken for another reason to wait
         });
     }
 
+    /// Warns, unless that was done often enough; false then.
+    fn tell(&self, what: &str, error: &UpstreamError) -> bool {
+        let kinds = error.kinds();
+        let Some(repeats) = self.told.may_tell(kinds.clone(), kinds) else { return false };
+        warn!(upstream = %self, repeats = (repeats > 0).then_some(repeats), "{what}: {error}");
+        true
+    }
+
     fn is_back(&self) {
         self.successes.fetch_add(1, Ordering::Relaxed);
-        if self.away.send_if_modified(|away| away.take().is_some()) {
+        let was_away = self.away.send_if_modified(|away| away.take().is_some());
+        if was_away && self.is_told.swap(false, Ordering::Relaxed) {
             info!(upstream = %self, "reached again");
         }
     }
@@ -447,7 +530,7 @@ impl<D: Dial> Upstream<D> {
     /// Connects as soon as a server can be reached. Of all who wait, one tries, again and again with
     /// growing pauses; when it succeeds, or a probe does, the others try too. It has no time limit;
     /// dropping the future gives up, and another one tries on.
-    pub async fn reconnect(&self) -> (D::Stream, Arc<Server>) {
+    pub async fn reconnect(&self) -> Reached<D::Stream> {
         loop {
             tokio::select! {
                 mut turn = self.turn.lock() => {
@@ -474,7 +557,7 @@ impl<D: Dial> Upstream<D> {
 
     /// As [`Upstream::connect`], unless another one is trying for those who wait and has no success
     /// soon: then, or if it fails, the reason why no server could be reached.
-    pub async fn connect_in_turn(&self) -> Result<(D::Stream, Arc<Server>), Option<UpstreamError>> {
+    pub async fn connect_in_turn(&self) -> Result<Reached<D::Stream>, Option<UpstreamError>> {
         let Ok(mut turn) = timeout(TURN_LIMIT, self.turn.lock()).await else { return Err(self.away()) };
         let connected = self.connect().await;
         turn.took(connected.is_ok());

@@ -15,7 +15,10 @@ use super::clashes::{Claim, report_clashes};
 use super::listeners::{self, Shared};
 use super::mistakes::{At, Mistakes, Place, quoted};
 use super::reader::{Found, Table};
-use super::{Config, ConfigError, Limits, Listener, Probe, ProxyProtocol, Tailnet, Timeouts, syntax, values};
+use super::{
+    Config, ConfigError, Limits, Listener, Log, LogFormat, Probe, ProxyProtocol, Tailnet, Timeouts, syntax,
+    values,
+};
 
 /// Everything in the file; `upstream` is the value of `--upstream`.
 pub(super) fn config(mut mistakes: Mistakes, upstream: Option<&str>) -> Result<Config, ConfigError> {
@@ -31,13 +34,14 @@ pub(super) fn config(mut mistakes: Mistakes, upstream: Option<&str>) -> Result<C
     warn_of_short_hold(&listeners, &timeouts, &mut mistakes);
     let limits = limits(root.table("limits", &mut mistakes), &mut mistakes);
     let probe = probe(root.table("probe", &mut mistakes), &mut mistakes);
+    let log = log(root.table("log", &mut mistakes), &mut mistakes);
     let admin = admin(root.table("admin", &mut mistakes), &mut mistakes);
     root.finish(&mut mistakes);
     claims.extend(admin.clone());
     report_clashes(&claims, &mut mistakes);
     let warnings = mistakes.finish()?;
     let admin = admin.map(|claim| claim.address);
-    Ok(Config { hostname, tailnet, listeners, timeouts, limits, probe, admin, warnings })
+    Ok(Config { hostname, tailnet, listeners, timeouts, limits, probe, log, admin, warnings })
 }
 
 fn tailnet(mut table: Table, mistakes: &mut Mistakes) -> Tailnet {
@@ -177,6 +181,22 @@ fn probe(mut table: Table, mistakes: &mut Mistakes) -> Probe {
         interval: interval.unwrap_or(Duration::from_secs(30)),
         rise: rise.unwrap_or(2),
         fall: fall.unwrap_or(3),
+    }
+}
+
+/// More lines than this are not read by anybody.
+const MAX_REPEATS: u32 = 1_000_000;
+
+fn log(mut table: Table, mistakes: &mut Mistakes) -> Log {
+    let format = table.get("format", &values::LOG_FORMAT, mistakes).map(value);
+    let level = table.get("level", &values::LOG_LEVEL, mistakes).map(value);
+    let what = "a number of lines a minute (0 for no limit)";
+    let repeats = table.number("repeats", 0..=MAX_REPEATS, what, mistakes);
+    table.finish(mistakes);
+    Log {
+        format: format.unwrap_or(LogFormat::Text),
+        level: level.unwrap_or(tracing::Level::INFO),
+        repeats: repeats.unwrap_or(10),
     }
 }
 

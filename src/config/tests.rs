@@ -60,6 +60,7 @@ fn no_file_and_a_host_give_the_documented_defaults() {
     let limits = Limits { max_connections: None, max_connections_per_client: 100, hold_max: 2500 };
     assert_eq!(config.limits, limits);
     assert_eq!(config.probe, Probe { interval: Duration::from_secs(30), rise: 2, fall: 3 });
+    assert_eq!(config.log, Log { format: LogFormat::Text, level: tracing::Level::INFO, repeats: 10 });
     assert_eq!(config.hostname, None);
     assert_eq!(config.admin, Some("127.0.0.1:9464".parse().expect("an address")));
     assert_eq!(config.warnings, [""; 0]);
@@ -146,6 +147,11 @@ const EVERY_KEY: &str = r#"
     max_connections = 1_000
     max_connections_per_client = 0
     hold_max = 0
+    [log]
+    format = "json"
+    level = "debug"
+    repeats = 0
+
     [probe]
     interval = "0s"
     rise = 1
@@ -179,6 +185,7 @@ fn every_key_outside_listeners_is_read() {
     assert_eq!(config.timeouts, timeouts);
     assert_eq!(config.hostname.as_deref(), Some("mx.example.org"));
     assert_eq!(config.probe, Probe { interval: Duration::ZERO, rise: 1, fall: 100 });
+    assert_eq!(config.log, Log { format: LogFormat::Json, level: tracing::Level::DEBUG, repeats: 0 });
     let limits = Limits { max_connections: Some(1000), max_connections_per_client: 0, hold_max: 0 };
     assert_eq!(config.limits, limits);
     assert_eq!(config.admin, None);

@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{Env, Protocol, ProxyProtocol};
+use super::{Env, LogFormat, Protocol, ProxyProtocol};
 use crate::secret::looks_like_key;
 
 /// The longest duration taken: no time-out of this program makes sense beyond a week, and sums with
@@ -122,6 +122,27 @@ pub(super) const PROXY_PROTOCOL: Kind<ProxyProtocol> = Kind {
         "v2" => Ok(ProxyProtocol::V2),
         "off" => Ok(ProxyProtocol::Off),
         _ => Err("is not a PROXY protocol version"),
+    },
+};
+
+pub(super) const LOG_FORMAT: Kind<LogFormat> = Kind {
+    expected: "one of text, json",
+    parse: |text| match text {
+        "text" => Ok(LogFormat::Text),
+        "json" => Ok(LogFormat::Json),
+        _ => Err("is not a log format"),
+    },
+};
+
+pub(super) const LOG_LEVEL: Kind<tracing::Level> = Kind {
+    expected: "one of error, warn, info, debug, trace",
+    parse: |text| match text {
+        "error" => Ok(tracing::Level::ERROR),
+        "warn" => Ok(tracing::Level::WARN),
+        "info" => Ok(tracing::Level::INFO),
+        "debug" => Ok(tracing::Level::DEBUG),
+        "trace" => Ok(tracing::Level::TRACE),
+        _ => Err("is not a log level"),
     },
 };
 

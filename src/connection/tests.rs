@@ -4,6 +4,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::TcpListener;
 
 use super::*;
+use crate::ledger::Ledger;
 use crate::peers::Peer;
 use crate::tailnet::{ConnectError, PingReport};
 
@@ -40,6 +41,7 @@ fn service(address: Option<SocketAddr>, proxy_protocol: ProxyProtocol) -> Servic
         hold: Hold { limit: Duration::ZERO, places: Arc::new(Semaphore::new(10)) },
         public_name: PublicName::new(Some("mx.example.org".into())),
         drain: CancellationToken::new(),
+        page: Ledger::new(0).page("smtp", "mailbox:25".into()),
     }
 }
 

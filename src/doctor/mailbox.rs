@@ -94,7 +94,7 @@ impl Dial for Explaining {
 
     async fn dial(&self, _: &str, _: u16) -> Result<TailnetStream, ConnectError> {
         match self.upstream.connect().await {
-            Ok((stream, _)) => Ok(stream),
+            Ok(reached) => Ok(reached.stream),
             Err(failure) => {
                 *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(failure);
                 Err(ConnectError::TimedOut)

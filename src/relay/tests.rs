@@ -27,7 +27,16 @@ fn start(
     let (client, mut near_client) = duplex(PIPE_BYTES);
     let (upstream, mut near_upstream) = duplex(PIPE_BYTES);
     let relayed = async move {
-        relay(&mut near_client, &mut near_upstream, TIMEOUTS, FirstWords::default(), drain, pending()).await
+        relay(
+            &mut near_client,
+            &mut near_upstream,
+            TIMEOUTS,
+            FirstWords::default(),
+            |_, _| {},
+            drain,
+            pending(),
+        )
+        .await
     };
     (client, upstream, tokio::spawn(relayed))
 }
@@ -212,8 +221,16 @@ async fn reset_by(side: Side) -> Outcome {
     };
     failing.write_all(b"before").await.unwrap();
     let relay = tokio::spawn(async move {
-        relay(&mut near_client, &mut near_upstream, TIMEOUTS, FirstWords::default(), pending(), pending())
-            .await
+        relay(
+            &mut near_client,
+            &mut near_upstream,
+            TIMEOUTS,
+            FirstWords::default(),
+            |_, _| {},
+            pending(),
+            pending(),
+        )
+        .await
     });
     let mut got = [0; 6];
     other.read_exact(&mut got).await.unwrap();
@@ -255,7 +272,8 @@ fn start_with_greeting() -> (DuplexStream, DuplexStream, JoinHandle<Outcome>) {
     let (upstream, mut near_upstream) = duplex(PIPE_BYTES);
     let relayed = async move {
         let first_words = FirstWords { due: true, watch: HeaderWatch::new(Protocol::Smtp).map(Box::new) };
-        relay(&mut near_client, &mut near_upstream, TIMEOUTS, first_words, pending(), pending()).await
+        relay(&mut near_client, &mut near_upstream, TIMEOUTS, first_words, |_, _| {}, pending(), pending())
+            .await
     };
     (client, upstream, tokio::spawn(relayed))
 }
@@ -267,7 +285,8 @@ async fn an_upstream_that_leaves_without_the_word_that_is_due_is_no_end_for_the_
     drop(upstream);
     let first_words = FirstWords { due: true, watch: None };
     let outcome =
-        relay(&mut near_client, &mut near_upstream, TIMEOUTS, first_words, pending(), pending()).await;
+        relay(&mut near_client, &mut near_upstream, TIMEOUTS, first_words, |_, _| {}, pending(), pending())
+            .await;
     assert!(matches!(outcome.end, End::Wordless), "{:?}", outcome.end);
     near_client.write_all(b"421 later").await.unwrap();
     drop(near_client);

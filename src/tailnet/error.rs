@@ -118,7 +118,7 @@ pub enum JoinError {
 }
 
 /// Why a peer could not be reached.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq, Hash)]
 pub enum ConnectError {
     /// This node has no place on the tailnet at the moment.
     #[error("this edge is not on the tailnet at the moment; /readyz and the log say why")]

@@ -165,7 +165,7 @@ fn switched(hosts: &[&str]) -> (Arc<Switched>, Arc<Upstream<Switched>>) {
 }
 
 async fn connected_host(upstream: &Upstream<Switched>) -> String {
-    upstream.connect().await.expect("one can be reached").1.host().to_owned()
+    upstream.connect().await.expect("one can be reached").server.host().to_owned()
 }
 
 #[tokio::test(start_paused = true)]

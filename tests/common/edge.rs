@@ -201,7 +201,9 @@ impl Edge {
             listeners: Vec::new(),
         };
         // Probes would be counted among the connections of most tests.
-        builder.set("admin", "listen", r#""127.0.0.1:0""#).set("probe", "interval", r#""0s""#)
+        let builder = builder.set("admin", "listen", r#""127.0.0.1:0""#).set("probe", "interval", r#""0s""#);
+        // Most tests look for the line of each connection.
+        builder.set("log", "repeats", "0")
     }
 
     /// Waits until the edge says it serves; panics with its log when it ends or the deadline

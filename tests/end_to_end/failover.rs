@@ -172,7 +172,7 @@ fn a_session_that_was_begun_is_not_repeated_on_another_node() {
     client.send("Subject: half\r\n\r\nin the middle");
     let (rest, end) = client.read_to_end();
     assert_eq!((rest, end.map_err(|error| error.kind())), (Vec::new(), Err(ErrorKind::ConnectionReset)));
-    let line = setup.edge.wait_log("end=\"upstream failed", LIMIT);
+    let line = setup.edge.wait_log("why=\"upstream failed", LIMIT);
     tells(&line, &["upstream=stalwart:25"]);
     assert_eq!((first.accepted(), second.accepted(), taken.count()), (1, 0, 0));
     // The second one would have been used.
@@ -210,7 +210,7 @@ fn connections_to_a_node_that_vanishes_are_closed_in_time_and_no_others() {
         &line,
         &[" WARN ", "upstream=\"stalwart\"", "connections=3", "has not answered for 15s", "closing"],
     );
-    let ended = eventually(LIMIT, || edge.log().count("end=\"upstream failed: ") == IDLE);
+    let ended = eventually(LIMIT, || edge.log().count("end=DD why=\"the mailbox's node vanished\"") == IDLE);
     assert!(ended, "{}", edge.log().tail());
 
     // Those to the live one have been as idle, and for longer.

@@ -388,7 +388,7 @@ impl Relayed {
         // The listener too: another test's client may have had the same port.
         let connection = format!(" listener={:?} client={client} ", self.listener);
         let what = format!("the end of{connection}");
-        let is_end = |line: &str| line.contains(&connection) && line.contains(" end=\"");
+        let is_end = |line: &str| line.contains(&connection) && line.contains(" why=\"");
         self.edge.log().wait_line(&what, LIMIT, is_end)
     }
 
@@ -396,7 +396,7 @@ impl Relayed {
     #[track_caller]
     fn end_of(&self, client: SocketAddr) -> String {
         let line = self.log_line(client);
-        let end = line.split(" end=\"").nth(1).and_then(|rest| rest.split('"').next());
+        let end = line.split(" why=\"").nth(1).and_then(|rest| rest.split('"').next());
         end.unwrap_or_else(|| panic!("no end in: {line}")).to_owned()
     }
 

@@ -90,7 +90,7 @@ fn are_held_until_it_is_back(away: fn(&TestTailnet), back: fn(&TestTailnet)) {
         stub.wait_client(&header_of(client), LIMIT, |record| record.bytes == expected);
     }
     drop((silent, talker));
-    let is_end = |line: &str| line.contains("end=\"client closed\"") && line.contains("listener=\"smtp\"");
+    let is_end = |line: &str| line.contains("why=\"client closed\"") && line.contains("listener=\"smtp\"");
     for _ in 0..2 {
         setup.edge.log().wait_line("the end of a session", LIMIT, is_end);
     }
@@ -256,8 +256,7 @@ fn clients_that_leave_while_they_are_held_leave_nothing_behind() {
     let left = Instant::now();
     holds(&setup.edge, 1);
     assert!(left.elapsed() < AT_ONCE, "after {:?}", left.elapsed());
-    let told =
-        eventually(LIMIT, || setup.edge.log().count("end=\"client left while connecting\"") == CLIENTS);
+    let told = eventually(LIMIT, || setup.edge.log().count("why=\"client left while ") == CLIENTS);
     assert!(told, "{}", setup.edge.log().tail());
 
     let stub = Stub::start_at(to, stub::greet(GREETING));
@@ -357,7 +356,13 @@ fn every_protocol_is_told_to_come_later_in_its_own_words() {
         let listener = format!("listener={protocol:?}");
         tells(
             &line,
-            &[" WARN ", &listener, "held until its time was over", "the peer refused the connection"],
+            &[
+                " INFO ",
+                &listener,
+                "end=sQ",
+                "held until its time was over",
+                "the peer refused the connection",
+            ],
         );
     }
     assert!(came.elapsed() < HOLD + AT_ONCE, "{:?}", came.elapsed());
@@ -420,7 +425,7 @@ fn when_as_many_are_held_as_may_be_others_are_told_at_once_and_those_are_held_on
         hears_last(&mut late, SMTP_REFUSAL.as_bytes());
         assert!(came.elapsed() < AT_ONCE, "after {:?}", came.elapsed());
         let line = setup.edge.wait_log(&format!("client={address}"), LIMIT);
-        tells(&line, &[" WARN ", "as many clients are held as hold_max allows"]);
+        tells(&line, &[" INFO ", "end=PQ", "as many clients are held as hold_max allows"]);
         assert_eq!(held(&setup.edge), 2);
     }
     let status = http::get(setup.edge.addr("admin"), "/status");
@@ -447,7 +452,7 @@ fn an_edge_that_stops_tells_those_who_are_held_at_once() {
     }
     drop(clients);
     stops(&mut setup.edge, AT_ONCE);
-    assert_eq!(setup.edge.log().count("end=\"turned away because the edge is stopping\""), 10);
+    assert_eq!(setup.edge.log().count("why=\"turned away because the edge is stopping\""), 10);
 }
 
 #[test]
@@ -502,7 +507,7 @@ fn a_client_that_leaves_during_the_first_attempt_is_gone_at_once() {
     let (setup, client) = waits_for_silence("45s");
     drop(client);
     let left = Instant::now();
-    setup.edge.wait_log("client left while connecting", LIMIT);
+    setup.edge.wait_log("end=CQ why=\"client left while it was held\"", LIMIT);
     assert!(left.elapsed() < Duration::from_secs(3), "after {:?}", left.elapsed());
 }
 
@@ -523,11 +528,10 @@ fn a_mailbox_that_closes_without_a_word_is_tried_again_until_the_time_is_over() 
     for index in 0..3 {
         assert_eq!(stub.record(index).expect("it came").bytes, header);
     }
-    let line = setup.edge.wait_log("connection closed:", LIMIT);
-    tells(
-        &line,
-        &[" WARN ", "held until its time was over", "closes the connection without a word", "its log"],
-    );
+    let line = setup.edge.wait_log("end=sQ", LIMIT);
+    tells(&line, &[" INFO ", "held until its time was over", "closes the connection without a word"]);
+    let warning = setup.edge.wait_log("is of no use", LIMIT);
+    tells(&warning, &[" WARN ", "closes the connection without a word", "its log"]);
 }
 
 #[test]

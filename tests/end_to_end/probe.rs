@@ -252,7 +252,9 @@ fn a_dovecot_that_does_not_trust_the_edge_holds_its_clients_and_is_named() {
     let refusal = b"* BYE [UNAVAILABLE] Service not available, please try again later\r\n";
     hears_last(&mut connect(setup.edge.addr("imap")), refusal);
     let line = setup.edge.wait_log("held until its time was over", LIMIT);
-    tells(&line, &["closes the connection without a word", "PROXY header", "log"]);
+    tells(&line, &["end=sQ", "closes the connection without a word"]);
+    let warning = setup.edge.wait_log("is of no use", LIMIT);
+    tells(&warning, &[" WARN ", "closes the connection without a word", "PROXY header", "log"]);
 }
 
 #[test]

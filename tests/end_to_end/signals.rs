@@ -117,7 +117,7 @@ fn a_signal_closes_the_ports_and_idle_connections_and_lets_transfers_finish() {
         proxy_header::read(&mut received).expect("the header comes first");
         assert!(received == sent, "{} bytes sent, other {} received", sent.len(), received.len());
         stops(&mut setup.edge, AFTER_DRAIN);
-        assert_eq!(setup.edge.log().count("end=\"closed because the edge is stopping\""), 1);
+        assert_eq!(setup.edge.log().count("why=\"closed because the edge is stopping\""), 1);
         assert_eq!(setup.edge.log().count(" WARN "), 0, "{}", setup.edge.log().tail());
     }
 }

@@ -1,0 +1,216 @@
+//! How a connection ended, in two letters, as HAProxy's termination state: who or what ended it, and
+//! in which phase.
+//!
+//! Invariant: every connection that was accepted ends in exactly one of these states, and no state
+//! means two things that an operator would treat differently.
+//!
+//! Deliberately not here: finding out which it is (see `connection.rs`), and telling it (see
+//! `ledger.rs`).
+
+use std::fmt;
+
+/// How a connection ended.
+///
+/// The first letter: `C` client, `S` mailbox (server), small when it was waited for in vain, `P` a
+/// limit of this proxy, `R` the tailnet this edge needs (a resource), `D` the mailbox's node was found
+/// dead, `K` the edge stops (killed), `I` an error inside the edge. The second: `C` connecting, `Q` held
+/// (queued), `H` before the mailbox's first byte, `D` data, `L` after one side's end (last), `-` in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum EndState {
+    /// Orderly, the client first.
+    ClientClosed,
+    /// Orderly, the mailbox first.
+    ServerClosed,
+    /// The client left while the mailbox was dialled.
+    ClientLeftConnecting,
+    /// The client left while it was held.
+    ClientLeftHeld,
+    /// The client left before the mailbox had said anything.
+    ClientLeftUngreeted,
+    /// The client's connection failed.
+    ClientFailed,
+    /// The mailbox had ended its side, and the client made no progress.
+    ClientStalled,
+    /// Neither side said anything for the idle time-out.
+    Idle,
+    /// The mailbox cannot be reached.
+    ServerUnreachable,
+    /// The mailbox does not answer.
+    ServerSilent,
+    /// The mailbox could not be reached for as long as clients are held.
+    HoldEnded,
+    /// The mailbox left before it had said anything.
+    ServerWordless,
+    /// The mailbox's connection failed.
+    ServerFailed,
+    /// The client had ended its side, and the mailbox made no progress.
+    ServerStalled,
+    /// The mailbox's node vanished.
+    ServerVanished,
+    /// This edge is not on the tailnet.
+    NoTailnet,
+    /// The client has its share of connections.
+    ClientLimit,
+    /// As many clients are held as may be.
+    HoldFull,
+    /// The edge stops, and the connection was waiting for its client.
+    StoppedQuiet,
+    /// The edge stops, and the client was waiting for the mailbox.
+    StoppedWaiting,
+    /// The edge stops, and the drain time-out has passed.
+    StoppedCut,
+    /// An error inside the edge.
+    Internal,
+}
+
+impl EndState {
+    /// Every state, in the order the documentation lists them.
+    pub const ALL: [EndState; 22] = [
+        EndState::ClientClosed,
+        EndState::ServerClosed,
+        EndState::ClientLeftConnecting,
+        EndState::ClientLeftHeld,
+        EndState::ClientLeftUngreeted,
+        EndState::ClientFailed,
+        EndState::ClientStalled,
+        EndState::Idle,
+        EndState::ServerUnreachable,
+        EndState::ServerSilent,
+        EndState::HoldEnded,
+        EndState::ServerWordless,
+        EndState::ServerFailed,
+        EndState::ServerStalled,
+        EndState::ServerVanished,
+        EndState::NoTailnet,
+        EndState::ClientLimit,
+        EndState::HoldFull,
+        EndState::StoppedQuiet,
+        EndState::StoppedWaiting,
+        EndState::StoppedCut,
+        EndState::Internal,
+    ];
+
+    /// The two letters.
+    pub const fn code(self) -> &'static str {
+        self.entry().0
+    }
+
+    /// What it means, for people.
+    pub const fn meaning(self) -> &'static str {
+        self.entry().1
+    }
+
+    /// The label of `refused_connections`, for a client that was not let through to the mailbox
+    /// though it wanted to be.
+    pub const fn refusal(self) -> Option<&'static str> {
+        match self {
+            EndState::ServerUnreachable | EndState::ServerSilent => Some("unreachable"),
+            EndState::HoldEnded => Some("hold_ended"),
+            EndState::HoldFull => Some("hold_full"),
+            EndState::ClientLimit => Some("client_limit"),
+            EndState::NoTailnet => Some("no_tailnet"),
+            EndState::StoppedWaiting => Some("stopping"),
+            _ => None,
+        }
+    }
+
+    /// Whether our side or the mailbox has failed a client, so that the operator may want to know.
+    pub const fn is_failure(self) -> bool {
+        matches!(
+            self,
+            EndState::ServerUnreachable
+                | EndState::ServerSilent
+                | EndState::HoldEnded
+                | EndState::ServerWordless
+                | EndState::ServerFailed
+                | EndState::ServerStalled
+                | EndState::ServerVanished
+                | EndState::NoTailnet
+                | EndState::HoldFull
+                | EndState::StoppedCut
+                | EndState::Internal
+        )
+    }
+
+    const fn entry(self) -> (&'static str, &'static str) {
+        match self {
+            EndState::ClientClosed => ("C-", "the client closed first, and both sides ended in order"),
+            EndState::ServerClosed => ("S-", "the mailbox closed first, and both sides ended in order"),
+            EndState::ClientLeftConnecting => ("CC", "the client left while the mailbox was being dialled"),
+            EndState::ClientLeftHeld => ("CQ", "the client left while it was held"),
+            EndState::ClientLeftUngreeted => ("CH", "the client left before the mailbox had said a word"),
+            EndState::ClientFailed => ("CD", "the client's connection failed, most often by a reset"),
+            EndState::ClientStalled => (
+                "cL",
+                "the mailbox had ended its side, and the client made no progress for timeouts.half_close",
+            ),
+            EndState::Idle => ("cD", "neither side said a word for the listener's idle_timeout"),
+            EndState::ServerUnreachable => ("SC", "the mailbox could not be reached; the client was told"),
+            EndState::ServerSilent => {
+                ("sC", "the mailbox did not answer within timeouts.connect; the client was told")
+            }
+            EndState::HoldEnded => {
+                ("sQ", "held until its time was over without reaching the mailbox; the client was told")
+            }
+            EndState::ServerWordless => ("SH", "the mailbox left before it had said a word"),
+            EndState::ServerFailed => ("SD", "the mailbox's connection failed, most often by a reset"),
+            EndState::ServerStalled => (
+                "sL",
+                "the client had ended its side, and the mailbox made no progress for timeouts.half_close",
+            ),
+            EndState::ServerVanished => (
+                "DD",
+                "the mailbox's node did not answer for timeouts.dead_peer, so the connection was reset",
+            ),
+            EndState::NoTailnet => ("RC", "this edge was not on the tailnet; the client was told"),
+            EndState::ClientLimit => {
+                ("PC", "the client had as many connections as limits.max_connections_per_client allows")
+            }
+            EndState::HoldFull => {
+                ("PQ", "as many clients were held as limits.hold_max allows; the client was told")
+            }
+            EndState::StoppedQuiet => {
+                ("K-", "the edge was stopping, and the connection waited for its client")
+            }
+            EndState::StoppedWaiting => {
+                ("KQ", "the edge was stopping while the client waited for the mailbox; the client was told")
+            }
+            EndState::StoppedCut => {
+                ("KD", "the edge was stopping, and the connection was cut when timeouts.drain was over")
+            }
+            EndState::Internal => ("I-", "an error inside the edge; please report it with the lines before"),
+        }
+    }
+}
+
+impl fmt::Display for EndState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.code())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn codes_are_two_letters_and_differ() {
+        let codes: BTreeSet<&str> = EndState::ALL.iter().map(|state| state.code()).collect();
+        assert_eq!(codes.len(), EndState::ALL.len());
+        assert!(codes.iter().all(|code| code.len() == 2), "{codes:?}");
+        let states: BTreeSet<EndState> = EndState::ALL.into();
+        assert_eq!(states.len(), EndState::ALL.len(), "one is named twice, so another is missing");
+    }
+
+    #[test]
+    fn who_failed_the_client_shows_in_the_first_letter() {
+        for state in EndState::ALL {
+            let ours = !state.code().starts_with(['C', 'c']) && state != EndState::ClientLimit;
+            let in_order = state.code().ends_with('-') && state != EndState::Internal;
+            let stopped = state == EndState::StoppedWaiting;
+            assert_eq!(state.is_failure(), ours && !in_order && !stopped, "{state}");
+        }
+    }
+}

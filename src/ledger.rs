@@ -1,0 +1,480 @@
+//! The ledger: who is connected now, and what became of those who were.
+//!
+//! Every accepted connection is entered by [`Page::enter`] and struck out with its [`EndState`], which
+//! is one log line and one count in the metrics. In between anybody may look.
+//!
+//! Invariants
+//! - A connection is told and counted once, however it ends: one whose task is dropped, too.
+//! - Log lines about connections that came to nothing are held back when they repeat each other, and
+//!   then counted; a session in which the mailbox has heard the client always has its line.
+//! - Nothing here grows without bound: failures of a kind are one, and the last few kinds are kept.
+//!
+//! Deliberately not here: deciding how a connection ended (see `connection.rs`), and showing any of it
+//! (see `admin.rs`).
+
+mod repeats;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, sleep};
+use tracing::info;
+
+use crate::end_state::EndState;
+use crate::limits::network_of;
+use crate::metrics::{Counters, ListenerCounters};
+use crate::upstream::Server;
+pub use repeats::Repeats;
+
+/// Kinds of failures that are kept to be shown.
+const FAILURES: usize = 30;
+
+/// Between two looks for lines that were held back.
+const TELL_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Every connection of this edge.
+#[derive(Debug)]
+pub struct Ledger {
+    ids: AtomicU64,
+    open: Mutex<BTreeMap<u64, Visited>>,
+    failures: Mutex<VecDeque<Failure>>,
+    dismissed: AtomicUsize,
+    /// What is counted.
+    pub counters: Counters,
+    /// What is held back of the log.
+    pub repeats: Repeats<Kind>,
+}
+
+/// A connection and the page it is on.
+type Visited = (Arc<Entry>, Arc<Page>);
+
+/// A listener's page.
+#[derive(Debug)]
+pub struct Page {
+    ledger: Arc<Ledger>,
+    listener: Arc<str>,
+    /// All its servers, for those who have met none.
+    upstream: String,
+    counters: ListenerCounters,
+}
+
+/// A connection.
+#[derive(Debug)]
+struct Entry {
+    id: u64,
+    client: SocketAddr,
+    accepted: Instant,
+    /// Bytes to the mailbox.
+    sent: AtomicU64,
+    /// Bytes to the client.
+    received: AtomicU64,
+    stage: Mutex<Stage>,
+    struck_out: AtomicBool,
+}
+
+/// How far a connection has come.
+#[derive(Clone, Debug)]
+enum Stage {
+    Connecting,
+    Held,
+    Relaying { server: Arc<Server>, connected: Duration },
+}
+
+/// A connection as long as it lasts. When it is dropped without an end, it was cut.
+#[derive(Debug)]
+pub struct Visit {
+    page: Arc<Page>,
+    entry: Arc<Entry>,
+}
+
+/// How a connection ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// In two letters.
+    pub state: EndState,
+    /// In words, without what to do about it.
+    pub why: String,
+    /// When the mailbox's first byte came.
+    pub first_byte: Option<Instant>,
+}
+
+impl Ended {
+    /// Of a client that has as many connections as it may.
+    pub fn client_limit() -> Ended {
+        let why = "refused: this client has as many connections as max_connections_per_client allows";
+        Ended { state: EndState::ClientLimit, why: why.to_owned(), first_byte: None }
+    }
+}
+
+/// What log lines have in common that repeat each other.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Kind {
+    listener: Arc<str>,
+    state: EndState,
+    /// Whose they are, unless many have the same reason.
+    client: Option<IpAddr>,
+}
+
+/// A connection to be shown.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ConnectionView {
+    /// Its number in the log.
+    pub id: u64,
+    /// The listener's name.
+    pub listener: String,
+    /// Who connected.
+    pub client: SocketAddr,
+    /// `connecting`, `held` or `relaying`.
+    pub stage: String,
+    /// The server it goes to, once that is known.
+    pub upstream: Option<String>,
+    /// Bytes to the mailbox.
+    pub sent: u64,
+    /// Bytes to the client.
+    pub received: u64,
+    /// How long it has lasted.
+    pub seconds: u64,
+}
+
+/// Failures of a kind, to be shown.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Failure {
+    /// When the last one was.
+    pub last: Timestamp,
+    /// How many there were in a row.
+    pub count: u64,
+    /// The listener's name.
+    pub listener: String,
+    /// Where the client was to go.
+    pub upstream: String,
+    /// The last one's client.
+    pub client: SocketAddr,
+    /// In two letters.
+    pub end: String,
+    /// In words.
+    pub why: String,
+}
+
+impl Ledger {
+    /// An empty one, which tells so many lines of a kind a minute; 0 for no limit.
+    pub fn new(repeats_per_minute: u32) -> Arc<Ledger> {
+        Arc::new(Ledger {
+            ids: AtomicU64::new(1),
+            open: Mutex::default(),
+            failures: Mutex::default(),
+            dismissed: AtomicUsize::new(0),
+            counters: Counters::default(),
+            repeats: Repeats::new(repeats_per_minute),
+        })
+    }
+
+    /// A listener's page; `upstream` is where it leads, in words.
+    pub fn page(self: &Arc<Self>, listener: &str, upstream: String) -> Arc<Page> {
+        let counters = self.counters.listener(listener);
+        Arc::new(Page { ledger: Arc::clone(self), listener: listener.into(), upstream, counters })
+    }
+
+    /// The connections there are now, the oldest first.
+    pub fn connections(&self) -> Vec<ConnectionView> {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.values().map(|(entry, page)| entry.view(page)).collect()
+    }
+
+    /// How many connections have ended because the edge is stopping, and were not cut.
+    pub fn dismissed(&self) -> usize {
+        self.dismissed.load(Ordering::Relaxed)
+    }
+
+    /// The last failures, the latest first.
+    pub fn failures(&self) -> Vec<Failure> {
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+
+    /// Tells, for as long as it is not dropped, how many lines were held back.
+    pub async fn keep_telling(&self) {
+        loop {
+            sleep(TELL_INTERVAL).await;
+            self.tell_repeats(false);
+        }
+    }
+
+    /// Strikes out every connection there is, for want of time, and tells what is left to tell;
+    /// returns how many there were.
+    pub fn cut(&self) -> usize {
+        let open: Vec<Visited> =
+            self.open.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        for (entry, page) in &open {
+            page.strike_out(entry, &cut());
+        }
+        self.tell_repeats(true);
+        open.len()
+    }
+
+    fn tell_repeats(&self, all: bool) {
+        for (kind, repeats) in self.repeats.take_over(all) {
+            let Kind { listener, state: end, client } = kind;
+            let client = client.map(tracing::field::display);
+            info!(listener = &*listener, client, %end, repeats, "more connections like those before: {}", end.meaning());
+        }
+    }
+
+    fn note_failure(&self, failure: Failure) {
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_like = |old: &Failure| {
+            (&old.listener, &old.end, &old.why) == (&failure.listener, &failure.end, &failure.why)
+        };
+        let before = failures.iter().position(is_like).and_then(|at| failures.remove(at));
+        let count = failure.count + before.map_or(0, |before| before.count);
+        failures.push_front(Failure { count, ..failure });
+        failures.truncate(FAILURES);
+    }
+}
+
+fn cut() -> Ended {
+    let (state, why) = match std::thread::panicking() {
+        true => (EndState::Internal, "error inside the edge"),
+        false => (EndState::StoppedCut, "cut because the edge is stopping"),
+    };
+    Ended { state, why: why.to_owned(), first_byte: None }
+}
+
+impl Page {
+    /// Enters a connection that was just accepted.
+    pub fn enter(self: &Arc<Self>, client: SocketAddr) -> Visit {
+        let entry = Arc::new(Entry {
+            id: self.ledger.ids.fetch_add(1, Ordering::Relaxed),
+            client,
+            accepted: Instant::now(),
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            stage: Mutex::new(Stage::Connecting),
+            struck_out: AtomicBool::new(false),
+        });
+        let mut open = self.ledger.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.insert(entry.id, (Arc::clone(&entry), Arc::clone(self)));
+        Visit { page: Arc::clone(self), entry }
+    }
+
+    fn strike_out(&self, entry: &Entry, ended: &Ended) {
+        if entry.struck_out.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let ledger = &self.ledger;
+        ledger.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&entry.id);
+        if matches!(ended.state, EndState::StoppedQuiet | EndState::StoppedWaiting) {
+            ledger.dismissed.fetch_add(1, Ordering::Relaxed);
+        }
+        let first_byte = ended.first_byte.map(|at| at - entry.accepted);
+        ledger.counters.ended(&self.listener, ended.state);
+        first_byte.inspect(|after| self.counters.first_byte.observe(after.as_secs_f64()));
+        let (stage, upstream) = (entry.stage(), self.upstream_of(entry));
+        if ended.state.is_failure() {
+            ledger.note_failure(Failure {
+                last: Timestamp::now(),
+                count: 1,
+                listener: self.listener.to_string(),
+                upstream: upstream.clone(),
+                client: entry.client,
+                end: ended.state.to_string(),
+                why: ended.why.clone(),
+            });
+        }
+        let Some(repeats) = self.may_tell(entry, ended.state) else { return };
+        let connected = match stage {
+            Stage::Relaying { connected, .. } => Some(connected),
+            Stage::Connecting | Stage::Held => None,
+        };
+        info!(
+            id = entry.id,
+            listener = &*self.listener,
+            client = %entry.client,
+            %upstream,
+            sent = entry.sent.load(Ordering::Relaxed),
+            received = entry.received.load(Ordering::Relaxed),
+            connect_ms = connected.map(millis),
+            first_byte_ms = first_byte.map(millis),
+            total_ms = millis(entry.accepted.elapsed()),
+            end = %ended.state,
+            why = ended.why,
+            repeats = (repeats > 0).then_some(repeats),
+            "connection"
+        );
+    }
+
+    /// A session always has its line; what came to nothing, unless it repeats others. How many were
+    /// held back before is told with it.
+    fn may_tell(&self, entry: &Entry, state: EndState) -> Option<u64> {
+        if entry.sent.load(Ordering::Relaxed) > 0 {
+            return Some(0);
+        }
+        let of_many = Kind { listener: Arc::clone(&self.listener), state, client: None };
+        let client = (!state.is_failure()).then(|| network_of(entry.client.ip()));
+        self.ledger.repeats.may_tell(Kind { client, ..of_many.clone() }, of_many)
+    }
+
+    fn upstream_of(&self, entry: &Entry) -> String {
+        match entry.stage() {
+            Stage::Relaying { server, .. } => server.to_string(),
+            Stage::Connecting | Stage::Held => self.upstream.clone(),
+        }
+    }
+}
+
+impl Visit {
+    /// Who connected.
+    pub fn client(&self) -> SocketAddr {
+        self.entry.client
+    }
+
+    /// When.
+    pub fn accepted(&self) -> Instant {
+        self.entry.accepted
+    }
+
+    /// Notes that the client waits for a mailbox that cannot be reached.
+    pub fn held(&self) {
+        self.entry.set_stage(Stage::Held);
+    }
+
+    /// Notes that this server has the header; the dial that led there took so long.
+    pub fn relaying(&self, server: &Arc<Server>, dial: Duration) {
+        let connected = self.entry.accepted.elapsed();
+        self.page.counters.dial.observe(dial.as_secs_f64());
+        self.entry.set_stage(Stage::Relaying { server: Arc::clone(server), connected });
+    }
+
+    /// Notes bytes that have moved, to the mailbox and to the client.
+    pub fn moved(&self, sent: u64, received: u64) {
+        self.entry.sent.fetch_add(sent, Ordering::Relaxed);
+        self.entry.received.fetch_add(received, Ordering::Relaxed);
+        self.page.counters.sent.inc_by(sent);
+        self.page.counters.received.inc_by(received);
+    }
+
+    /// Strikes it out.
+    pub fn end(self, ended: &Ended) {
+        self.page.strike_out(&self.entry, ended);
+    }
+}
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        self.page.strike_out(&self.entry, &cut());
+    }
+}
+
+impl Entry {
+    fn stage(&self) -> Stage {
+        self.stage.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_stage(&self, stage: Stage) {
+        *self.stage.lock().unwrap_or_else(PoisonError::into_inner) = stage;
+    }
+
+    fn view(&self, page: &Page) -> ConnectionView {
+        let (stage, upstream) = match self.stage() {
+            Stage::Connecting => ("connecting", None),
+            Stage::Held => ("held", None),
+            Stage::Relaying { server, .. } => ("relaying", Some(server.to_string())),
+        };
+        ConnectionView {
+            id: self.id,
+            listener: page.listener.to_string(),
+            client: self.client,
+            stage: stage.to_owned(),
+            upstream,
+            sent: self.sent.load(Ordering::Relaxed),
+            received: self.received.load(Ordering::Relaxed),
+            seconds: self.accepted.elapsed().as_secs(),
+        }
+    }
+}
+
+/// Milliseconds with three digits, for people.
+fn millis(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn visit(ledger: &Arc<Ledger>, client: &str) -> Visit {
+        ledger.page("smtp", "stalwart:25".into()).enter(client.parse().unwrap())
+    }
+
+    fn ended(state: EndState) -> Ended {
+        Ended { state, why: "so it was".into(), first_byte: None }
+    }
+
+    #[tokio::test]
+    async fn a_connection_shows_until_it_ends_and_is_counted_once() {
+        let ledger = Ledger::new(0);
+        let visit = visit(&ledger, "192.0.2.7:4711");
+        visit.moved(7, 0);
+        visit.moved(0, 300);
+        visit.held();
+        let views = ledger.connections();
+        let view = views.first().expect("one");
+        assert_eq!((view.sent, view.received, &*view.stage, views.len()), (7, 300, "held", 1));
+        visit.end(&ended(EndState::HoldEnded));
+        assert_eq!(ledger.connections().len(), 0);
+        assert_eq!(ledger.counters.count("smtp", EndState::HoldEnded), 1);
+        assert_eq!(ledger.counters.count("smtp", EndState::StoppedCut), 0, "not when it is dropped, too");
+    }
+
+    #[tokio::test]
+    async fn what_is_dropped_or_cut_is_counted_too() {
+        let ledger = Ledger::new(0);
+        drop(visit(&ledger, "192.0.2.7:4711"));
+        let left = visit(&ledger, "192.0.2.7:4712");
+        assert_eq!(ledger.cut(), 1);
+        drop(left);
+        assert_eq!(ledger.counters.count("smtp", EndState::StoppedCut), 2);
+    }
+
+    #[tokio::test]
+    async fn failures_of_a_kind_are_one_and_the_latest_comes_first() {
+        let ledger = Ledger::new(0);
+        for client in 1..=5 {
+            visit(&ledger, &format!("192.0.2.{client}:25")).end(&ended(EndState::HoldEnded));
+        }
+        visit(&ledger, "192.0.2.9:25").end(&ended(EndState::ServerFailed));
+        visit(&ledger, "192.0.2.9:25").end(&ended(EndState::ClientClosed));
+        visit(&ledger, "192.0.2.6:25").end(&ended(EndState::HoldEnded));
+        let told: Vec<_> =
+            ledger.failures().iter().map(|f| (f.end.clone(), f.count, f.client.to_string())).collect();
+        let expected = [("sQ".into(), 6, "192.0.2.6:25".into()), ("SD".into(), 1, "192.0.2.9:25".into())];
+        assert_eq!(told, expected);
+        for kind in 0..100 {
+            let why = format!("reason {kind}");
+            visit(&ledger, "192.0.2.6:25").end(&Ended { why, ..ended(EndState::ServerFailed) });
+        }
+        assert_eq!(ledger.failures().len(), FAILURES);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_flood_of_one_client_leaves_the_lines_of_others() {
+        let ledger = Ledger::new(3);
+        let page = ledger.page("smtp", "stalwart:25".into());
+        let told = |client: &str, sent, state| {
+            let visit = page.enter(client.parse().unwrap());
+            visit.moved(sent, 0);
+            page.may_tell(&visit.entry, state).is_some()
+        };
+        let flood = (0..100).filter(|_| told("[2001:db8::1]:25", 0, EndState::ClientFailed)).count();
+        assert_eq!(flood, 3);
+        assert!(!told("[2001:db8::2]:25", 0, EndState::ClientFailed), "of the same /64");
+        assert!(told("[2001:db8::1]:25", 0, EndState::ClientClosed), "another kind");
+        assert!(told("192.0.2.7:25", 0, EndState::ClientFailed), "another client");
+        assert!(told("[2001:db8::1]:25", 1, EndState::ClientFailed), "a session");
+        let outage = (1..100).filter(|n| told(&format!("192.0.2.{n}:25"), 0, EndState::HoldEnded)).count();
+        assert_eq!(outage, 3, "one reason for all");
+    }
+}

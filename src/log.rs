@@ -1,0 +1,91 @@
+//! Where log lines go, and which.
+//!
+//! They go to standard error: as text, in colour on a terminal, or as JSON. `RUST_LOG` decides which
+//! where it is set, else the configuration.
+//!
+//! Invariants
+//! - A reader of the log that hangs does not stop mail: lines are written by a thread of their own, and
+//!   when too many wait the rest is lost and counted.
+//! - What is in the queue when the program ends is still written, within a second.
+//!
+//! Deliberately not here: how often a line may repeat itself (see `ledger.rs`).
+
+use std::fmt;
+use std::io::IsTerminal;
+
+use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
+
+use crate::config::{Log, LogFormat};
+
+/// Lines that may wait: about 2 MB.
+const QUEUE_LINES: usize = 8192;
+
+type Formatter = Box<dyn Layer<Registry> + Send + Sync>;
+type Filtered = tracing_subscriber::layer::Layered<reload::Layer<Formatter, Registry>, Registry>;
+
+/// The log of the process. When it is dropped what waits is written.
+pub struct Logging {
+    formatter: reload::Handle<Formatter, Registry>,
+    filter: reload::Handle<EnvFilter, Filtered>,
+    writer: NonBlocking,
+    /// Whether standard error is a terminal that wants colour.
+    colour: bool,
+    /// The content of `RUST_LOG`.
+    directives: Option<String>,
+    _worker: WorkerGuard,
+}
+
+/// Starts logging; may be done once in a process. `environment` is asked for `RUST_LOG` and `NO_COLOR`
+/// (no-color.org).
+pub fn start(settings: Log, environment: &dyn Fn(&str) -> Option<String>) -> Logging {
+    let set = |name| environment(name).filter(|value| !value.is_empty());
+    let (writer, worker) = NonBlockingBuilder::default()
+        .buffered_lines_limit(QUEUE_LINES)
+        .thread_name("log")
+        .finish(std::io::stderr());
+    let colour = std::io::stderr().is_terminal() && set("NO_COLOR").is_none();
+    let directives = set("RUST_LOG");
+    let (format, formatter) = reload::Layer::new(format(settings, &writer, colour));
+    let (choose, filter) = reload::Layer::new(choose(settings, directives.as_deref()));
+    tracing_subscriber::registry().with(format).with(choose).init();
+    Logging { formatter, filter, writer, colour, directives, _worker: worker }
+}
+
+impl fmt::Debug for Logging {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Logging").field("directives", &self.directives).finish_non_exhaustive()
+    }
+}
+
+impl Logging {
+    /// Follows a changed configuration.
+    pub fn change(&self, settings: Log) {
+        // It fails only when the subscriber is gone, and then nobody listens.
+        let _ = self.formatter.reload(format(settings, &self.writer, self.colour));
+        let _ = self.filter.reload(choose(settings, self.directives.as_deref()));
+    }
+
+    /// How many lines were lost because nobody read them.
+    pub fn lost(&self) -> ErrorCounter {
+        self.writer.error_counter()
+    }
+}
+
+fn format(settings: Log, writer: &NonBlocking, colour: bool) -> Formatter {
+    let layer = tracing_subscriber::fmt::layer().with_target(false).with_writer(writer.clone());
+    match settings.format {
+        LogFormat::Text => layer.with_ansi(colour).boxed(),
+        LogFormat::Json => {
+            layer.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed()
+        }
+    }
+}
+
+fn choose(settings: Log, directives: Option<&str>) -> EnvFilter {
+    EnvFilter::builder()
+        .with_default_directive(settings.level.into())
+        .parse_lossy(directives.unwrap_or_default())
+}
