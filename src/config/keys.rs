@@ -231,6 +231,24 @@ pub const KEYS: &[Key] = &[
         "How many must fail before a server counts as down.",
     ),
     key(
+        "log.format",
+        values::LOG_FORMAT.expected,
+        Toml(r#""text""#),
+        "How a line is written: for people, or as one JSON object.",
+    ),
+    key(
+        "log.level",
+        values::LOG_LEVEL.expected,
+        Toml(r#""info""#),
+        "How much is logged, unless `RUST_LOG` says otherwise. `debug` adds Tailscale's own lines.",
+    ),
+    key(
+        "log.repeats",
+        "a number of lines a minute (0 for no limit) from 0 to 1000000",
+        Toml("10"),
+        "Of connections that came to nothing, how many lines a minute are logged of one client, or for one reason. The rest is counted.",
+    ),
+    key(
         "admin.listen",
         values::ADMIN.expected,
         Toml(r#""127.0.0.1:9464""#),

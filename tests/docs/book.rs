@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use tailwart_edge::config::Config;
+use tailwart_edge::end_state::EndState;
 use tailwart_edge::status::Status;
 
 use crate::common::repo_root;
@@ -72,15 +73,38 @@ fn the_state_is_shown_as_it_is() {
 }
 
 #[test]
+fn every_end_state_is_on_its_page() {
+    let page = Page::read(&Path::new(BOOK).join("reference/end-states.md")).text;
+    let mut missing = Vec::new();
+    for state in EndState::ALL {
+        let failure = if state.is_failure() { "yes" } else { "" };
+        let row = format!("| `{}` | {} | {failure} |", state.code(), state.meaning());
+        if !page.contains(&row) {
+            missing.push(row);
+        }
+    }
+    assert!(missing.is_empty(), "not in reference/end-states.md:\n{}", missing.join("\n"));
+}
+
+/// The names with which a file registers metrics.
+fn metrics(file: &str) -> Vec<String> {
+    let code = fs::read_to_string(repo_root().join(file)).expect("source can be read");
+    let calls = ["register(", "register_with_unit("].into_iter().flat_map(|call| code.split(call).skip(1));
+    let name = |rest: &str| rest.trim_start().strip_prefix('"')?.split('"').next().map(str::to_owned);
+    calls.filter_map(name).collect()
+}
+
+#[test]
 fn every_metric_is_on_its_page() {
     let page = Page::read(&Path::new(BOOK).join("reference/metrics.md")).text;
-    let code = fs::read_to_string(repo_root().join("src/metrics.rs")).expect("source can be read");
-    let calls = ["register(", "register_with_unit("].into_iter().flat_map(|call| code.split(call).skip(1));
-    let names: Vec<&str> = calls
-        .filter_map(|rest| rest.trim_start().strip_prefix('"').and_then(|rest| rest.split('"').next()))
-        .collect();
-    assert!(names.len() >= 5, "only {names:?}");
-    for name in names {
-        assert!(page.contains(&format!("`tailwart_edge_{name}")), "{name} is not in reference/metrics.md");
+    for (file, prefix) in [("src/metrics.rs", "tailwart_edge_"), ("src/metrics/process.rs", "process_")] {
+        let names = metrics(file);
+        assert!(names.len() >= 5, "{file}: only {names:?}");
+        for name in names {
+            assert!(
+                page.contains(&format!("`{prefix}{name}")),
+                "{prefix}{name} is not in reference/metrics.md"
+            );
+        }
     }
 }

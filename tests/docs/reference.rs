@@ -26,6 +26,7 @@ const TABLES: &[(&str, &str)] = &[
     ("timeouts", "How long things may take."),
     ("limits", "How many connections are taken."),
     ("probe", "How the mailbox is watched."),
+    ("log", "What is logged, to standard error, and how."),
     ("admin", "Health, state and metrics over HTTP; see [HTTP endpoints](http.md)."),
 ];
 
