@@ -28,7 +28,8 @@ use crate::pages::{self, Block};
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// The variables that the samples of configurations use.
-const VARIABLES: [(&str, &str); 2] = [("STALWART_MAGIC_NAME", "stalwart"), ("TS_TAILNET", "tail1234.ts.net")];
+const VARIABLES: [(&str, &str); 3] =
+    [("STALWART_MAGIC_NAME", "stalwart"), ("TS_TAILNET", "tail1234.ts.net"), ("EDGE", "2")];
 
 /// How many blocks of each kind there must be, or the test looks in the wrong place.
 const AT_LEAST: [(&str, usize); 12] = [

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use tailwart_edge::config::Config;
+use tailwart_edge::config::{Config, KEYS};
 use tailwart_edge::end_state::EndState;
 use tailwart_edge::status::Status;
 
@@ -107,4 +107,27 @@ fn every_metric_is_on_its_page() {
             );
         }
     }
+}
+
+#[test]
+fn every_key_that_is_named_exists() {
+    let tables: BTreeSet<&str> = KEYS.iter().filter_map(|key| Some(key.path.split_once('.')?.0)).collect();
+    let is_word = |text: &str| text.chars().all(|c| c.is_ascii_lowercase() || c == '_');
+    let (mut seen, mut wrong) = (0, Vec::new());
+    for page in pages::all() {
+        for code in page.inline_code() {
+            // `timeouts.hold`, also with what it is set to.
+            let name = code.split(" = ").next().unwrap_or_default();
+            let Some((table, key)) = name.split_once('.') else { continue };
+            if !tables.contains(table) || !is_word(key) || ["rs", "go", "toml", "md"].contains(&key) {
+                continue;
+            }
+            seen += 1;
+            if !KEYS.iter().any(|key| key.path == name) {
+                wrong.push(format!("{}: {name}", page.name()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "no such key:\n{}", wrong.join("\n"));
+    assert!(seen >= 80, "only {seen}");
 }
