@@ -86,9 +86,9 @@ book: ## the book, in target/book (cargo install mdbook)
 	$(call step,book)
 	@mdbook --version 2>/dev/null | grep -qxF 'mdbook v$(MDBOOK)' || \
 		{ echo 'needs mdBook $(MDBOOK): $(CARGO) install --locked mdbook@$(MDBOOK)'; exit 1; }
-	@mdbook build docs 2>&1 | tee target/book.log
-	@! grep -E 'WARN|ERROR' target/book.log
-	@test -f target/book/index.html
+	@mkdir -p target
+	@mdbook build docs 2>target/book.log; status=$$?; cat target/book.log; \
+		[ "$$status" -eq 0 ] && ! grep -qE 'WARN|ERROR' target/book.log
 
 release: ## dist/tailwart-edge, one static file (TARGET=aarch64-unknown-linux-gnu for ARM)
 	$(call step,release for $(TARGET))
