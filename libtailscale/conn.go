@@ -25,7 +25,7 @@ var (
 var conns table[conn]
 
 // wake tells C that the connection of a token became ready. It is set once,
-// by tailscale_set_wake (or by a test), before the first connection.
+// by tailscale_set_wake (or by a test), before the first connection or listener.
 var wake = func(token uintptr, ready uint32) {}
 
 // conn is one TCP connection on the node's network stack, offered as
@@ -35,8 +35,8 @@ var wake = func(token uintptr, ready uint32) {}
 // any time, also from within a call; notify therefore takes no lock of ours.
 type conn struct {
 	ep    tcpip.Endpoint
-	queue waiter.Queue
-	entry waiter.Entry // registered on queue from open to close
+	queue *waiter.Queue
+	entry waiter.Entry // registered on queue from open or accept to close
 	token uintptr
 
 	mu sync.Mutex

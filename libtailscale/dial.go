@@ -8,6 +8,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/netmap"
 )
@@ -55,8 +56,8 @@ func (n *node) connect(source netip.Addr, to netip.AddrPort, token uintptr) (*co
 	if to.Addr().Is6() {
 		protocol = ipv6.ProtocolNumber
 	}
-	c := &conn{token: token}
-	ep, terr := n.stack.NewEndpoint(tcp.ProtocolNumber, protocol, &c.queue)
+	c := &conn{queue: new(waiter.Queue), token: token}
+	ep, terr := n.stack.NewEndpoint(tcp.ProtocolNumber, protocol, c.queue)
 	if terr != nil {
 		return nil, codeOf(terr)
 	}

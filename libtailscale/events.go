@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -41,6 +42,9 @@ type status struct {
 	NetworkChanges int64  `json:"network_changes"`
 	WakeUps        int64  `json:"wake_ups"`
 	Unsaved        string `json:"unsaved"`
+	ControlError   string `json:"control_error"` // since it was last heard
+	HomeRegion     string `json:"home_region"`   // the code of the home relay's
+	HomeRegionID   int    `json:"home_region_id"`
 }
 
 // lookInterval is how late what the bus does not tell may be. Losing the
@@ -52,6 +56,9 @@ const lookInterval = time.Second
 // saveInterval is between two attempts to save an identity that could not be
 // saved when it changed.
 const saveInterval = 10 * time.Second
+
+// askInterval is between two looks at a control server that is not heard.
+const askInterval = 5 * time.Second
 
 // follow keeps self up to date and passes status lines on until the node
 // closes.
@@ -68,6 +75,9 @@ func (n *node) follow() {
 	defer look.Stop()
 	save := time.NewTicker(saveInterval)
 	defer save.Stop()
+	ask := time.NewTicker(askInterval)
+	defer ask.Stop()
+	n.askWhy()
 	for {
 		select {
 		case <-changed:
@@ -76,6 +86,8 @@ func (n *node) follow() {
 			if n.state != nil {
 				n.state.retry()
 			}
+		case <-ask.C:
+			n.askWhy()
 		case <-n.ctx.Done():
 			return
 		}
@@ -103,6 +115,31 @@ func (n *node) leaveControl() {
 	}
 }
 
+// askWhy finds out, in the background, why the control server is not heard: the
+// backend's own attempts may take minutes to fail, and then name the last step only.
+func (n *node) askWhy() {
+	switch n.backend.State() {
+	case ipn.NeedsLogin, ipn.NeedsMachineAuth, ipn.Stopped:
+		return // it has answered
+	}
+	heard := n.server.Sys().HealthTracker.Get().GetInPollNetMap
+	if n.removed.Load() || heard() || !n.asking.CompareAndSwap(false, true) {
+		return
+	}
+	n.pending.Go(func() { // follow is counted in pending, so close is not done waiting
+		defer n.asking.Store(false)
+		ctx, cancel := context.WithTimeout(n.ctx, probeLimit)
+		defer cancel()
+		err := n.probeControl(ctx)
+		if err == nil || heard() {
+			n.controlProbed.Store(nil)
+			return
+		}
+		reason := n.harmless(err.Error())
+		n.controlProbed.Store(&reason)
+	})
+}
+
 // watch tells about every change on the bus. The bus cuts off a slow watcher,
 // and health changes come on it too, so the watch is renewed whenever it ends.
 func (n *node) watch(changed chan<- struct{}) {
@@ -123,7 +160,8 @@ func (n *node) watch(changed chan<- struct{}) {
 
 // log passes a line on and learns from it what the backend tells nobody else.
 //
-// That the control server has removed this node: it answers the request for a
+// Why the control server cannot be reached, or refuses (noteControlError). That
+// it has removed this node: it answers the request for a
 // map with 404 then (tailscale/tailscale#12032), which the backend takes for an
 // outage (control/controlclient/direct.go, PollNetMap; ipn/ipnlocal/local.go,
 // setControlClientStatusLocked). And that this node is ephemeral and could not
@@ -131,14 +169,24 @@ func (n *node) watch(changed chan<- struct{}) {
 func (n *node) log(format string, args ...any) {
 	switch {
 	case format == "Received error: %v" && len(args) == 1:
-		if err, ok := args[0].(error); ok && strings.Contains(err.Error(), "initial fetch failed 404: node not found") {
-			n.removed.Store(true)
-			n.rejections.Add(1)
+		if err, ok := args[0].(error); ok {
+			n.noteControlError(err)
 		}
 	case strings.HasPrefix(format, "failed to log out ephemeral node"):
 		n.staysListed.Store(true)
 	}
 	n.logs.printf("%s", n.redact(fmt.Sprintf(format, args...)))
+}
+
+// noteControlError keeps why the control server could not be talked to. The
+// backend tells it nobody else, or only minutes later.
+func (n *node) noteControlError(err error) {
+	if strings.Contains(err.Error(), "initial fetch failed 404: node not found") {
+		n.removed.Store(true)
+		n.rejections.Add(1)
+	}
+	reason := n.harmless(err.Error())
+	n.controlSaid.Store(&reason)
 }
 
 func (n *node) networkChanged(delta *netmon.ChangeDelta) {
@@ -207,6 +255,8 @@ func (n *node) statusOf(current *ipnstate.Status) status {
 	health := n.server.Sys().HealthTracker.Get()
 	if health.GetInPollNetMap() {
 		n.removed.Store(false) // it is there again, or a new node has its place
+		n.controlSaid.Store(nil)
+		n.controlProbed.Store(nil)
 	}
 	s := status{
 		State:          current.BackendState,
@@ -219,6 +269,9 @@ func (n *node) statusOf(current *ipnstate.Status) status {
 		NetworkChanges: n.networkChanges.Load(),
 		WakeUps:        n.wakeUps.Load(),
 	}
+	if reason := cmp.Or(n.controlProbed.Load(), n.controlSaid.Load()); reason != nil {
+		s.ControlError = *reason
+	}
 	if n.state != nil {
 		if err := n.state.unsaved(); err != nil {
 			s.Unsaved = n.harmless(err.Error())
@@ -228,12 +281,25 @@ func (n *node) statusOf(current *ipnstate.Status) status {
 		s.Name = trimDot(self.DNSName)
 		s.IPs = self.TailscaleIPs
 		s.InMapPoll = self.Online
+		s.HomeRegion, s.HomeRegionID = self.Relay, n.regionID(self.Relay)
 		s.KeyExpiry = self.KeyExpiry
 		if self.Tags != nil {
 			s.Tags = self.Tags.AsSlice()
 		}
 	}
 	return s
+}
+
+// regionID is the number of a relay region, 0 if there is none of that code.
+func (n *node) regionID(code string) int {
+	if relays := n.backend.DERPMap(); relays != nil && code != "" {
+		for id, region := range relays.Regions {
+			if region.RegionCode == code {
+				return id
+			}
+		}
+	}
+	return 0
 }
 
 // webAddress is what may be shown to a person to be opened, or empty.

@@ -329,7 +329,17 @@ func TsGetIPs(sd C.int, buf *C.char, buflen C.size_t) (ret C.int) {
 }
 
 //export TsStatus
-func TsStatus(sd C.int, buf *C.char, buflen C.size_t) (ret C.int) {
+func TsStatus(sd C.int, buf *C.char, buflen C.size_t) C.int {
+	return writeJSON(sd, buf, buflen, (*node).statusLine)
+}
+
+//export TsFigures
+func TsFigures(sd C.int, buf *C.char, buflen C.size_t) C.int {
+	return writeJSON(sd, buf, buflen, func(n *node) ([]byte, error) { return json.Marshal(n.figures()) })
+}
+
+// writeJSON gives C what a node that is started says of itself.
+func writeJSON(sd C.int, buf *C.char, buflen C.size_t, say func(*node) ([]byte, error)) (ret C.int) {
 	defer guard(&ret)
 	n := nodeOf(sd)
 	if n == nil {
@@ -339,7 +349,7 @@ func TsStatus(sd C.int, buf *C.char, buflen C.size_t) (ret C.int) {
 		return C.int(codeNotRunning)
 	}
 	defer n.pending.Done()
-	line, err := n.statusLine()
+	line, err := say(n)
 	if err != nil {
 		return result(n.report(codeError, err))
 	}
@@ -435,6 +445,57 @@ func TsConnOpen(sd C.int, host *C.char, port C.uint16_t, token C.uintptr_t, out 
 		return result(err)
 	}
 	*out = C.uint64_t(conns.add(c))
+	return 0
+}
+
+//export TsListen
+func TsListen(sd C.int, port C.uint16_t, backlog C.int, token C.uintptr_t, out *C.uint64_t) (ret C.int) {
+	defer guard(&ret)
+	n := nodeOf(sd)
+	if n == nil {
+		return C.int(codeBadHandle)
+	}
+	if port == 0 || backlog < 1 || out == nil {
+		return C.int(codeBadArgument)
+	}
+	if !n.isStarted() || !n.begin() {
+		return C.int(codeNotRunning)
+	}
+	defer n.pending.Done()
+	l, err := n.listen(uint16(port), int(backlog), uintptr(token))
+	if err != nil {
+		return result(err)
+	}
+	*out = C.uint64_t(listeners.add(l))
+	return 0
+}
+
+//export TsAccept
+func TsAccept(h C.uint64_t, token C.uintptr_t, out *C.uint64_t) (ret C.int) {
+	defer guard(&ret)
+	l := listeners.get(uint64(h))
+	if l == nil {
+		return C.int(codeBadHandle)
+	}
+	if out == nil {
+		return C.int(codeBadArgument)
+	}
+	c, err := l.accept(uintptr(token))
+	if err != nil {
+		return result(err)
+	}
+	*out = C.uint64_t(conns.add(c))
+	return 0
+}
+
+//export TsListenerClose
+func TsListenerClose(h C.uint64_t) (ret C.int) {
+	defer guard(&ret)
+	l := listeners.remove(uint64(h))
+	if l == nil {
+		return C.int(codeBadHandle)
+	}
+	l.end()
 	return 0
 }
 

@@ -6,8 +6,8 @@ import "sync"
 // so one that was removed never names the object that later took the slot's
 // place. The zero handle is never given out.
 //
-// It knows nothing of what it holds: dialled connections today, accepted ones
-// when they come.
+// It knows nothing of what it holds: connections, dialled or accepted, and
+// listeners.
 type table[T any] struct {
 	mu    sync.RWMutex
 	slots []slot[T]

@@ -3,8 +3,8 @@
 // contract; README.md says what matches upstream libtailscale and what not.
 //
 // export.go and tailscale.c are the C side. node.go, join.go, credential.go,
-// probe.go and events.go are a node's life; dial.go and conn.go its
-// connections. Nothing here ever uses the host's resolver or network on behalf
+// probe.go, events.go and figures.go are a node's life; dial.go, listen.go and
+// conn.go its connections. Nothing here ever uses the host's resolver or network on behalf
 // of a connection.
 package main
 
@@ -135,24 +135,31 @@ type node struct {
 	stack   *stack.Stack
 
 	// What the backend knows and does not tell; see events.go.
-	removed        atomic.Bool  // the control server has no such node
-	rejections     atomic.Int64 // how often it said so
-	staysListed    atomic.Bool  // this ephemeral node could not be logged out
-	needsLogUpload atomic.Bool  // the tailnet refuses nodes without it
-	networkChanges atomic.Int64 // major ones of this machine's network
-	wakeUps        atomic.Int64 // of this machine, from sleep
+	removed        atomic.Bool            // the control server has no such node
+	rejections     atomic.Int64           // how often it said so
+	staysListed    atomic.Bool            // this ephemeral node could not be logged out
+	needsLogUpload atomic.Bool            // the tailnet refuses nodes without it
+	controlSaid    atomic.Pointer[string] // the backend's last error with the control server
+	controlProbed  atomic.Pointer[string] // why probeControl failed the last time
+	asking         atomic.Bool            // while it is at work
+	networkChanges atomic.Int64           // major ones of this machine's network
+	wakeUps        atomic.Int64           // of this machine, from sleep
 
 	// self is set while the node is running.
-	selfMu sync.Mutex // held to change self and held
-	self   atomic.Pointer[addresses]
-	held   addresses // those that connections may have been made from
-	known  sync.Map  // name -> netip.Addr last seen in the map
+	selfMu    sync.Mutex // held to change self and held
+	self      atomic.Pointer[addresses]
+	held      addresses // those that connections may have been made from
+	known     sync.Map  // name -> netip.Addr last seen in the map
+	listenMu  sync.Mutex
+	listening map[uint16]*listener // by port
+
 	// pending counts calls and goroutines in progress that close must wait for.
 	pending sync.WaitGroup
 }
 
 func newNode() *node {
-	n := &node{server: new(tsnet.Server), logs: &logPipe{fd: -1}, joining: make(chan struct{}, 1)}
+	n := &node{server: new(tsnet.Server), logs: &logPipe{fd: -1}, joining: make(chan struct{}, 1),
+		listening: make(map[uint16]*listener)}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	n.server.Logf = n.log
 	n.server.UserLogf = n.log
@@ -349,7 +356,8 @@ func (n *node) close() (failed error) {
 	n.mu.Unlock()
 
 	n.cancel()
-	n.pending.Wait() // nobody opens a connection or sets self any more
+	n.pending.Wait() // nobody opens a connection, listens or sets self any more
+	n.endListeners()
 	n.self.Store(nil)
 	if started {
 		n.flush()

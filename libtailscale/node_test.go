@@ -14,11 +14,12 @@ import (
 
 	"libtailscale/testnet"
 
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"tailscale.com/ipn"
 	"tailscale.com/tsnet"
 )
 
-// What reachInside takes from tsnet must be there, by name and type.
+// What reachInside takes from tsnet, and unwrap from gonet, must be there, by name and type.
 func TestUnexportedFields(t *testing.T) {
 	_, err := field[int](new(tsnet.Server), "lb")
 	if err == nil || !strings.Contains(err.Error(), "ipnlocal.LocalBackend") {
@@ -28,7 +29,15 @@ func TestUnexportedFields(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "no field nothing") {
 		t.Fatalf("a missing field: %v", err)
 	}
-	// Their values are used by every other test.
+	_, err = field[int](new(gonet.TCPConn), "ep")
+	if err == nil || !strings.Contains(err.Error(), "tcpip.Endpoint") {
+		t.Fatalf("gonet.TCPConn.ep: %v", err)
+	}
+	_, err = field[int](new(gonet.TCPConn), "wq")
+	if err == nil || !strings.Contains(err.Error(), "waiter.Queue") {
+		t.Fatalf("gonet.TCPConn.wq: %v", err)
+	}
+	// Their values are used by other tests.
 }
 
 func TestUpWithoutAKey(t *testing.T) {

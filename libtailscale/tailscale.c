@@ -30,6 +30,7 @@ int tailscale_up(tailscale sd) { return TsUp(sd); }
 int tailscale_close(tailscale sd) { return TsClose(sd); }
 int tailscale_getips(tailscale sd, char* buf, size_t len) { return TsGetIPs(sd, buf, len); }
 int tailscale_status(tailscale sd, char* buf, size_t len) { return TsStatus(sd, buf, len); }
+int tailscale_figures(tailscale sd, char* buf, size_t len) { return TsFigures(sd, buf, len); }
 int tailscale_errmsg(tailscale sd, char* buf, size_t len) { return TsErrmsg(sd, buf, len); }
 int tailscale_abort_peer(tailscale sd, const char* ip) {
     return TsAbortPeer(sd, (char*)ip);
@@ -41,6 +42,14 @@ int tailscale_ping(tailscale sd, const char* host, int64_t ms, char* buf, size_t
 int tailscale_conn_open(tailscale sd, const char* host, uint16_t port, uintptr_t token, tailscale_conn* out) {
     return TsConnOpen(sd, (char*)host, port, token, out);
 }
+int tailscale_listen(tailscale sd, uint16_t port, int backlog, uintptr_t token, tailscale_listener* out) {
+    return TsListen(sd, port, backlog, token, out);
+}
+int tailscale_accept(tailscale_listener listener, uintptr_t token, tailscale_conn* out) {
+    return TsAccept(listener, token, out);
+}
+int tailscale_listener_close(tailscale_listener listener) { return TsListenerClose(listener); }
+
 int tailscale_conn_state(tailscale_conn conn) { return TsConnState(conn); }
 ptrdiff_t tailscale_conn_read(tailscale_conn conn, void* buf, size_t len) { return TsConnRead(conn, buf, len); }
 ptrdiff_t tailscale_conn_write(tailscale_conn conn, const void* buf, size_t len) {

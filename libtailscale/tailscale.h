@@ -1,8 +1,9 @@
 // The C contract of libtailscale: a tailnet node inside this process, and
 // TCP connections from it to peers of the tailnet.
 //
-// Two kinds of handle exist. A `tailscale` is a node; a `tailscale_conn` is
-// one TCP connection of a node. Neither is ever reused for another object, so
+// Three kinds of handle exist. A `tailscale` is a node; a `tailscale_conn` is
+// one TCP connection of a node, a `tailscale_listener` a port at which it takes
+// connections. None is ever reused for another object, so
 // a stale handle is answered with TAILSCALE_BAD_HANDLE and cannot touch a
 // stranger's connection.
 //
@@ -18,8 +19,8 @@
 //   - Strings passed in are NUL-terminated UTF-8 and copied before the call
 //     returns. Buffers passed in are not kept after the call returns.
 //   - Threads: node calls may be made from any thread at any time, also
-//     concurrently. Calls on one connection must not overlap each other;
-//     different connections are independent.
+//     concurrently. Calls on one connection or listener must not overlap each
+//     other; different ones are independent.
 //   - A Go panic behind a call becomes TAILSCALE_PANIC; it does not unwind
 //     into the caller.
 //   - Nothing is ever sent on the host's network on behalf of a connection:
@@ -38,9 +39,13 @@ extern "C" {
 // A node. Valid from tailscale_new until tailscale_close.
 typedef int tailscale;
 
-// A connection. Valid from tailscale_conn_open until tailscale_conn_close.
-// Zero is never a valid handle.
+// A connection. Valid from tailscale_conn_open or tailscale_accept until
+// tailscale_conn_close. Zero is never a valid handle.
 typedef uint64_t tailscale_conn;
+
+// A listener. Valid from tailscale_listen until tailscale_listener_close. Zero is
+// never a valid handle.
+typedef uint64_t tailscale_listener;
 
 // Why a call failed. The numbers are stable.
 enum tailscale_code {
@@ -136,12 +141,12 @@ void tailscale_forget_environment(void);
 // tailscale_start, and when tailscale_forget_environment may be called.
 void tailscale_set_log_upload(int on);
 
-// Sets the one function that is called when a connection became ready.
-// `token` is what tailscale_conn_open was given, `ready` a set of
+// Sets the one function that is called when a connection or listener became ready.
+// `token` is what tailscale_conn_open, tailscale_accept or tailscale_listen was given, `ready` a set of
 // tailscale_ready bits. It may be called from any thread, concurrently, under
 // locks of the network stack and during a call on the same connection: it
 // must not block and must not call back into this library. Set it once,
-// before the first tailscale_conn_open.
+// before the first of those.
 void tailscale_set_wake(void (*wake)(uintptr_t token, uint32_t ready));
 
 // The version of Tailscale that is linked in, such as "1.102.5". Static.
@@ -183,14 +188,17 @@ int tailscale_set_logfd(tailscale sd, int fd);
 //    "tags":["tag:reverse-proxy"],"in_map_poll":true,
 //    "key_expiry":"2027-01-01T00:00:00Z","login_url":"","health":[],
 //    "enrolled":true,"removed":false,"needs_log_upload":false,"relay":"",
-//    "network_changes":0,"wake_ups":0,"unsaved":""}
+//    "network_changes":0,"wake_ups":0,"unsaved":"","control_error":"",
+//    "home_region":"fra","home_region_id":4}
 // "enrolled" is that the node holds a key, good or not; "removed" that the
 // control server knows no such node; "needs_log_upload" that the tailnet has
 // stopped the node for the lack of it; "relay" says what is wrong with the
 // relays, empty when nothing is; the next two count what happened to this
 // machine since the start; "unsaved" is why the identity could not be saved,
-// which is tried again. Texts that come from elsewhere are in one line, without
-// control characters and keys.
+// which is tried again; "control_error" why the control server could not be reached,
+// or what it answered, the last time since it was heard; the last two the region of
+// the node's home relay, empty and 0 without one. Texts that come from elsewhere are
+// in one line, without control characters and keys.
 int tailscale_set_eventfd(tailscale sd, int fd);
 
 // What the node may enrol with. Used only when the control server asks for a
@@ -252,6 +260,16 @@ int tailscale_getips(tailscale sd, char* buf, size_t buflen);
 // small. (Not in upstream.)
 int tailscale_status(tailscale sd, char* buf, size_t buflen);
 
+// Writes what the library costs at this moment, as a JSON object, NUL-terminated:
+//   {"goroutines":80,"heap_in_use_bytes":9000000,"heap_idle_bytes":3000000,
+//    "heap_released_bytes":2000000,"gc_count":12,"gc_pause_seconds":0.002,
+//    "gomaxprocs":2,"endpoints":4,"handles":3}
+// The heap and the rest up to "gomaxprocs" are Go's, for all nodes of the process;
+// "endpoints" are the TCP endpoints of this node's stack, of which some outlive
+// their handle; "handles" is tailscale_conn_count. It takes microseconds and does
+// not stop Go's threads. Returns as tailscale_status. (Not in upstream.)
+int tailscale_figures(tailscale sd, char* buf, size_t buflen);
+
 // Writes the text of the last failed node call, NUL-terminated. Zero, EBADF,
 // or ERANGE when it was cut to fit (upstream's contract). It is the last
 // failure of any thread: callers that share a node see each other's.
@@ -288,6 +306,29 @@ int tailscale_abort_peer(tailscale sd, const char* ip);
 // tailscale_conn_close returns.
 int tailscale_conn_open(tailscale sd, const char* host, uint16_t port,
                         uintptr_t token, tailscale_conn* conn_out);
+
+// Takes connections from peers to `port` (1 to 65535) of the node's own addresses.
+// Who may connect is a matter of the tailnet's policy. At most `backlog` of them
+// (at least 1) wait to be accepted; more are refused. The token is given to the
+// wake function, with TAILSCALE_READABLE, when one has come and when the node is
+// closed, until tailscale_listener_close returns. The listener stays when the node
+// loses its place on the tailnet and gets another. Zero,
+// TAILSCALE_BAD_STATE when the node listens on that port already, or
+// TAILSCALE_NOT_RUNNING before the start and after the close.
+int tailscale_listen(tailscale sd, uint16_t port, int backlog, uintptr_t token,
+                     tailscale_listener* listener_out);
+
+// Takes a connection. On success the handle is written; it is as one of
+// tailscale_conn_open that is connected, and `token` is its own.
+// TAILSCALE_WOULD_BLOCK when there is none, TAILSCALE_NOT_RUNNING when there will
+// be none because the node was closed.
+int tailscale_accept(tailscale_listener listener, uintptr_t token,
+                     tailscale_conn* conn_out);
+
+// Gives the handle back and resets the connections that were not accepted. When it
+// returns, the token will not be used again and may be freed; it may be called after
+// the node was closed.
+int tailscale_listener_close(tailscale_listener listener);
 
 // Zero when connected, TAILSCALE_WOULD_BLOCK while connecting, or the code of
 // the failure.

@@ -73,6 +73,9 @@ pub struct Config {
     /// `[admin] listen`: where health is served; `None` for `"off"`. Default:
     /// `127.0.0.1:9464`.
     pub admin: Option<SocketAddr>,
+    /// `[admin] tailnet_port`: the port of the node's tailnet addresses where peers are told the same,
+    /// if the tailnet's policy lets them. Default: `None`, not at all.
+    pub admin_tailnet_port: Option<u16>,
     /// What is allowed but probably not meant, one sentence each, to be logged at start and printed
     /// by `check`.
     pub warnings: Vec<String>,

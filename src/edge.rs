@@ -18,6 +18,7 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info, warn};
@@ -50,6 +51,9 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 /// enough for WireGuard to repeat a handshake, after 5 to 5.4 seconds. A silent one
 /// takes up to two more.
 const GREETING_LIMIT: Duration = Duration::from_secs(7);
+
+/// Between two reloads: a storm of signals becomes a few of them.
+const RELOAD_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Why the edge could not run; [`RunError::exit_code`] tells scripts.
 #[derive(Debug, Error)]
@@ -95,7 +99,7 @@ pub struct Start {
     /// The descriptors that came with it.
     pub handed: Vec<Handed>,
     /// Where its log lines go.
-    pub logging: Logging,
+    pub logging: Arc<Logging>,
 }
 
 /// Runs the edge until a signal stops it. `Ok` is an orderly stop, also when
@@ -128,7 +132,8 @@ pub async fn run(start: Start) -> Result<(), RunError> {
     let hosts = upstream_hosts(&config);
     let parts = Parts { node: Arc::clone(&node), admin, board: board_sender, ledger, logging };
     let mut serving = Serving::new(config, sockets, opened, parts);
-    let mut edge = Edge { serving: &mut serving, source, supervisor: Arc::new(supervisor), membership };
+    let (supervisor, next_reload) = (Arc::new(supervisor), Instant::now());
+    let mut edge = Edge { serving: &mut serving, source, supervisor, membership, next_reload };
     let outcome = edge.serve(hosts, &mut signals).await;
     close(&node, &mut signals).await;
     outcome.map_err(RunError::Join)
@@ -152,6 +157,8 @@ struct Edge<'a> {
     source: Source,
     supervisor: Arc<Supervisor>,
     membership: Arc<Membership>,
+    /// Not before.
+    next_reload: Instant,
 }
 
 impl Edge<'_> {
@@ -216,10 +223,15 @@ impl Edge<'_> {
         if is_ready {
             self.supervisor.reloading();
         }
+        let load = async {
+            sleep_until(self.next_reload).await;
+            self.source.load_again().await
+        };
         let loaded = tokio::select! {
-            loaded = self.source.load_again() => loaded,
+            loaded = load => loaded,
             signal = signals.stop() => return Some(signal),
         };
+        self.next_reload = Instant::now() + RELOAD_INTERVAL;
         match self.put_in_force(loaded).await {
             Ok(()) => self.serving.store(&self.supervisor),
             Err(problem) => {
@@ -264,7 +276,7 @@ async fn greet_upstream(node: Arc<Node>, host: String) {
     match node.ping(&host, GREETING_LIMIT).await {
         Ok(report) if report.answered => {
             let latency_ms = (report.latency_ms * 1e3).round() / 1e3;
-            info!(upstream = host, ip = %report.ip, path = report.path(), latency_ms, "upstream reached");
+            info!(upstream = host, ip = %report.ip, path = report.route().to_string(), latency_ms, "upstream reached");
         }
         Ok(report) => {
             warn!(upstream = host, ip = %report.ip, online = report.online, "upstream does not answer a ping; check that it is running");

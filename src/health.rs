@@ -8,6 +8,8 @@
 //! - That this edge is off the tailnet or has no network is nobody's fault there: such a probe
 //!   counts for nothing.
 //!
+//! What they find is judged here too: whether any listener can serve its clients ([`Board::judge`]).
+//!
 //! Deliberately not here: what a probe does (see `probe.rs`), and what clients get meanwhile (see
 //! `upstream.rs`: a server that is down is tried last).
 
@@ -17,7 +19,7 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
@@ -26,7 +28,7 @@ use crate::connection::Service;
 use crate::probe::{Certificate, Finding, ProbeError, Target, probe};
 use crate::tailnet::ConnectError;
 use crate::trust;
-use crate::upstream::{Dial, Server, Silence};
+use crate::upstream::{Dial, Server, Silence, UpstreamError};
 
 /// How long one probe may take. Mail servers make strangers wait for their greeting, some for 20
 /// seconds.
@@ -41,6 +43,9 @@ const FAST: Duration = Duration::from_secs(2);
 /// A certificate that ends sooner than this has not been renewed when it should have been: Let's
 /// Encrypt's clients renew 30 days before the end.
 const RENEWAL_DUE: SignedDuration = SignedDuration::from_hours(14 * 24);
+
+/// What is told before the first probe has ended.
+pub const NOT_REACHED_YET: &str = "the mailbox was not reached yet";
 
 /// Whether a server is well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -186,11 +191,79 @@ impl Monitor {
     }
 }
 
+/// A listener and what is known of the servers that it needs.
+#[derive(Debug)]
+pub struct Outlook {
+    listener: String,
+    is_mail: bool,
+    /// One for each server; empty when nothing is probed.
+    monitors: Vec<Arc<Monitor>>,
+    /// Why no server could be reached at the last attempt.
+    away: watch::Receiver<Option<UpstreamError>>,
+}
+
+/// Whether a listener can serve its clients.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    Yes,
+    /// No server is known to be up, and not all are known to be down.
+    NotYetKnown,
+    /// Why not.
+    No(String),
+}
+
+impl Outlook {
+    /// Of a listener's service, of all that is probed.
+    pub fn new<D: Dial>(service: &Service<D>, probed: &[Arc<Monitor>]) -> Outlook {
+        let monitors = probed.iter().filter(|monitor| monitor.listener == service.name);
+        Outlook {
+            listener: service.name.clone(),
+            is_mail: service.protocol.is_mail(),
+            monitors: monitors.cloned().collect(),
+            away: service.upstream.watch_away(),
+        }
+    }
+
+    fn verdict(&self) -> Verdict {
+        if self.monitors.is_empty() {
+            return match &*self.away.borrow() {
+                Some(error) => Verdict::No(error.to_string()),
+                None => Verdict::Yes,
+            };
+        }
+        let seen: Vec<(&Monitor, Seen)> =
+            self.monitors.iter().map(|monitor| (&**monitor, monitor.seen())).collect();
+        let is_any = |state| seen.iter().any(|(_, seen)| seen.state == state);
+        if is_any(State::Up) {
+            return Verdict::Yes;
+        }
+        if is_any(State::Unknown) {
+            return Verdict::NotYetKnown;
+        }
+        let problems = seen.iter().map(|(monitor, seen)| {
+            let problem = seen.problem.as_deref().unwrap_or("it is well again, and has yet to prove it");
+            format!("{}: {problem}", monitor.upstream)
+        });
+        Verdict::No(problems.collect::<Vec<_>>().join("; "))
+    }
+}
+
+/// What speaks against sending clients here.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Judgement {
+    /// Why nobody should be sent; empty when clients can be served.
+    pub reasons: Vec<String>,
+    /// What is wrong besides.
+    pub warnings: Vec<String>,
+}
+
 /// Every server that is probed, and how many clients wait for one.
 #[derive(Debug)]
 pub struct Board {
     /// One for each listener and server.
     pub monitors: Vec<Arc<Monitor>>,
+    /// One for each listener.
+    pub outlooks: Vec<Outlook>,
     /// The permits to hold a client.
     pub places: Arc<Semaphore>,
     /// How many of them there are.
@@ -202,6 +275,30 @@ impl Board {
     pub fn held(&self) -> usize {
         self.hold_max.saturating_sub(self.places.available_permits())
     }
+
+    /// Whether mail can be passed on: as long as one mail listener has a server that answers, what is
+    /// wrong with others is a warning. Without a mail listener, all listeners count.
+    pub fn judge(&self) -> Judgement {
+        let any_mail = self.outlooks.iter().any(|outlook| outlook.is_mail);
+        let (counting, others): (Vec<&Outlook>, Vec<&Outlook>) =
+            self.outlooks.iter().partition(|outlook| outlook.is_mail || !any_mail);
+        let verdicts: Vec<Verdict> = counting.iter().map(|outlook| outlook.verdict()).collect();
+        let mut judgement = Judgement { reasons: complaints(&counting), warnings: complaints(&others) };
+        if verdicts.contains(&Verdict::Yes) {
+            judgement.warnings.splice(0..0, std::mem::take(&mut judgement.reasons));
+        } else if verdicts.contains(&Verdict::NotYetKnown) {
+            judgement.reasons.insert(0, NOT_REACHED_YET.to_owned());
+        }
+        judgement
+    }
+}
+
+fn complaints(outlooks: &[&Outlook]) -> Vec<String> {
+    let complaint = |outlook: &&Outlook| match outlook.verdict() {
+        Verdict::No(why) => Some(format!("listener {}: no upstream answers: {why}", outlook.listener)),
+        _ => None,
+    };
+    outlooks.iter().filter_map(complaint).collect()
 }
 
 /// Probes one server of a service for as long as it is not dropped.
@@ -376,5 +473,71 @@ mod tests {
         assert!(!told(15 * 24));
         assert!(told(13 * 24) && told(-1));
         assert!(!told(89 * 24));
+    }
+
+    /// A listener whose servers are in these states; without any it is not probed, and away.
+    fn outlook(listener: &str, is_mail: bool, states: &[State]) -> Outlook {
+        let in_state = |state: &State| {
+            let monitor = monitor();
+            let mut seen = monitor.seen.lock().unwrap();
+            seen.state = *state;
+            seen.problem = (*state == State::Down).then(|| "it is ill".to_owned());
+            drop(seen);
+            Arc::new(monitor)
+        };
+        Outlook {
+            listener: listener.into(),
+            is_mail,
+            monitors: states.iter().map(in_state).collect(),
+            away: watch::channel(Some(UpstreamError::default())).1,
+        }
+    }
+
+    fn judge(outlooks: Vec<Outlook>) -> Judgement {
+        let (monitors, places) = (Vec::new(), Arc::new(Semaphore::new(0)));
+        Board { monitors, outlooks, places, hold_max: 0 }.judge()
+    }
+
+    fn judgement(reasons: &[&str], warnings: &[&str]) -> Judgement {
+        let texts = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect();
+        Judgement { reasons: texts(reasons), warnings: texts(warnings) }
+    }
+
+    const SMTP: &str = "listener smtp: no upstream answers: stalwart:993: it is ill";
+    const WEB: &str = "listener web: no upstream answers: stalwart:993: it is ill";
+
+    #[test]
+    fn one_mail_listener_that_is_served_is_enough() {
+        use State::{Down, Unknown, Up};
+        assert_eq!(judge(vec![outlook("smtp", true, &[Down, Up])]), judgement(&[], &[]), "failover");
+        let imaps = || outlook("imaps", true, &[Up]);
+        assert_eq!(judge(vec![outlook("smtp", true, &[Down]), imaps()]), judgement(&[], &[SMTP]));
+        assert_eq!(judge(vec![outlook("smtp", true, &[Unknown]), imaps()]), judgement(&[], &[]));
+        let web = || outlook("web", false, &[Down]);
+        assert_eq!(judge(vec![web(), imaps()]), judgement(&[], &[WEB]));
+        assert_eq!(judge(vec![web(), outlook("smtp", true, &[Down])]), judgement(&[SMTP], &[WEB]));
+        assert_eq!(
+            judge(vec![outlook("web", false, &[Up]), outlook("smtp", true, &[Down])]),
+            judgement(&[SMTP], &[])
+        );
+        assert_eq!(judge(vec![web()]), judgement(&[WEB], &[]), "nothing else is served here");
+    }
+
+    #[test]
+    fn nobody_is_ready_before_the_first_probe() {
+        use State::{Down, Unknown};
+        let unknown = outlook("imaps", true, &[Down, Unknown]);
+        assert_eq!(
+            judge(vec![outlook("smtp", true, &[Down]), unknown]),
+            judgement(&[NOT_REACHED_YET, SMTP], &[])
+        );
+    }
+
+    #[test]
+    fn without_a_probe_the_last_attempt_counts() {
+        let away = || outlook("smtp", true, &[]);
+        assert_eq!(judge(vec![away()]).reasons.len(), 1);
+        let there = Outlook { away: watch::channel(None).1, ..away() };
+        assert_eq!(judge(vec![there]), judgement(&[], &[]));
     }
 }

@@ -73,7 +73,7 @@ fn run(args: &ConfigArgs) -> ExitCode {
     };
     let credentials = Sources::capture(&environment, config.tailnet.auth_key_file.clone());
     let source = Source::capture(args.config.clone(), args.upstream.clone(), std::env::vars_os());
-    let logging = log::start(config.log, &environment);
+    let logging = Arc::new(log::start(config.log, &environment));
     let supervisor = Supervisor::find(&environment);
     let handed = handed_over(&environment);
     // Before any thread of ours exists.
@@ -148,6 +148,8 @@ fn run_edge(start: Start) -> ExitCode {
         Ok(runtime) => runtime,
         Err(code) => return code,
     };
+    // To the end: what waits to be written is written when the last one drops it.
+    let _logging = Arc::clone(&start.logging);
     let outcome = runtime.block_on(edge::run(start));
     // Connections that the drain time-out cut must not hold the exit up.
     runtime.shutdown_background();

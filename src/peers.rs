@@ -1,4 +1,4 @@
-//! Peers that go away without a word.
+//! Peers that go away without a word, and the path to those that are there.
 //!
 //! A mailbox whose machine loses power under an idle connection (IMAP IDLE) sends no FIN, and its
 //! clients would wait for mail that never comes. TCP keepalive notices it too, but only where nothing
@@ -6,8 +6,12 @@
 //! message. So each peer that has connections is pinged inside WireGuard, and only its silence there
 //! counts.
 //!
+//! The same pings tell which path packets take. A peer that gets a connection after a quiet time is
+//! pinged at once, so that the path of a short session is known before it ends.
+//!
 //! Invariants: a peer without connections is left in peace; what is not the peer's fault (this edge
-//! is off the tailnet, or has no network) does not count as its silence.
+//! is off the tailnet, or has no network) does not count as its silence; a peer is pinged once at a
+//! time, and a second apart at least.
 //!
 //! Deliberately not here: whether the mail server on it is well (see `probe.rs`).
 
@@ -17,12 +21,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::warn;
 
-use crate::tailnet::ConnectError;
+use crate::tailnet::{ConnectError, PingReport, Route};
 use crate::upstream::Dial;
 
 /// How many pings in a row a peer must leave unanswered.
@@ -37,6 +41,20 @@ const MIN_PING_LIMIT: Duration = Duration::from_secs(1);
 /// How long the end of a connection may take to be noticed after its reset.
 const GIVEN_UP: Duration = Duration::from_secs(2);
 
+/// The least time between the beginnings of two pings.
+const LEAST_PAUSE: Duration = Duration::from_secs(1);
+
+/// The path to a peer, as its last answer to a ping came.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Path {
+    /// Which way.
+    pub route: Route,
+    /// How long the answer took.
+    pub latency: Duration,
+    /// When it came.
+    pub seen: Instant,
+}
+
 /// A peer that connections go to.
 #[derive(Debug)]
 pub struct Peer {
@@ -45,6 +63,9 @@ pub struct Peer {
     connections: AtomicUsize,
     /// When its connections were reset last.
     given_up: Mutex<Option<Instant>>,
+    path: Mutex<Option<Path>>,
+    /// Told when a first connection is made.
+    awake: Notify,
 }
 
 /// A connection to a peer; it counts until it is dropped.
@@ -54,12 +75,20 @@ pub struct Connected<'a>(&'a Peer);
 impl Peer {
     /// A peer by its name in the configuration.
     pub fn new(host: String) -> Peer {
-        Peer { host, connections: AtomicUsize::new(0), given_up: Mutex::new(None) }
+        Peer {
+            host,
+            connections: AtomicUsize::new(0),
+            given_up: Mutex::new(None),
+            path: Mutex::new(None),
+            awake: Notify::new(),
+        }
     }
 
     /// Counts a connection. When the peer goes silent it is reset.
     pub fn connected(&self) -> Connected<'_> {
-        self.connections.fetch_add(1, Ordering::Relaxed);
+        if self.connections.fetch_add(1, Ordering::Relaxed) == 0 {
+            self.awake.notify_one();
+        }
         Connected(self)
     }
 
@@ -67,6 +96,31 @@ impl Peer {
     pub fn is_given_up(&self) -> bool {
         let at = *self.given_up.lock().unwrap_or_else(PoisonError::into_inner);
         at.is_some_and(|at| at.elapsed() < GIVEN_UP)
+    }
+
+    /// The last known path to it; `None` before an answer to a ping.
+    pub fn path(&self) -> Option<Path> {
+        self.path.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes the path from an answer to a ping.
+    pub fn answered(&self, report: &PingReport) {
+        if report.answered && !(report.direct.is_empty() && report.relay.is_empty()) {
+            let latency = Duration::try_from_secs_f64(report.latency_ms / 1e3).unwrap_or_default();
+            let path = Path { route: report.route(), latency, seen: Instant::now() };
+            *self.path.lock().unwrap_or_else(PoisonError::into_inner) = Some(path);
+        }
+    }
+
+    /// Returns when it is to be pinged again: at `turn`, or earlier, and then true, when there is a
+    /// first connection and nothing was seen of it for `quiet`.
+    async fn is_woken_before(&self, turn: Instant, quiet: Duration) -> bool {
+        while timeout_at(turn, self.awake.notified()).await.is_ok() {
+            if self.path().is_none_or(|path| path.seen.elapsed() > quiet) {
+                return true;
+            }
+        }
+        false
     }
 
     fn connections(&self) -> usize {
@@ -133,7 +187,7 @@ async fn keep_watch<D: Dial>(dialler: Arc<D>, peer: Weak<Peer>, limit: watch::Re
         let ping_limit = interval.saturating_sub(OWN_NETWORK_LIMIT).max(MIN_PING_LIMIT);
         unanswered = match peer.connections() {
             0 => 0,
-            _ if is_silent(&*dialler, &peer.host, ping_limit, &mut address).await => unanswered + 1,
+            _ if is_silent(&*dialler, &peer, ping_limit, &mut address).await => unanswered + 1,
             _ => 0,
         };
         if let (PINGS.., Some(address)) = (unanswered, address) {
@@ -147,14 +201,17 @@ async fn keep_watch<D: Dial>(dialler: Arc<D>, peer: Weak<Peer>, limit: watch::Re
             dialler.abort(address);
             unanswered = 0;
         }
-        drop(peer);
-        sleep_until(began + interval).await;
+        if peer.is_woken_before(began + interval, interval).await {
+            unanswered = 0; // what was just connected to is there
+            sleep_until(began + LEAST_PAUSE).await;
+        }
     }
 }
 
-async fn is_silent<D: Dial>(dialler: &D, host: &str, limit: Duration, address: &mut Option<IpAddr>) -> bool {
-    match dialler.ping(host, limit).await {
+async fn is_silent<D: Dial>(dialler: &D, peer: &Peer, limit: Duration, address: &mut Option<IpAddr>) -> bool {
+    match dialler.ping(&peer.host, limit).await {
         Ok(report) => {
+            peer.answered(&report);
             *address = Some(report.ip);
             !report.answered && report.network
         }
@@ -170,7 +227,6 @@ mod tests {
     use tokio::time::sleep;
 
     use super::*;
-    use crate::tailnet::PingReport;
 
     const LIMIT: Duration = Duration::from_secs(50);
     const ADDRESS: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(100, 64, 0, 1));
@@ -178,7 +234,11 @@ mod tests {
     /// Answers a ping at once, or not at all; notes when connections are reset.
     struct Pinged {
         answer: Mutex<Result<bool, ConnectError>>,
-        pings: AtomicUsize,
+        /// How long an answer takes.
+        delay: Mutex<Duration>,
+        /// The pings in progress.
+        asked: AtomicUsize,
+        pings: Mutex<Vec<Instant>>,
         aborted: Mutex<Vec<Instant>>,
     }
 
@@ -201,13 +261,17 @@ mod tests {
         }
 
         async fn ping(&self, _: &str, limit: Duration) -> Result<PingReport, ConnectError> {
-            self.pings.fetch_add(1, Ordering::Relaxed);
+            assert_eq!(self.asked.fetch_add(1, Ordering::Relaxed), 0, "one at a time");
+            self.pings.lock().unwrap().push(Instant::now());
+            let delay = *self.delay.lock().unwrap();
+            sleep(delay).await;
+            self.asked.fetch_sub(1, Ordering::Relaxed);
             let answer = *self.answer.lock().unwrap();
             let answered = answer?;
             if !answered {
                 sleep(limit).await;
             }
-            let (direct, relay, last_seen) = (String::new(), String::new(), String::new());
+            let (direct, relay, last_seen) = ("192.0.2.7:41641".to_owned(), String::new(), String::new());
             Ok(PingReport {
                 ip: ADDRESS,
                 answered,
@@ -227,8 +291,13 @@ mod tests {
     }
 
     fn start() -> (Arc<Pinged>, Arc<Peer>, Peers<Pinged>) {
-        let (pings, aborted) = (AtomicUsize::new(0), Mutex::default());
-        let dialler = Arc::new(Pinged { answer: Mutex::new(Ok(true)), pings, aborted });
+        let dialler = Arc::new(Pinged {
+            answer: Mutex::new(Ok(true)),
+            delay: Mutex::default(),
+            asked: AtomicUsize::new(0),
+            pings: Mutex::default(),
+            aborted: Mutex::default(),
+        });
         let mut peers = Peers::new(Arc::clone(&dialler), LIMIT);
         let peer = peers.get("stalwart");
         assert!(Arc::ptr_eq(&peer, &peers.get("stalwart")), "one for all listeners");
@@ -302,10 +371,45 @@ mod tests {
         let (dialler, peer, _peers) = start();
         dialler.answers(Ok(false));
         sleep(Duration::from_secs(600)).await;
-        assert_eq!(dialler.pings.load(Ordering::Relaxed), 0);
+        assert_eq!(dialler.pings.lock().unwrap()[..], []);
         // Nor does the time without any count against it.
         let _connected = peer.connected();
         sleep(LIMIT / 2).await;
         assert_eq!(dialler.aborted_after(Instant::now()), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_path_is_known_soon_after_a_quiet_time() {
+        let (dialler, peer, _task) = start();
+        sleep(LIMIT * 3 + Duration::from_millis(10)).await;
+        assert_eq!(peer.path(), None);
+        let began = Instant::now();
+        drop(peer.connected()); // gone before its ping
+        let _connected = peer.connected();
+        sleep(Duration::from_millis(1)).await;
+        let path = peer.path().expect("it has answered");
+        assert_eq!(
+            (path.route.to_string(), path.latency, path.seen),
+            ("direct 192.0.2.7:41641".to_owned(), Duration::from_millis(1), began)
+        );
+        assert_eq!(dialler.pings.lock().unwrap()[..], [began]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_flood_of_short_sessions_is_no_flood_of_pings() {
+        let (dialler, peer, _task) = start();
+        *dialler.delay.lock().unwrap() = Duration::from_millis(300);
+        for answer in [Ok(true), Err(ConnectError::Internal(crate::tailnet::Code::Error))] {
+            dialler.answers(answer);
+            for _ in 0..1000 {
+                let _connected = peer.connected();
+                sleep(Duration::from_millis(100)).await;
+            }
+        }
+        let pings = dialler.pings.lock().unwrap();
+        let apart = |pings: &[Instant]| pings.windows(2).map(|two| two[1] - two[0]).min();
+        let (answered, failed) = pings.split_at(13); // of 100 seconds each
+        assert!(apart(answered) >= Some(LIMIT / (PINGS + 1)), "{:?}", apart(answered));
+        assert!(apart(failed) >= Some(LEAST_PAUSE) && failed.len() > 50, "{:?}", failed.len());
     }
 }

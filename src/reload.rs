@@ -122,6 +122,7 @@ impl Changes {
             ("probe", old.probe != new.probe),
             ("log", old.log != new.log),
             ("admin.listen", old.admin != new.admin),
+            ("admin.tailnet_port", old.admin_tailnet_port != new.admin_tailnet_port),
         ];
         Changes {
             added: names(&added),
@@ -144,10 +145,10 @@ impl Changes {
             warn!("{key} has changed and takes effect with the next restart");
         }
         let Changes { added, removed, changed, settings, .. } = self;
-        if self.is_empty() {
-            info!("configuration reloaded: nothing has changed that can change now");
-        } else {
-            info!(?added, ?removed, ?changed, ?settings, "configuration reloaded");
+        match (self.is_empty(), self.restart.is_empty()) {
+            (true, true) => info!("configuration reloaded: nothing has changed"),
+            (true, false) => info!("configuration reloaded: nothing else has changed"),
+            _ => info!(?added, ?removed, ?changed, ?settings, "configuration reloaded"),
         }
     }
 }

@@ -12,6 +12,7 @@ mod error;
 mod ffi;
 mod status;
 
+use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::pin::Pin;
@@ -28,7 +29,7 @@ use tokio::sync::watch;
 use crate::config;
 use crate::credential::{Credential, Kind, Proof};
 use crate::relay::Reset;
-use ffi::{Conn, LineSink, NodeHandle, Setting};
+use ffi::{Conn, LineSink, Listener, NodeHandle, Setting};
 
 pub use error::{ConnectError, JoinError};
 pub use ffi::{
@@ -59,15 +60,57 @@ pub struct PingReport {
     pub last_seen: String,
 }
 
+/// The way that packets to a peer take.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// Straight to this UDP address.
+    Direct(String),
+    /// Through a relay: the region's code, or a peer relay's address.
+    Relay(String),
+}
+
 impl PingReport {
-    /// The path in words: `direct 192.0.2.7:41641` or `relayed via fra`.
-    pub fn path(&self) -> String {
+    /// The way that the answer took.
+    pub fn route(&self) -> Route {
         if self.direct.is_empty() {
-            format!("relayed via {}", self.relay)
+            Route::Relay(self.relay.clone())
         } else {
-            format!("direct {}", self.direct)
+            Route::Direct(self.direct.clone())
         }
     }
+}
+
+impl fmt::Display for Route {
+    /// In words: `direct 192.0.2.7:41641` or `relayed via fra`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Route::Direct(address) => write!(f, "direct {address}"),
+            Route::Relay(relay) => write!(f, "relayed via {relay}"),
+        }
+    }
+}
+
+/// What the library's Go half costs (`tailscale_figures` in `tailscale.h`).
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+pub struct Figures {
+    /// Goroutines of the process.
+    pub goroutines: u64,
+    /// Heap in spans that hold objects.
+    pub heap_in_use_bytes: u64,
+    /// Heap in spans that hold none, those given back included.
+    pub heap_idle_bytes: u64,
+    /// Of the idle heap, what was given back to the system.
+    pub heap_released_bytes: u64,
+    /// Collections so far.
+    pub gc_count: u64,
+    /// For how long they have stopped Go's threads, in all.
+    pub gc_pause_seconds: f64,
+    /// How many threads may run Go code at once.
+    pub gomaxprocs: u64,
+    /// TCP endpoints of the node's stack, in whatever state.
+    pub endpoints: u64,
+    /// Connection handles that are not closed.
+    pub handles: u64,
 }
 
 /// A node of the tailnet. Dropping it leaves the node running in the
@@ -295,6 +338,19 @@ impl Node {
         serde_json::from_str(&report).map_err(|_| ConnectError::Internal(Code::Error))
     }
 
+    /// Takes connections from peers to a port of this node's own addresses, for as long as the
+    /// node is not closed, whatever becomes of its place on the tailnet; who may connect is up to the
+    /// tailnet's policy. At most `backlog` of them wait to be accepted, and more are refused.
+    pub fn listen(&self, port: u16, backlog: u16) -> Result<TailnetListener, Code> {
+        self.handle.listen(port, backlog).map(|listener| TailnetListener { listener })
+    }
+
+    /// What the library costs now, at the price of microseconds; `None` before the start and after
+    /// the close.
+    pub fn figures(&self) -> Option<Figures> {
+        serde_json::from_str(&self.handle.figures().ok()?).ok()
+    }
+
     /// Resets every connection to a peer that is gone and will not end them itself.
     pub fn abort_peer(&self, ip: IpAddr) {
         // It fails only where there are no connections.
@@ -373,7 +429,21 @@ fn sink(handle: &NodeHandle, sink: LineSink) -> io::Result<pipe::Receiver> {
     Ok(reader)
 }
 
-/// A TCP connection to a peer. Dropping it closes it in good order: what was
+/// Connections from peers to a port of the node. Dropping it closes the port.
+#[derive(Debug)]
+pub struct TailnetListener {
+    listener: Listener,
+}
+
+impl TailnetListener {
+    /// The next connection; `None` once the node is closed.
+    pub async fn accept(&mut self) -> Option<TailnetStream> {
+        let conn = std::future::poll_fn(|cx| self.listener.poll_accept(cx)).await;
+        conn.ok().map(|conn| TailnetStream { conn })
+    }
+}
+
+/// A TCP connection to or from a peer. Dropping it closes it in good order: what was
 /// written is delivered and followed by a FIN.
 #[derive(Debug)]
 pub struct TailnetStream {

@@ -32,7 +32,7 @@ use tracing::{info, warn};
 
 use crate::end_state::EndState;
 use crate::ledger::Repeats;
-use crate::peers::{Connected, Peer};
+use crate::peers::{Connected, Path, Peer};
 use crate::relay::Reset;
 use crate::tailnet::{ConnectError, Node, PingReport, TailnetStream};
 use crate::trust;
@@ -180,7 +180,7 @@ struct Turn {
 }
 
 /// Why no server of an upstream could be reached: each one's failure, in the order of the attempts.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, Error, PartialEq, Eq)]
 pub struct UpstreamError {
     failures: Vec<(String, Failure)>,
 }
@@ -388,6 +388,11 @@ impl Server {
         self.peer.is_given_up()
     }
 
+    /// The last known path to the peer.
+    pub fn path(&self) -> Option<Path> {
+        self.peer.path()
+    }
+
     /// Completes when a connection to it has failed since the last time.
     pub async fn suspected(&self) {
         self.suspected.notified().await;
@@ -439,6 +444,11 @@ impl<D: Dial> Upstream<D> {
     /// Why no server could be reached at the last attempt; `None` while one can.
     pub fn away(&self) -> Option<UpstreamError> {
         self.away.borrow().clone()
+    }
+
+    /// As [`Upstream::away`], for somebody who does not know how it is dialled.
+    pub fn watch_away(&self) -> watch::Receiver<Option<UpstreamError>> {
+        self.away.subscribe()
     }
 
     /// Notes what a probe has found: a server that is down is tried last, and one that is up is

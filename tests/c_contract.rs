@@ -55,7 +55,7 @@ fn program() -> &'static Path {
         let sources = repo_root().join("tests/c_contract");
         let mut cc = compiler("CC", "cc", "-std=c11");
         cc.args(
-            ["main.c", "arguments.c", "environment.c", "joining.c", "connection.c"]
+            ["main.c", "arguments.c", "environment.c", "joining.c", "connection.c", "listening.c"]
                 .map(|name| sources.join(name)),
         );
         let program = dir.path().join("main");
@@ -102,6 +102,12 @@ fn nothing_of_a_credential_is_left_in_the_environment() {
 #[test]
 fn joining_fails_ends_and_writes_to_its_pipes_as_promised() {
     holds(&["joining"], &[]);
+}
+
+#[test]
+fn listeners_do_as_promised() {
+    let tailnet = TestTailnet::start();
+    holds(&["listening", tailnet.control_url()], &[]);
 }
 
 #[test]

@@ -18,6 +18,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"sync"
@@ -62,8 +63,9 @@ type Net struct {
 	control *control
 	relay   *derpAndSTUN
 
-	mu    sync.Mutex
-	nodes map[string]*node // by name
+	mu       sync.Mutex
+	nodes    map[string]*node // by name
+	reaching []net.Listener
 }
 
 // Start starts control, DERP and STUN. The caller must call Close.
@@ -130,7 +132,11 @@ func (n *Net) Close() error {
 	n.mu.Lock()
 	nodes := n.nodes
 	n.nodes = make(map[string]*node)
+	reaching := n.reaching
 	n.mu.Unlock()
+	for _, ln := range reaching {
+		ln.Close()
+	}
 	errs := shutDownAll(nodes)
 	if n.control != nil {
 		n.control.stop()

@@ -35,13 +35,24 @@ pub(super) fn config(mut mistakes: Mistakes, upstream: Option<&str>) -> Result<C
     let limits = limits(root.table("limits", &mut mistakes), &mut mistakes);
     let probe = probe(root.table("probe", &mut mistakes), &mut mistakes);
     let log = log(root.table("log", &mut mistakes), &mut mistakes);
-    let admin = admin(root.table("admin", &mut mistakes), &mut mistakes);
+    let (admin, admin_tailnet_port) = admin(root.table("admin", &mut mistakes), &mut mistakes);
     root.finish(&mut mistakes);
     claims.extend(admin.clone());
     report_clashes(&claims, &mut mistakes);
     let warnings = mistakes.finish()?;
     let admin = admin.map(|claim| claim.address);
-    Ok(Config { hostname, tailnet, listeners, timeouts, limits, probe, log, admin, warnings })
+    Ok(Config {
+        hostname,
+        tailnet,
+        listeners,
+        timeouts,
+        limits,
+        probe,
+        log,
+        admin,
+        admin_tailnet_port,
+        warnings,
+    })
 }
 
 fn tailnet(mut table: Table, mistakes: &mut Mistakes) -> Tailnet {
@@ -200,11 +211,18 @@ fn log(mut table: Table, mistakes: &mut Mistakes) -> Log {
     }
 }
 
-/// The admin address as a claim, since it must not clash with a listener's; `None` for "off".
-fn admin(mut table: Table, mistakes: &mut Mistakes) -> Option<Claim> {
+/// The admin address as a claim, since it must not clash with a listener's; `None` for "off". And the
+/// port on the tailnet, where nothing else listens.
+fn admin(mut table: Table, mistakes: &mut Mistakes) -> (Option<Claim>, Option<u16>) {
+    let claim = admin_address(&mut table, mistakes);
+    let tailnet_port = table.number("tailnet_port", 1..=u32::from(u16::MAX), "a port", mistakes);
+    table.finish(mistakes);
+    (claim, tailnet_port.and_then(|port| u16::try_from(port).ok()))
+}
+
+fn admin_address(table: &mut Table, mistakes: &mut Mistakes) -> Option<Claim> {
     let default_place = table.place("listen");
     let listen = table.get("listen", &values::ADMIN, mistakes);
-    table.finish(mistakes);
     let owner = "admin".to_owned();
     let Some(listen) = listen else {
         let address = ([127, 0, 0, 1], 9464).into();

@@ -63,6 +63,7 @@ fn no_file_and_a_host_give_the_documented_defaults() {
     assert_eq!(config.log, Log { format: LogFormat::Text, level: tracing::Level::INFO, repeats: 10 });
     assert_eq!(config.hostname, None);
     assert_eq!(config.admin, Some("127.0.0.1:9464".parse().expect("an address")));
+    assert_eq!(config.admin_tailnet_port, None);
     assert_eq!(config.warnings, [""; 0]);
 }
 
@@ -158,6 +159,7 @@ const EVERY_KEY: &str = r#"
     fall = 100
     [admin]
     listen = "off"
+    tailnet_port = 9464
 "#;
 
 #[test]
@@ -188,7 +190,7 @@ fn every_key_outside_listeners_is_read() {
     assert_eq!(config.log, Log { format: LogFormat::Json, level: tracing::Level::DEBUG, repeats: 0 });
     let limits = Limits { max_connections: Some(1000), max_connections_per_client: 0, hold_max: 0 };
     assert_eq!(config.limits, limits);
-    assert_eq!(config.admin, None);
+    assert_eq!((config.admin, config.admin_tailnet_port), (None, Some(9464)));
 }
 
 #[test]

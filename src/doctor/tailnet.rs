@@ -214,7 +214,7 @@ fn peer(host: &str, ping: &Result<PingReport, ConnectError>) -> Check {
     };
     let ip = report.ip;
     if report.answered {
-        let found = format!("{ip}, {}, {:.1} ms", report.path(), report.latency_ms);
+        let found = format!("{ip}, {}, {:.1} ms", report.route(), report.latency_ms);
         return match report.direct.is_empty() {
             false => Check::pass(name, found),
             true => Check::warn(

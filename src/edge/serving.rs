@@ -27,7 +27,7 @@ use crate::config::{self, Config};
 use crate::connection::{Hold, Service};
 use crate::doctor::Examiner;
 use crate::drain::{Drained, Signals};
-use crate::health::{self, Board, Monitor, State};
+use crate::health::{self, Board, Monitor, Outlook, State};
 use crate::ledger::Ledger;
 use crate::limits::{ClientLimit, Permits, connection_limit};
 use crate::listener::{self, Admission, BindError};
@@ -48,11 +48,12 @@ pub(super) struct Admin {
     readiness: Arc<Readiness>,
     examiner: Arc<Examiner>,
     running: Option<(Socket, AbortOnDropHandle<()>)>,
+    on_tailnet: Option<(u16, AbortOnDropHandle<()>)>,
 }
 
 impl Admin {
     pub fn new(readiness: Readiness, examiner: Arc<Examiner>) -> Admin {
-        Admin { readiness: Arc::new(readiness), examiner, running: None }
+        Admin { readiness: Arc::new(readiness), examiner, running: None, on_tailnet: None }
     }
 
     /// Serves at this socket, and at no other.
@@ -69,6 +70,18 @@ impl Admin {
         let served = tokio::spawn(admin::serve(Arc::clone(&socket.listener), readiness, examiner));
         self.running = Some((socket, AbortOnDropHandle::new(served)));
     }
+
+    /// Serves the tailnet at this port of the node, and at no other.
+    fn serve_tailnet(&mut self, node: &Arc<Node>, port: Option<u16>) {
+        if self.on_tailnet.as_ref().map(|(port, _)| *port) == port {
+            return;
+        }
+        self.on_tailnet = port.map(|port| {
+            let (node, readiness) = (Arc::clone(node), Arc::clone(&self.readiness));
+            let served = tokio::spawn(admin::serve_tailnet(node, port, readiness));
+            (port, AbortOnDropHandle::new(served))
+        });
+    }
 }
 
 /// What [`Serving`] works with.
@@ -78,7 +91,7 @@ pub(super) struct Parts {
     /// Where it is shown what is known of the mailbox.
     pub board: watch::Sender<Option<Arc<Board>>>,
     pub ledger: Arc<Ledger>,
-    pub logging: Logging,
+    pub logging: Arc<Logging>,
 }
 
 /// The ports, and what is connected through them.
@@ -173,6 +186,7 @@ impl Serving {
             _telling: AbortOnDropHandle::new(telling),
         };
         serving.set_ports(opened.listeners, false);
+        serving.parts.admin.serve_tailnet(&serving.parts.node, serving.config.admin_tailnet_port);
         serving.show_board();
         serving
     }
@@ -235,6 +249,7 @@ impl Serving {
         self.parts.logging.change(self.config.log);
         self.parts.ledger.repeats.set_limit(self.config.log.repeats);
         self.parts.admin.serve(opened.admin);
+        self.parts.admin.serve_tailnet(&self.parts.node, self.config.admin_tailnet_port);
         self.parts.admin.examiner.set_config(self.config.clone());
         self.set_ports(opened.listeners, is_probed_anew);
         self.open(self.opening);
@@ -295,9 +310,11 @@ impl Serving {
     }
 
     fn show_board(&self) {
-        let monitors = self.ports.iter().flat_map(|port| port.monitors.clone()).collect();
+        let monitors: Vec<_> = self.ports.iter().flat_map(|port| port.monitors.clone()).collect();
+        let probed = if self.config.probe.interval.is_zero() { &[][..] } else { &monitors[..] };
+        let outlooks = self.ports.iter().map(|port| Outlook::new(&port.service, probed)).collect();
         let (places, hold_max) = (Arc::clone(self.held.semaphore()), self.held.size());
-        self.parts.board.send_replace(Some(Arc::new(Board { monitors, places, hold_max })));
+        self.parts.board.send_replace(Some(Arc::new(Board { monitors, outlooks, places, hold_max })));
     }
 
     fn opened(&self) -> Opened {
@@ -315,6 +332,9 @@ impl Serving {
     /// Closes the ports and waits for the connections within the drain time-out; another signal ends
     /// the wait.
     pub async fn stop(&mut self, signal: &str, signals: &mut Signals) {
+        if self.opening == Opening::None {
+            return info!(signal, "stopping before anything was served");
+        }
         let (began, limit) = (Instant::now(), self.config.timeouts.drain);
         let tasks = self.admission.tasks.clone();
         self.close_ports().await;

@@ -189,7 +189,7 @@ mod tests {
 
         assert_eq!(journal.lines(&lost, after(10)), []);
         assert_eq!(journal.lines(&lost, after(14)), []);
-        let told = format!("trouble on the tailnet: {}", Trouble::ControlLost);
+        let told = format!("trouble on the tailnet: {}", Trouble::ControlLost(String::new()));
         assert_eq!(journal.lines(&lost, after(15)), [Line::Warn(told)]);
         assert_eq!((journal.lines(&lost, after(16)), journal.due(after(16))), (vec![], None));
     }

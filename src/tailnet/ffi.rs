@@ -6,10 +6,10 @@
 //! with. It decides nothing; [`super`] does.
 //!
 //! Invariants
-//! - A [`Conn`] closes its handle before its wakers are freed, and
-//!   `tailscale_conn_close` returns only when no wake is in progress, so a wake
-//!   never sees freed memory.
-//! - Calls on one connection never overlap: they all take `&mut Conn`.
+//! - A [`Conn`] or [`Listener`] closes its handle before its wakers are freed, and
+//!   closing returns only when no wake is in progress, so a wake never sees freed
+//!   memory.
+//! - Calls on one of them never overlap: they all take `&mut self`.
 //! - No lock is held across a call into Go: a wake may come during the call,
 //!   on the calling thread.
 #![allow(unsafe_code)]
@@ -336,6 +336,25 @@ impl NodeHandle {
         Ok(Conn { handle, wakers })
     }
 
+    /// What the library costs at this moment, in JSON.
+    pub fn figures(&self) -> Result<String, Code> {
+        let mut buffer = [0 as c_char; 1024];
+        // SAFETY: the buffer is writable for the length given.
+        check(unsafe { tailscale_figures(self.0, buffer.as_mut_ptr(), buffer.len()) })?;
+        Ok(text_in(&buffer))
+    }
+
+    /// Takes connections from peers to a port; see [`Listener::poll_accept`].
+    pub fn listen(&self, port: u16, backlog: u16) -> Result<Listener, Code> {
+        let wakers = Arc::new(Wakers::default());
+        let token = Arc::as_ptr(&wakers).expose_provenance();
+        let mut handle = 0;
+        // SAFETY: `handle` is writable. The token stays valid until the handle is closed, as in
+        // `open`.
+        check(unsafe { tailscale_listen(self.0, port, backlog.into(), token, &mut handle) })?;
+        Ok(Listener { handle, wakers })
+    }
+
     /// Stops the node. Blocks for up to several seconds: it waits for the
     /// peers to acknowledge what was sent. Again or later calls do nothing.
     /// Fails when the node is closed and, though ephemeral, still on the tailnet.
@@ -358,7 +377,7 @@ fn text_in(buffer: &[c_char]) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// Who waits for a connection to become ready.
+/// Who waits for a connection or listener to become ready.
 #[derive(Debug, Default)]
 struct Wakers {
     read: AtomicWaker,
@@ -368,15 +387,42 @@ struct Wakers {
 /// Called by the network stack, under its locks and from any thread. Waking a
 /// task is all it may do.
 extern "C" fn wake(token: usize, ready: u32) {
-    // SAFETY: the token is the address of the `Wakers` that the connection's
-    // `Conn` owns and frees only after `tailscale_conn_close`, which waits for
-    // this call to return.
+    // SAFETY: the token is the address of the `Wakers` that the handle's
+    // `Conn` or `Listener` owns and frees only after closing the handle, which waits
+    // for this call to return.
     let wakers = unsafe { &*std::ptr::with_exposed_provenance::<Wakers>(token) };
     if ready & TAILSCALE_READABLE != 0 {
         wakers.read.wake();
     }
     if ready & TAILSCALE_WRITABLE != 0 {
         wakers.write.wake();
+    }
+}
+
+/// A port that takes connections. Dropping it closes it, and resets those that wait in it.
+#[derive(Debug)]
+pub struct Listener {
+    handle: tailscale_listener,
+    wakers: Arc<Wakers>,
+}
+
+impl Listener {
+    /// Ready with the next connection, or once there will be none because the node was closed.
+    pub fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<Result<Conn, Code>> {
+        self.wakers.read.register(cx.waker()); // before asking, as in `Conn`
+        let wakers = Arc::new(Wakers::default());
+        let token = Arc::as_ptr(&wakers).expose_provenance();
+        let mut handle = 0;
+        // SAFETY: `handle` is writable; the token as in `NodeHandle::open`.
+        ready(unsafe { tailscale_accept(self.handle, token, &mut handle) }.into())
+            .map_ok(|_| Conn { handle, wakers })
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        // SAFETY: no pointers; when it returns no wake uses the token any more, as for `Conn`.
+        unsafe { tailscale_listener_close(self.handle) };
     }
 }
 

@@ -46,14 +46,26 @@ pub struct NodeStatus {
     pub wake_ups: u64,
     /// Why the identity could not be saved; empty when it was.
     pub unsaved: String,
+    /// Why the control server could not be reached, or what it answered, the last time since it was
+    /// heard.
+    pub control_error: String,
+    /// The region of the node's home relay (DERP), such as `fra`; empty when it has none.
+    pub home_region: String,
+    /// The region's number, 0 when there is none.
+    pub home_region_id: u32,
 }
 
 /// What keeps a node from being what it should; the text ends with what to do.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum Trouble {
     /// It has not got there yet, or is on its way back.
-    #[error("the tailnet node is not running (state {0}); the log says what it waits for")]
-    NotRunning(String),
+    #[error("the tailnet node is not running (state {state}){}", waits_for(.reason))]
+    NotRunning {
+        /// Tailscale's word for it.
+        state: String,
+        /// Why the control server is not heard, if that is known, else empty.
+        reason: String,
+    },
     /// An admin let it expire, or it was not tagged.
     #[error(
         "the node key has expired; extend or disable its expiry in the admin console, or provide a key to enrol with"
@@ -74,8 +86,8 @@ pub enum Trouble {
     )]
     NeedsLogUpload,
     /// No news from the tailnet. Connections go on, and new ones to peers that have not moved.
-    #[error("the control server is out of reach; check the network and DNS of this machine")]
-    ControlLost,
+    #[error("the control server is out of reach{}; check the network and DNS of this machine", after_colon(.0))]
+    ControlLost(String),
     /// Peers to which there is no direct way cannot be reached.
     #[error("no relay can be reached: {0}; check that this machine may connect to TCP port 443")]
     RelayLost(String),
@@ -92,7 +104,7 @@ pub enum Trouble {
 impl Trouble {
     /// Whether it may be over by itself in a moment.
     pub fn may_pass(&self) -> bool {
-        matches!(self, Trouble::NotRunning(_) | Trouble::ControlLost | Trouble::RelayLost(_))
+        matches!(self, Trouble::NotRunning { .. } | Trouble::ControlLost(_) | Trouble::RelayLost(_))
     }
 
     /// What it is, without what to do.
@@ -132,7 +144,7 @@ impl NodeStatus {
         if !self.is_running() {
             return unsaved.into_iter().chain([self.why_not_running(now)]).collect();
         }
-        let control = (!self.in_map_poll).then_some(Trouble::ControlLost);
+        let control = (!self.in_map_poll).then(|| Trouble::ControlLost(self.control_error.clone()));
         let relay = (!self.relay.is_empty()).then(|| Trouble::RelayLost(self.relay.clone()));
         let missing = tags.iter().filter(|tag| !self.tags.contains(tag)).cloned().map(Trouble::TagMissing);
         unsaved.into_iter().chain(control).chain(relay).chain(missing).collect()
@@ -146,10 +158,27 @@ impl NodeStatus {
             "NeedsLogin" if expired => Trouble::KeyExpired,
             "NeedsLogin" if self.enrolled => Trouble::LoggedOut,
             "NeedsMachineAuth" => Trouble::NeedsApproval,
-            "" => Trouble::NotRunning("starting".to_owned()),
-            state => Trouble::NotRunning(state.to_owned()),
+            "" => self.not_running("starting"),
+            state => self.not_running(state),
         }
     }
+
+    fn not_running(&self, state: &str) -> Trouble {
+        Trouble::NotRunning { state: state.to_owned(), reason: self.control_error.clone() }
+    }
+}
+
+fn waits_for(reason: &str) -> String {
+    match reason {
+        "" => "; the log says what it waits for".to_owned(),
+        _ => format!(
+            ": it cannot talk to the control server: {reason}; check the network and DNS of this machine"
+        ),
+    }
+}
+
+fn after_colon(reason: &str) -> String {
+    if reason.is_empty() { String::new() } else { format!(": {reason}") }
 }
 
 /// Go writes an empty list as `null`.
@@ -181,6 +210,29 @@ mod tests {
         status.troubles(&["tag:reverse-proxy".into()], NOW)
     }
 
+    fn not_running(state: &str) -> Trouble {
+        Trouble::NotRunning { state: state.into(), reason: String::new() }
+    }
+
+    #[test]
+    fn why_control_is_not_heard_is_told_where_it_is_known() {
+        let control_error = "https://control.example: connection refused".to_owned();
+        let first = |status| troubles(status)[0].clone();
+        let starting =
+            first(NodeStatus { state: "Starting".into(), control_error: control_error.clone(), ..running() });
+        assert_eq!(
+            starting.to_string(),
+            "the tailnet node is not running (state Starting): it cannot talk to the control server: https://control.example: connection refused; check the network and DNS of this machine"
+        );
+        let lost = first(NodeStatus { in_map_poll: false, control_error, ..running() });
+        assert_eq!(
+            lost.to_string(),
+            "the control server is out of reach: https://control.example: connection refused; check the network and DNS of this machine"
+        );
+        assert!(lost.is_like(&Trouble::ControlLost(String::new())), "the reason makes it no other");
+        assert!(not_running("Starting").to_string().ends_with("; the log says what it waits for"));
+    }
+
     #[test]
     fn a_running_tagged_node_has_none() {
         assert_eq!(troubles(running()), []);
@@ -190,14 +242,14 @@ mod tests {
     fn a_state_that_needs_a_person_is_told_from_one_that_passes() {
         let state = |state: &str| NodeStatus { state: state.into(), ..running() };
         let past = Some(Timestamp::from_second(-1).unwrap());
-        assert_eq!(troubles(state("")), [Trouble::NotRunning("starting".into())]);
-        assert_eq!(troubles(state("Starting")), [Trouble::NotRunning("Starting".into())]);
+        assert_eq!(troubles(state("")), [not_running("starting")]);
+        assert_eq!(troubles(state("Starting")), [not_running("Starting")]);
         assert_eq!(troubles(state("NeedsMachineAuth")), [Trouble::NeedsApproval]);
         assert_eq!(troubles(state("NeedsLogin")), [Trouble::LoggedOut]);
         assert_eq!(troubles(NodeStatus { key_expiry: past, ..state("NeedsLogin") }), [Trouble::KeyExpired]);
         assert_eq!(
             troubles(NodeStatus { enrolled: false, ..state("NeedsLogin") }),
-            [Trouble::NotRunning("NeedsLogin".into())]
+            [not_running("NeedsLogin")]
         );
     }
 
@@ -216,7 +268,7 @@ mod tests {
         assert_eq!(
             troubles(status),
             [
-                Trouble::ControlLost,
+                Trouble::ControlLost(String::new()),
                 Trouble::RelayLost("gone".into()),
                 Trouble::TagMissing("tag:reverse-proxy".into())
             ]
@@ -228,10 +280,12 @@ mod tests {
         let line = r#"{"state":"Running","name":"edge.example.ts.net","ips":["100.64.0.1"],"tags":null,
             "in_map_poll":true,"key_expiry":"2027-01-01T00:00:00Z","login_url":"","health":[],
             "enrolled":true,"removed":false,"needs_log_upload":false,"relay":"",
-            "network_changes":2,"wake_ups":1,"unsaved":""}"#;
+            "network_changes":2,"wake_ups":1,"unsaved":"","control_error":"",
+            "home_region":"fra","home_region_id":4}"#;
         let status: NodeStatus = serde_json::from_str(line).unwrap();
         assert_eq!(status.key_expiry, Some("2027-01-01T00:00:00Z".parse().unwrap()));
         assert_eq!((status.network_changes, status.wake_ups), (2, 1));
+        assert_eq!((&*status.home_region, status.home_region_id), ("fra", 4));
         assert!(status.is_running() && status.in_map_poll && status.enrolled && status.tags.is_empty());
     }
 }

@@ -45,6 +45,9 @@ static void no_node(void) {
     EACH(handles, tailscale_abort_peer(handles[i], NULL), TAILSCALE_BAD_HANDLE);
     EACH(handles, tailscale_ping(handles[i], NULL, 0, NULL, 0), TAILSCALE_BAD_HANDLE);
     EACH(handles, tailscale_conn_open(handles[i], NULL, 0, 0, NULL), TAILSCALE_BAD_HANDLE);
+    EACH(handles, tailscale_listen(handles[i], 0, 0, 0, NULL), TAILSCALE_BAD_HANDLE);
+    EACH(handles, tailscale_figures(handles[i], NULL, 0), TAILSCALE_BAD_HANDLE);
+    EACH(handles, tailscale_status(handles[i], NULL, 0), TAILSCALE_BAD_HANDLE);
     EACH(handles, tailscale_getips(handles[i], NULL, 0), EBADF);
     EACH(handles, tailscale_errmsg(handles[i], NULL, 0), EBADF);
 }
@@ -85,6 +88,13 @@ static void calls(tailscale sd) {
     EXPECT(tailscale_conn_open(sd, "peer", 25, 0, NULL), TAILSCALE_BAD_ARGUMENT);
     EXPECT(tailscale_conn_open(sd, "peer", 25, 0, &conn), TAILSCALE_NOT_RUNNING);
     EXPECT(conn, 7);  // outputs are written on success only
+    tailscale_listener listener = 7;
+    EXPECT(tailscale_listen(sd, 0, 1, 0, &listener), TAILSCALE_BAD_ARGUMENT);
+    EXPECT(tailscale_listen(sd, 9464, 0, 0, &listener), TAILSCALE_BAD_ARGUMENT);
+    EXPECT(tailscale_listen(sd, 9464, 1, 0, NULL), TAILSCALE_BAD_ARGUMENT);
+    EXPECT(tailscale_listen(sd, 9464, 1, 0, &listener), TAILSCALE_NOT_RUNNING);
+    EXPECT(listener, 7);
+    EXPECT(tailscale_figures(sd, buf, sizeof buf), TAILSCALE_NOT_RUNNING);
     EXPECT(tailscale_getips(sd, buf, 1), 0);
     EXPECT(buf[0], '\0');
     EXPECT(tailscale_getips(sd, buf, 0), ERANGE);
@@ -94,6 +104,7 @@ void arguments(void) {
     process();
     no_node();
     expect_no_connection(UINT64_C(1) << 32);
+    expect_no_listener(UINT64_C(1) << 32);
     tailscale sd = tailscale_new();
     char nothing = '#';
     EXPECT(tailscale_errmsg(sd, &nothing, 1), 0);

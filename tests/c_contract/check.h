@@ -20,11 +20,16 @@ tailscale fresh_node(const char* control_url, const char* key);
 void expect_text(tailscale sd, int (*get)(tailscale, char*, size_t));
 // Handles that name no connection, beside this one.
 void expect_no_connection(tailscale_conn closed);
+void expect_no_listener(tailscale_listener closed);
 
 void arguments(void);
 // Runs this program again, with a credential in every variable, unless `again`.
 void environment(const char* again);
 void joining(void);
+// The token of every connection and listener here is a semaphore.
+void wake(uintptr_t token, uint32_t ready);
+// A port that a node listens on, and another node that connects to it.
+void listening(const char* control_url);
 void connection(const char* control_url, const char* peer, uint16_t port);
 
 #endif

@@ -5,8 +5,7 @@
 
 #include "check.h"
 
-// The token of every connection here is a semaphore.
-static void wake(uintptr_t token, uint32_t ready) {
+void wake(uintptr_t token, uint32_t ready) {
     if (ready & (TAILSCALE_READABLE | TAILSCALE_WRITABLE)) sem_post((sem_t*)token);
 }
 
@@ -40,6 +39,13 @@ static void arguments_of_a_live_node(tailscale sd, const char* peer) {
     EXPECT(tailscale_ping(sd, peer, 10000, buf, 9), TAILSCALE_BAD_ARGUMENT);
     EXPECT(tailscale_ping(sd, peer, 10000, buf, sizeof buf), TAILSCALE_OK);
     TRUE(strncmp(buf, "{\"ip\":\"100.64.", 14) == 0 && strstr(buf, "\"answered\":true"));
+}
+
+static void figures(tailscale sd) {
+    char buf[1024];
+    EXPECT(tailscale_figures(sd, buf, 9), TAILSCALE_BAD_ARGUMENT);
+    EXPECT(tailscale_figures(sd, buf, sizeof buf), TAILSCALE_OK);
+    TRUE(strncmp(buf, "{\"goroutines\":", 14) == 0 && strstr(buf, "\"handles\":0}"));
 }
 
 static void from_open_to_close(tailscale_conn conn) {
@@ -76,6 +82,7 @@ void connection(const char* control_url, const char* peer, uint16_t port) {
     EXPECT(tailscale_set_hostname(sd, "c-contract"), TAILSCALE_OK);
     EXPECT(tailscale_up(sd), TAILSCALE_OK);
     arguments_of_a_live_node(sd, peer);
+    figures(sd);
     from_open_to_close(open_to(sd, peer, port));
     aborted(open_to(sd, peer, port));
     tailscale_conn conn = open_to(sd, peer, port);

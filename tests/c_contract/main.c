@@ -4,6 +4,7 @@
 //   main arguments                         codes for what cannot work
 //   main environment                       that nothing of a credential is left there
 //   main joining                           a node that never gets to a tailnet
+//   main listening CONTROL_URL             one that listens, and a peer
 //   main connection CONTROL_URL PEER PORT  one that does; the port is an echo's
 #define _POSIX_C_SOURCE 200809L
 #include <errno.h>
@@ -57,10 +58,17 @@ void expect_no_connection(tailscale_conn closed) {
     EXPECT(tailscale_conn_count(), 0);
 }
 
+void expect_no_listener(tailscale_listener closed) {
+    const tailscale_listener handles[] = {closed, 0, closed + 1, UINT64_C(7) << 32, UINT64_MAX};
+    EACH(handles, tailscale_accept(handles[i], 0, NULL), TAILSCALE_BAD_HANDLE);
+    EACH(handles, tailscale_listener_close(handles[i]), TAILSCALE_BAD_HANDLE);
+}
+
 int main(int argc, char** argv) {
     if (argc == 2 && strcmp(argv[1], "arguments") == 0) arguments();
     else if (argc >= 2 && strcmp(argv[1], "environment") == 0) environment(argv[2]);
     else if (argc == 2 && strcmp(argv[1], "joining") == 0) joining();
+    else if (argc == 3 && strcmp(argv[1], "listening") == 0) listening(argv[2]);
     else if (argc == 5 && strcmp(argv[1], "connection") == 0)
         connection(argv[2], argv[3], (uint16_t)atoi(argv[4]));
     else return fputs("usage: see main.c\n", stderr), 2;

@@ -365,6 +365,15 @@ impl TestTailnet {
         Stats { open: count("open"), total: count("total") }
     }
 
+    /// An address of this host from which connections leave through a node, to a port of a tailnet
+    /// address: a client on that node.
+    #[track_caller]
+    pub fn reach(&self, node: &str, target: SocketAddr) -> SocketAddr {
+        let answer = self.command("reach", json!({"node": node, "target": target}));
+        let addr = answer["addr"].as_str().and_then(|addr| addr.parse().ok());
+        addr.unwrap_or_else(|| panic!("testnet: no address: {answer}"))
+    }
+
     /// Sends any command, and returns its answer; panics when the program refuses it.
     #[track_caller]
     pub fn command(&self, name: &str, fields: Value) -> Value {

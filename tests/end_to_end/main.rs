@@ -6,7 +6,9 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod admin;
 mod doctor;
+mod drain;
 mod enrolment;
 mod failover;
 mod faults;
@@ -19,6 +21,8 @@ mod mail;
 mod oracles;
 mod outage;
 mod probe;
+mod reload;
+mod restart;
 mod setup;
 mod signals;
 mod start;

@@ -184,6 +184,8 @@ fn an_enrolled_node_outlasts_a_control_server_that_is_down() {
     let ready = http::get(edge.addr("admin"), "/readyz");
     assert_eq!(ready.code, 503, "{ready:?}");
     tells(&ready.body, &["the tailnet node is not running (state "]);
+    becomes(&edge, 503, "it cannot talk to the control server: ");
+    becomes(&edge, 503, "connection refused");
     let mut waiting = connect(SocketAddr::from(([127, 0, 0, 1], port)));
     waiting.write_all(b"hello").expect("the kernel takes it");
     assert!(edge.is_running(), "{}", edge.log().tail());

@@ -27,6 +27,7 @@ type command struct {
 	Up       bool              `json:"up"`
 	In       string            `json:"in"` // a Go duration; empty: never
 	IPs      []netip.Addr      `json:"ips"`
+	Target   netip.AddrPort    `json:"target"`
 
 	Clients []testnet.OAuthClient `json:"clients"`
 }
@@ -71,6 +72,10 @@ var commands = map[string]func(*testnet.Net, *command) (result, error){
 	"start_derp":        func(n *testnet.Net, c *command) (result, error) { return nil, n.StartDERP() },
 	"nodes":             func(n *testnet.Net, c *command) (result, error) { return result{"nodes": n.Nodes()}, nil },
 	"stats":             stats,
+	"reach": func(n *testnet.Net, c *command) (result, error) {
+		addr, err := n.Reach(c.Name, c.Target)
+		return result{"addr": addr}, err
+	},
 }
 
 // reply carries out one line and returns what to answer.

@@ -1,0 +1,165 @@
+package main
+
+import (
+	"net"
+	"net/netip"
+	"sync"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+// listeners holds every listener that C has a handle of.
+var listeners table[listener]
+
+// listener takes connections from peers to one port of the node. They wait in it
+// until C accepts them, and nothing is read from them before: neither a
+// listener nor a connection in it has a goroutine or a buffer of ours.
+//
+// It lives through whatever happens to the node's place on the tailnet, and ends
+// with the node.
+type listener struct {
+	node       *node
+	port       uint16
+	backlog    int
+	token      uintptr
+	unregister func()
+
+	// mu also serialises wakes with the end, after which there are none.
+	mu      sync.Mutex
+	ended   bool
+	waiting []*conn
+}
+
+// listen begins to take connections to a port of the node's own addresses. Beyond
+// backlog of them that nobody accepts, they are refused.
+func (n *node) listen(port uint16, backlog int, token uintptr) (*listener, error) {
+	l := &listener{node: n, port: port, backlog: backlog, token: token}
+	n.listenMu.Lock()
+	defer n.listenMu.Unlock()
+	if n.listening[port] != nil {
+		return nil, codeBadState
+	}
+	n.listening[port] = l
+	l.unregister = n.server.RegisterFallbackTCPHandler(l.offer)
+	return l, nil
+}
+
+// offer is asked by tsnet, before the handshake, about every connection that the
+// tailnet's policy lets through to this node: who handles it, and whether to look
+// no further.
+func (l *listener) offer(_, to netip.AddrPort) (handler func(net.Conn), intercept bool) {
+	self := l.node.self.Load()
+	if to.Port() != l.port || self == nil || to.Addr() != self.v4 && to.Addr() != self.v6 {
+		return nil, false
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.isFull() {
+		return nil, true // answered with a reset
+	}
+	return l.take, true
+}
+
+// isFull is whether another connection has no place here. l.mu is held.
+func (l *listener) isFull() bool { return l.ended || len(l.waiting) >= l.backlog }
+
+// take keeps a connection for accept. tsnet wraps the stack's endpoint for Go;
+// what is inside serves C like one that was dialled.
+func (l *listener) take(wrapped net.Conn) {
+	c, err := unwrap(wrapped)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case err != nil:
+		l.node.log("accepting: %v", err)
+		wrapped.Close()
+	case l.isFull(): // since it was asked; how many handshakes there may be, tsnet bounds
+		c.drop()
+	default:
+		l.waiting = append(l.waiting, c)
+		wake(l.token, readable)
+	}
+}
+
+// unwrap takes the endpoint and its queue out of a gonet.TCPConn, which nobody
+// uses afterwards. Both are unexported fields; a test pins their names and types.
+func unwrap(wrapped net.Conn) (*conn, error) {
+	tcpConn, ok := wrapped.(*gonet.TCPConn)
+	if !ok {
+		return nil, codeError
+	}
+	ep, err := field[tcpip.Endpoint](tcpConn, "ep")
+	if err != nil {
+		return nil, err
+	}
+	queue, err := field[*waiter.Queue](tcpConn, "wq")
+	if err != nil {
+		return nil, err
+	}
+	if terr := setKeepalive(ep); terr != nil {
+		return nil, codeOf(terr)
+	}
+	return &conn{ep: ep, queue: queue}, nil
+}
+
+// accept gives the connection away that waits longest. Its token is told from now
+// on; what happened before shows when it is asked.
+func (l *listener) accept(token uintptr) (*conn, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.waiting) == 0 {
+		if l.ended {
+			return nil, codeNotRunning
+		}
+		return nil, codeWouldBlock
+	}
+	c := l.waiting[0]
+	l.waiting = l.waiting[1:]
+	c.token = token
+	c.subscribe()
+	return c, nil
+}
+
+// end stops taking connections and resets those that nobody has accepted. The
+// owner is woken to learn of it, and then never again.
+func (l *listener) end() {
+	n := l.node
+	n.listenMu.Lock()
+	if n.listening[l.port] == l {
+		delete(n.listening, l.port)
+	}
+	n.listenMu.Unlock()
+	l.unregister()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ended {
+		return
+	}
+	l.ended = true
+	for _, c := range l.waiting {
+		c.drop()
+	}
+	l.waiting = nil
+	wake(l.token, readable)
+}
+
+// drop resets a connection that nobody has a handle of.
+func (c *conn) drop() {
+	c.ep.Abort()
+	c.ep.Close()
+}
+
+// endListeners ends those of a node that closes.
+func (n *node) endListeners() {
+	n.listenMu.Lock()
+	var all []*listener
+	for _, l := range n.listening {
+		all = append(all, l)
+	}
+	n.listenMu.Unlock()
+	for _, l := range all {
+		l.end()
+	}
+}
