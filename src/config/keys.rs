@@ -254,6 +254,12 @@ pub const KEYS: &[Key] = &[
         Toml(r#""127.0.0.1:9464""#),
         "Where health, state and metrics are served. Whoever can reach it can read the state of the edge, so keep it on loopback.",
     ),
+    key(
+        "admin.tailnet_port",
+        "a port from 1 to 65535",
+        Words("none"),
+        "The port of the node's tailnet addresses where peers are told the same, but for `/doctor`. The tailnet's policy decides who may ask.",
+    ),
 ];
 
 #[cfg(test)]
