@@ -10,6 +10,7 @@ GO    ?= go
 STATIC_DIR := target/static
 RELEASE    := dist/tailwart-edge
 MAX_BYTES := 31000000
+MDBOOK     := 0.5.4
 
 # Packed relocations save 2.6 MB: a static-pie relocates itself at start, at 110,000 places. The C library
 # that is linked in must know them (glibc 2.36 or newer); `make check-release` runs what came out.
@@ -32,7 +33,7 @@ step = @printf '\n==> %s\n' '$(1)'
 # One step after the other, also under `make -j`: each of them uses every core, and the first failure should
 # be the last thing on the screen.
 .NOTPARALLEL:
-.PHONY: help test deps format vet lint test-go test-rust soak doc release check-release demo clean
+.PHONY: help test deps format vet lint test-go test-rust soak doc reference book release check-release demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -75,6 +76,19 @@ soak: ## outages of 30 and 120 seconds under load, and what else is too long for
 doc: ## the crate's documentation, broken links denied
 	$(call step,documentation)
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --no-deps
+
+reference: ## write the pages of the book that are made from the code
+	$(call step,reference pages)
+	TAILWART_WRITE_REFERENCE=1 $(CARGO) test --locked --test docs reference::
+
+# Not part of `make test`: mdBook takes minutes to build, and what it would complain of is tested without it.
+book: ## the book, in target/book (cargo install mdbook)
+	$(call step,book)
+	@mdbook --version 2>/dev/null | grep -qxF 'mdbook v$(MDBOOK)' || \
+		{ echo 'needs mdBook $(MDBOOK): $(CARGO) install --locked mdbook@$(MDBOOK)'; exit 1; }
+	@mkdir -p target
+	@mdbook build docs 2>target/book.log; status=$$?; cat target/book.log; \
+		[ "$$status" -eq 0 ] && ! grep -qE 'WARN|ERROR' target/book.log
 
 release: ## dist/tailwart-edge, one static file (TARGET=aarch64-unknown-linux-gnu for ARM)
 	$(call step,release for $(TARGET))

@@ -21,6 +21,7 @@
 
 mod clashes;
 mod file;
+mod keys;
 mod listeners;
 mod mistakes;
 mod reader;
@@ -33,6 +34,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use keys::{DefaultValue, KEYS, Key};
 pub use mistakes::ConfigError;
 use mistakes::Mistakes;
 

@@ -1,29 +1,17 @@
 //! `acl-snippet.hujson` gives the edge what its default configuration needs, and nothing else.
 
+#[path = "common/hujson.rs"]
+mod hujson;
+
 use std::collections::BTreeSet;
 
-use jsonc_parser::{ParseOptions, parse_to_serde_value};
 use serde_json::{Value, json};
 use tailwart_edge::config::Config;
 
 const MAILBOX: &str = "tag:stalwart";
 
-/// Human JSON is JSON with comments and trailing commas, and no more than that.
-const HUMAN_JSON: ParseOptions = ParseOptions {
-    allow_comments: true,
-    allow_trailing_commas: true,
-    allow_loose_object_property_names: false,
-    allow_missing_commas: false,
-    allow_single_quoted_strings: false,
-    allow_hexadecimal_numbers: false,
-    allow_unary_plus_numbers: false,
-    allow_bare_decimal_point_numbers: false,
-    allow_non_finite_numbers: false,
-    allow_extended_string_escapes: false,
-};
-
 fn policy() -> Value {
-    parse_to_serde_value(include_str!("../acl-snippet.hujson"), &HUMAN_JSON).expect("human JSON")
+    hujson::parse(include_str!("../acl-snippet.hujson")).expect("human JSON")
 }
 
 fn config() -> Config {

@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use tailwart_edge::config::{Config, Env};
+use tailwart_edge::config::{Config, DefaultValue, Env, KEYS};
 
 /// The environment the files are read in. `TOKEN` stands for a secret no message may show.
 const VARIABLES: [(&str, &str); 4] = [
@@ -43,6 +43,38 @@ fn every_sample_is_accepted_without_a_warning() {
         match Config::load(&path, None, ENV) {
             Ok(config) => assert_eq!(config.warnings, [""; 0], "{}", path.display()),
             Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+/// The sample with every setting, and those that are commented out as well.
+fn everything() -> String {
+    let text = include_str!("../examples/stalwart.toml");
+    let is_key = |line: &str| line.split_once(" = ").is_some_and(|(key, _)| !key.trim().contains(' '));
+    let lines = text.lines().map(|line| match line.strip_prefix("# ").filter(|rest| is_key(rest)) {
+        Some(setting) => format!("{setting}\n"),
+        None => format!("{line}\n"),
+    });
+    lines.collect()
+}
+
+#[test]
+fn one_sample_names_every_key_with_its_default() {
+    let text = everything();
+    Config::parse(&text, None, ENV).unwrap_or_else(|error| panic!("{error}"));
+    let table: toml::Table = text.parse().expect("TOML");
+    for key in KEYS {
+        let (section, name) = key.path.split_once('.').unwrap_or(("", key.path));
+        let section = match section {
+            "" => Some(&table),
+            "listener" => table["listener"][0].as_table(),
+            other => table[other].as_table(),
+        };
+        let found = section.and_then(|section| section.get(name));
+        let found = found.unwrap_or_else(|| panic!("examples/stalwart.toml does not name {}", key.path));
+        if let DefaultValue::Toml(value) = key.default {
+            let default: toml::Table = format!("it = {value}").parse().expect("TOML");
+            assert_eq!(found, &default["it"], "{}", key.path);
         }
     }
 }

@@ -21,6 +21,7 @@ pub mod dovecot;
 pub mod edge;
 pub mod haproxy;
 pub mod http;
+pub mod hujson;
 pub mod log;
 pub mod mail;
 pub mod net;
