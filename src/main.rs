@@ -75,8 +75,8 @@ fn run(args: &ConfigArgs) -> ExitCode {
     let credentials = Sources::capture(&environment, config.tailnet.auth_key_file.clone());
     let source = Source::capture(args.config.clone(), args.upstream.clone(), std::env::vars_os());
     start_logging();
-    let supervisor = Supervisor::find(&environment);
     let handed = handed_over(&environment);
+    let supervisor = Supervisor::find(&environment);
     // Before any thread of ours exists.
     tailnet::forget_environment();
     tailnet::set_log_upload(config.tailnet.log_upload);

@@ -170,8 +170,8 @@ impl Supervisor {
     }
 }
 
-/// The descriptors that the environment says this process was started with. To be called before
-/// anything in it opens a socket, and once.
+/// The descriptors that the environment says this process was started with. To be called once, and
+/// before there is anything in this process that they could be confused with.
 pub fn handed_over(env: Env) -> Vec<Handed> {
     const FIRST: usize = 3;
     if !env("LISTEN_PID").is_some_and(|pid| is_own_pid(&pid)) {
