@@ -134,8 +134,18 @@ fn a_socket_units_name_or_address_makes_it_a_listeners() {
     tells(&warning("nobody.socket"), &[&unwanted.to_string(), "is closed", "FileDescriptorName="]);
     assert!(systemd.stored().is_empty(), "what is a unit's need not be stored: {:?}", systemd.stored());
     // A reload leaves them where they are.
-    tells(&edge.reload(&builder.set("timeouts", "drain", "\"5s\""), LIMIT), &["settings=[\"timeouts\"]"]);
+    tells(
+        &edge.reload(&builder.clone().set("timeouts", "drain", "\"5s\""), LIMIT),
+        &["settings=[\"timeouts\"]"],
+    );
     [named, other, by_address].into_iter().for_each(|address| drop(echoes(address)));
+    // Nor does one that has no use for them: they may be wanted again.
+    let without = builder.clone().without_listeners().listener(tcp("named", &elsewhere.to_string()));
+    tells(&edge.reload(&without, LIMIT), &["removed=[\"by-address\"]"]);
+    tells(&warning("clients wait there in vain"), &[&by_address.to_string()]);
+    let waiting = connect(by_address);
+    tells(&edge.reload(&builder, LIMIT), &["added=[\"by-address\"]"]);
+    crate::common::net::hears_itself(&mut { waiting });
     stop(edge);
     // systemd has them still.
     [named, other, by_address].into_iter().for_each(|address| drop(connect(address)));
@@ -380,6 +390,8 @@ fn restarts_refuse_nobody(
     }
     let smtp = Listener::new("mail", "smtp", 2525).set("listen", &format!("[\"{mail}\"]"));
     let builder = edge.listener(smtp).set("limits", "max_connections_per_client", "0");
+    // In the soak more clients come than the default has places for.
+    let builder = builder.set("limits", "hold_max", "10000");
     let mut edge = systemd.spawn(&builder);
     edge.wait_ready(LIMIT);
     let stopping = Arc::new(AtomicBool::new(false));
@@ -417,7 +429,7 @@ fn restarts_refuse_nobody(
 
 #[test]
 fn a_restart_with_stored_sockets_refuses_nobody() {
-    let (restarts, per_second, total) = if is_soak() { (20, 150, 200_000) } else { (3, 120, 2400) };
+    let (restarts, per_second, total) = if is_soak() { (20, 200, 200_000) } else { (3, 120, 2400) };
     restarts_refuse_nobody(Systemd::start(), None, restarts, per_second, total);
 }
 
