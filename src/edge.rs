@@ -124,9 +124,9 @@ pub async fn run(start: Start) -> Result<(), RunError> {
     let membership = Arc::new(Membership::new(Arc::clone(&node), credentials, settings));
 
     let hosts = upstream_hosts(&config);
-    let mut serving = Serving::new(config, sockets, opened, Arc::clone(&node), admin, board_sender);
+    let serving = Serving::new(config, sockets, opened, Arc::clone(&node), admin, board_sender);
     let (supervisor, next_reload) = (Arc::new(supervisor), Instant::now());
-    let mut edge = Edge { serving: &mut serving, source, supervisor, membership, next_reload };
+    let mut edge = Edge { serving, source, supervisor, membership, next_reload };
     let outcome = edge.serve(hosts, &mut signals).await;
     close(&node, &mut signals).await;
     outcome.map_err(RunError::Join)
@@ -145,8 +145,8 @@ async fn close(node: &Node, signals: &mut Signals) {
 }
 
 /// A running edge.
-struct Edge<'a> {
-    serving: &'a mut Serving,
+struct Edge {
+    serving: Serving,
     source: Source,
     supervisor: Arc<Supervisor>,
     membership: Arc<Membership>,
@@ -154,7 +154,7 @@ struct Edge<'a> {
     next_reload: Instant,
 }
 
-impl Edge<'_> {
+impl Edge {
     /// Joins the tailnet, and serves until a signal; then drains.
     async fn serve(&mut self, hosts: BTreeSet<String>, signals: &mut Signals) -> Result<(), JoinError> {
         self.serving.store(&self.supervisor);
@@ -189,7 +189,7 @@ impl Edge<'_> {
                 break signal;
             }
         };
-        self.supervisor.stopping(self.serving.drain_limit());
+        self.supervisor.stopping(self.serving.config().timeouts.drain);
         drop(companions);
         self.serving.stop(signal, signals).await;
         Ok(())
@@ -202,9 +202,8 @@ impl Edge<'_> {
         self.supervisor.ready();
         let membership = Arc::clone(&self.membership);
         let keeping = tokio::spawn(async move { membership.keep().await });
-        let (supervisor, node) = (Arc::clone(&self.supervisor), Arc::clone(&self.membership.node));
-        let overview = self.serving.overview();
-        let informing = tokio::spawn(async move { supervisor.keep_informed(&node, overview).await });
+        let (supervisor, overview) = (Arc::clone(&self.supervisor), self.serving.overview());
+        let informing = tokio::spawn(async move { supervisor.keep_informed(overview).await });
         [keeping, informing].map(AbortOnDropHandle::new).into()
     }
 
@@ -238,7 +237,13 @@ impl Edge<'_> {
     }
 
     async fn put_in_force(&mut self, loaded: Result<Config, ReloadError>) -> Result<(), ReloadError> {
+        let known = upstream_hosts(self.serving.config());
         self.serving.change(loaded?).await?.tell();
+        if self.serving.is_open() {
+            for host in upstream_hosts(self.serving.config()).difference(&known) {
+                tokio::spawn(greet_upstream(Arc::clone(&self.membership.node), host.clone()));
+            }
+        }
         Ok(())
     }
 }
@@ -263,7 +268,7 @@ fn upstream_hosts(config: &Config) -> BTreeSet<String> {
     config.listeners.iter().flat_map(|listener| listener.upstream.hosts.clone()).collect()
 }
 
-/// Looks at an upstream once, so that a wrong name shows at start and not with
+/// Looks at an upstream once, so that a wrong name shows at once and not with
 /// the first mail.
 async fn greet_upstream(node: Arc<Node>, host: String) {
     match node.ping(&host, GREETING_LIMIT).await {

@@ -198,9 +198,9 @@ impl Serving {
         }
     }
 
-    /// How long a stop may take.
-    pub fn drain_limit(&self) -> Duration {
-        self.config.timeouts.drain
+    /// The configuration in force.
+    pub fn config(&self) -> &Config {
+        &self.config
     }
 
     /// Has the supervisor keep the sockets that are open.

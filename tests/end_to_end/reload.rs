@@ -209,6 +209,8 @@ fn what_was_given_at_the_start_stays_in_force() {
     };
     tells(&scene.listeners(&[through("mail", 2)]), &["changed=[\"mail\"]"]);
     drop(on("two", mail));
+    tells(&scene.listeners(&[through("mail", 2).set("upstream", "\"nobody\"")]), &["changed=[\"mail\"]"]);
+    tells(&scene.edge.wait_log("upstream cannot be reached", LIMIT), &["upstream=\"nobody\""]);
     let told = scene.set("", "hostname", "\"${TS_CLIENT_ID}\"");
     tells(&told, &["was not reloaded", "TS_CLIENT_ID"]);
     assert!(!told.contains("kept-out"), "{told}");
