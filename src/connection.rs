@@ -256,8 +256,15 @@ async fn wait<D: Dial, T>(
         done = attempt => Ok(done),
         () = left(client) => Err(Refusal::ClientGone { held: true }),
         () = sleep_until(visit.accepted() + service.hold.limit) => Err(Refusal::HoldEnded(why())),
-        () = service.drain.cancelled() => Err(Refusal::Stopping),
+        () = dismissed(service) => Err(Refusal::Stopping),
     }
+}
+
+/// Completes when the edge is stopping and the mailbox is away. While it is not, whoever is being
+/// connected is served.
+async fn dismissed<D: Dial>(service: &Service<D>) {
+    service.drain.cancelled().await;
+    service.upstream.until_away().await;
 }
 
 async fn write_header<S: AsyncWrite + Unpin>(upstream: &mut S, header: Option<&[u8]>) -> io::Result<()> {

@@ -141,9 +141,9 @@ pub async fn run(start: Start) -> Result<(), RunError> {
 
     let hosts = upstream_hosts(&config);
     let parts = Parts { node: Arc::clone(&node), admin, board: board_sender, ledger, logging };
-    let mut serving = Serving::new(config, sockets, opened, parts);
+    let serving = Serving::new(config, sockets, opened, parts);
     let (supervisor, next_reload) = (Arc::new(supervisor), Instant::now());
-    let mut edge = Edge { serving: &mut serving, source, supervisor, membership, next_reload };
+    let mut edge = Edge { serving, source, supervisor, membership, next_reload };
     let outcome = edge.serve(hosts, &mut signals).await;
     close(&node, &mut signals).await;
     outcome.map_err(RunError::Join)
@@ -162,8 +162,8 @@ async fn close(node: &Node, signals: &mut Signals) {
 }
 
 /// A running edge.
-struct Edge<'a> {
-    serving: &'a mut Serving,
+struct Edge {
+    serving: Serving,
     source: Source,
     supervisor: Arc<Supervisor>,
     membership: Arc<Membership>,
@@ -171,7 +171,7 @@ struct Edge<'a> {
     next_reload: Instant,
 }
 
-impl Edge<'_> {
+impl Edge {
     /// Joins the tailnet, and serves until a signal; then drains.
     async fn serve(&mut self, hosts: BTreeSet<String>, signals: &mut Signals) -> Result<(), JoinError> {
         self.serving.store(&self.supervisor);
@@ -206,7 +206,7 @@ impl Edge<'_> {
                 break signal;
             }
         };
-        self.supervisor.stopping(self.serving.drain_limit());
+        self.supervisor.stopping(self.serving.config().timeouts.drain);
         drop(companions);
         self.serving.stop(signal, signals).await;
         Ok(())
@@ -219,9 +219,8 @@ impl Edge<'_> {
         self.supervisor.ready();
         let membership = Arc::clone(&self.membership);
         let keeping = tokio::spawn(async move { membership.keep().await });
-        let (supervisor, node) = (Arc::clone(&self.supervisor), Arc::clone(&self.membership.node));
-        let summary = self.serving.summary();
-        let informing = tokio::spawn(async move { supervisor.keep_informed(&node, summary).await });
+        let (supervisor, summary) = (Arc::clone(&self.supervisor), self.serving.summary());
+        let informing = tokio::spawn(async move { supervisor.keep_informed(summary).await });
         [keeping, informing].map(AbortOnDropHandle::new).into()
     }
 
@@ -255,7 +254,13 @@ impl Edge<'_> {
     }
 
     async fn put_in_force(&mut self, loaded: Result<Config, ReloadError>) -> Result<(), ReloadError> {
+        let known = upstream_hosts(self.serving.config());
         self.serving.change(loaded?).await?.tell();
+        if self.serving.is_open() {
+            for host in upstream_hosts(self.serving.config()).difference(&known) {
+                tokio::spawn(greet_upstream(Arc::clone(&self.membership.node), host.clone()));
+            }
+        }
         Ok(())
     }
 }
@@ -280,7 +285,7 @@ fn upstream_hosts(config: &Config) -> BTreeSet<String> {
     config.listeners.iter().flat_map(|listener| listener.upstream.hosts.clone()).collect()
 }
 
-/// Looks at an upstream once, so that a wrong name shows at start and not with
+/// Looks at an upstream once, so that a wrong name shows at once and not with
 /// the first mail.
 async fn greet_upstream(node: Arc<Node>, host: String) {
     match node.ping(&host, GREETING_LIMIT).await {

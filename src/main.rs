@@ -73,12 +73,13 @@ fn run(args: &ConfigArgs) -> ExitCode {
     };
     let credentials = Sources::capture(&environment, config.tailnet.auth_key_file.clone());
     let source = Source::capture(args.config.clone(), args.upstream.clone(), std::env::vars_os());
-    let logging = Arc::new(log::start(config.log, &environment));
-    let supervisor = Supervisor::find(&environment);
-    let handed = handed_over(&environment);
-    // Before any thread of ours exists.
+    // Before any thread of ours exists, and the log has one.
     tailnet::forget_environment();
     tailnet::set_log_upload(config.tailnet.log_upload);
+    let started_with = |name: &str| source.variable(name);
+    let logging = Arc::new(log::start(config.log, &started_with));
+    let handed = handed_over(&started_with);
+    let supervisor = Supervisor::find(&started_with);
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }

@@ -67,6 +67,11 @@ impl Source {
         Source { path, upstream, environment }
     }
 
+    /// A variable as it was at the start; none that holds a credential.
+    pub fn variable(&self, name: &str) -> Option<String> {
+        self.environment.get(name).cloned()
+    }
+
     /// Reads the configuration, which `env` may know more variables for.
     pub fn load(&self, env: Env) -> Result<Config, ConfigError> {
         match &self.path {
@@ -81,8 +86,7 @@ impl Source {
             return Err(ReloadError::NoFile);
         }
         let source = self.clone();
-        let read =
-            tokio::task::spawn_blocking(move || source.load(&|name| source.environment.get(name).cloned()));
+        let read = tokio::task::spawn_blocking(move || source.load(&|name| source.variable(name)));
         match timeout(READ_LIMIT, read).await {
             Ok(Ok(config)) => Ok(config?),
             _ => Err(ReloadError::Slow),

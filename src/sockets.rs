@@ -149,6 +149,16 @@ impl Sockets {
         }
     }
 
+    /// After a reload: a socket unit takes connections for as long as it is there, whoever wants them.
+    pub fn warn_of_idle_units(&self, opened: &Opened) {
+        let used: BTreeSet<SocketAddr> = opened.all().filter_map(Socket::local).collect();
+        for unit in self.units.iter().filter(|unit| !used.contains(&unit.local)) {
+            warn!(
+                "no listener has the socket unit's socket {unit} any more, and clients wait there in vain; stop the unit"
+            );
+        }
+    }
+
     /// Has the supervisor keep what is open now, and nothing else. A port that the kernel has chosen
     /// is not kept: the next start would not know it.
     pub fn store(&mut self, supervisor: &Supervisor, opened: &Opened) {

@@ -13,7 +13,6 @@
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::net::{
@@ -22,11 +21,12 @@ use rustix::net::{
 };
 use rustix::process::{Resource, getpid, getrlimit};
 use rustix::time::{ClockId, clock_gettime};
+use tokio::task::spawn_blocking;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tracing::{debug, warn};
 
 use crate::config::Env;
-use crate::tailnet::{Node, take_inherited_sockets};
+use crate::tailnet::{open_connections, take_inherited_sockets};
 
 /// How often, at most, the one-line status is sent.
 const STATUS_INTERVAL: Duration = Duration::from_secs(2);
@@ -119,24 +119,24 @@ impl Supervisor {
     }
 
     /// Keeps the supervisor informed until it is dropped: of the edge in one line, and that it lives.
-    pub async fn keep_informed(&self, node: &Arc<Node>, status: impl Fn() -> String) {
+    pub async fn keep_informed(&self, status: impl Fn() -> String) {
         if self.channel.is_none() {
             return;
         }
-        tokio::join!(self.keep_watchdog(node), self.keep_status(status));
+        tokio::join!(self.keep_watchdog(), self.keep_status(status));
     }
 
-    async fn keep_watchdog(&self, node: &Arc<Node>) {
+    async fn keep_watchdog(&self) {
         let Some(half) = self.watchdog.map(|limit| limit / 2) else { return };
         let mut ticks = interval(half.max(Duration::from_millis(1)));
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            match timeout(half, node.is_responding()).await {
-                Ok(true) => self.tell("WATCHDOG=1"),
-                Ok(false) | Err(_) => {
-                    warn!("the tailnet library does not answer; the watchdog is not told that all is well")
-                }
+            // A call that waits for no lock of Tailscale's: its client may hold one for as long as a
+            // control server keeps silent, while mail passes.
+            match timeout(half, spawn_blocking(open_connections)).await {
+                Ok(Ok(_)) => self.tell("WATCHDOG=1"),
+                _ => warn!("the tailnet library does not answer; the watchdog is not told that all is well"),
             }
         }
     }
@@ -170,8 +170,8 @@ impl Supervisor {
     }
 }
 
-/// The descriptors that the environment says this process was started with. To be called before
-/// anything in it opens a socket, and once.
+/// The descriptors that the environment says this process was started with. To be called once, and
+/// before there is anything in this process that they could be confused with.
 pub fn handed_over(env: Env) -> Vec<Handed> {
     const FIRST: usize = 3;
     if !env("LISTEN_PID").is_some_and(|pid| is_own_pid(&pid)) {

@@ -304,12 +304,6 @@ impl Node {
         Ok(self.look()?.enrolled)
     }
 
-    /// Whether the Go side answers a call that waits for nobody but its own locks.
-    pub async fn is_responding(&self) -> bool {
-        let handle = Arc::clone(&self.handle);
-        tokio::task::spawn_blocking(move || handle.status().is_ok()).await.unwrap_or(false)
-    }
-
     /// The node's state; changes can be awaited.
     pub fn status(&self) -> watch::Receiver<NodeStatus> {
         self.status.clone()

@@ -216,9 +216,9 @@ impl Serving {
         }
     }
 
-    /// How long a stop may take.
-    pub fn drain_limit(&self) -> Duration {
-        self.config.timeouts.drain
+    /// The configuration in force.
+    pub fn config(&self) -> &Config {
+        &self.config
     }
 
     /// Has the supervisor keep the sockets that are open.
@@ -237,6 +237,7 @@ impl Serving {
         // What is new is bound first: nothing after this can fail.
         let opened = self.sockets.open(&new, &self.opened())?;
         new.warnings.iter().for_each(|warning| warn!("{warning}"));
+        self.sockets.warn_of_idle_units(&opened);
         let is_probed_anew = self.config.probe != new.probe;
         self.config = Config { tailnet: self.config.tailnet.clone(), ..new };
         // Clients wait in the backlog for this moment, and the permits come back.

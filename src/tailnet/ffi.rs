@@ -131,10 +131,8 @@ pub fn forget_environment() {
 }
 
 /// Takes over those of the descriptors from 3 on, so many of them, that are sockets: what a
-/// supervisor hands over (sd_listen_fds(3)). What is none may be a descriptor of the Go runtime's, and
-/// is left alone. The second call gets nothing.
-///
-/// To be called before anything in this process opens a socket.
+/// supervisor hands over (sd_listen_fds(3)). What is none, or was opened by this process, is left
+/// alone. The second call gets nothing.
 pub fn take_inherited_sockets(count: usize) -> Vec<Option<OwnedFd>> {
     const FIRST: RawFd = 3;
     static TAKEN: AtomicBool = AtomicBool::new(false);
@@ -142,11 +140,16 @@ pub fn take_inherited_sockets(count: usize) -> Vec<Option<OwnedFd>> {
     let numbers = (FIRST..).take(count);
     let take = |number| {
         // SAFETY: the borrow ends before the descriptor could be closed; one that is not open is
-        // an error of the system call, EBADF.
+        // an error of the system calls, EBADF.
         let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
         rustix::net::sockopt::socket_type(borrowed).ok()?;
-        // SAFETY: it is open, and nobody else owns it: it was there before this process opened its
-        // first socket, and is taken once.
+        let flags = rustix::io::fcntl_getfd(borrowed).ok()?;
+        // Rust's library and Go's set the flag on all that they open.
+        if flags.contains(rustix::io::FdFlags::CLOEXEC) {
+            return None;
+        }
+        // SAFETY: it is open, and nobody owns it: it was there before this program began, or the
+        // flag would be set, and it is taken once.
         Some(unsafe { OwnedFd::from_raw_fd(number) })
     };
     numbers.map(take).collect()

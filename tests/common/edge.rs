@@ -271,11 +271,18 @@ impl Edge {
         self.daemon.signal(name);
     }
 
+    /// Puts another configuration in the place of its own, at once: it may be read at any time.
+    pub fn replace_config(&self, text: &str) {
+        let new = self.config.with_extension("new");
+        std::fs::write(&new, text).expect("the configuration can be written");
+        std::fs::rename(&new, &self.config).expect("it can be put in its place");
+    }
+
     /// Puts another configuration in the place of its own and has it read; the line that tells of it.
     /// The builder has to name its state directory, which must stay.
     #[track_caller]
     pub fn reload(&self, builder: &Builder, deadline: Duration) -> String {
-        std::fs::write(&self.config, builder.config()).expect("the configuration can be written");
+        self.replace_config(&builder.config());
         let is_told =
             |line: &str| line.contains("configuration reloaded") || line.contains("was not reloaded");
         let lines = || self.log().text().lines().filter(|line| is_told(line)).map(str::to_owned).collect();

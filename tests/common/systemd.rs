@@ -133,8 +133,8 @@ impl Systemd {
     #[track_caller]
     pub fn wait(&self, from: usize, words: &str, deadline: Duration) -> (usize, String) {
         let found = wait_for(deadline, || {
-            let messages = self.messages().into_iter().enumerate().skip(from);
-            messages.filter(|(_, message)| message.contains(words)).next()
+            let mut messages = self.messages().into_iter().enumerate().skip(from);
+            messages.find(|(_, message)| message.contains(words))
         });
         found.unwrap_or_else(|| panic!("no {words:?} from message {from} on: {:#?}", self.messages()))
     }

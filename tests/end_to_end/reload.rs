@@ -209,29 +209,11 @@ fn what_was_given_at_the_start_stays_in_force() {
     };
     tells(&scene.listeners(&[through("mail", 2)]), &["changed=[\"mail\"]"]);
     drop(on("two", mail));
+    tells(&scene.listeners(&[through("mail", 2).set("upstream", "\"nobody\"")]), &["changed=[\"mail\"]"]);
+    tells(&scene.edge.wait_log("upstream cannot be reached", LIMIT), &["upstream=\"nobody\""]);
     let told = scene.set("", "hostname", "\"${TS_CLIENT_ID}\"");
     tells(&told, &["was not reloaded", "TS_CLIENT_ID"]);
     assert!(!told.contains("kept-out"), "{told}");
-}
-
-#[test]
-fn without_a_file_there_is_nothing_to_reload() {
-    let tailnet = tailnet_with(&[]);
-    let state = private_dir("state");
-    let edge = edge_on(&tailnet).wrapped(&["unshare", "--net"]).env("TS_CONTROL_URL", tailnet.control_url());
-    let _state = state;
-    // In a namespace of its own the five ports are free; it never gets on the tailnet, which a reload
-    // does not wait for.
-    let mut edge =
-        edge.set("tailnet", "join_timeout", "\"1m\"").spawn_with(&["run", "--upstream", "mailbox"]);
-    edge.wait_log("tailwart-edge starts", LIMIT);
-    if edge.log().text().contains(" ERROR ") {
-        panic!("{}", edge.log().tail());
-    }
-    edge.signal("HUP");
-    tells(&edge.wait_log("was not reloaded", LIMIT), &["started without a configuration file"]);
-    edge.signal("TERM");
-    stops(&mut edge, LIMIT);
 }
 
 #[test]
