@@ -403,11 +403,12 @@ fn restarts_refuse_nobody(
     let lines = |edge: &Edge| edge.log().count(" connection ");
     let share = total / (restarts + 1);
     let mut dismissed = 0;
-    for _ in 0..restarts {
+    for restart in 1..=restarts {
         let enough = eventually(Duration::from_secs(600), || lines(&edge) >= share);
         assert!(enough, "{} connections so far\n{}", lines(&edge), edge.log().tail());
         edge = stop(edge);
         dismissed += edge.log().count("because the edge is stopping");
+        eprintln!("restart {restart}: {} connections before it", lines(&edge));
         edge = systemd.spawn(&builder);
     }
     assert!(eventually(Duration::from_secs(600), || lines(&edge) >= share), "{}", edge.log().tail());
