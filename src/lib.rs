@@ -10,7 +10,8 @@
 //! looking; [`peers`] notices one that is gone. [`tailnet`] is the node and the C
 //! boundary, [`membership`] its life. The rest is what an operator touches: [`cli`],
 //! [`config`], [`credential`], [`secret`], [`state_dir`], [`limits`], [`drain`],
-//! [`admin`], [`metrics`], [`status`], [`doctor`].
+//! [`admin`], [`metrics`], [`status`],
+//! [`healthcheck`], [`doctor`].
 //!
 //! `ARCHITECTURE.md` has the picture and the invariants.
 
@@ -59,5 +60,7 @@ pub mod admin;
 pub mod metrics;
 
 pub mod status;
+
+pub mod healthcheck;
 
 pub mod doctor;
