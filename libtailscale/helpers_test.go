@@ -55,12 +55,6 @@ func (w *wakeLog) wake(token uintptr, ready uint32) {
 	}
 }
 
-func (w *wakeLog) count(token uintptr) int {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.seen[token]
-}
-
 func (w *wakeLog) forget(token uintptr) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -132,7 +132,10 @@ fn admin_address(args: &EdgeArgs) -> Result<SocketAddr, ExitCode> {
     if let Some(admin) = args.admin {
         return Ok(admin);
     }
-    let config = load(&args.config).map_err(|mistakes| config_mistakes(&mistakes))?;
+    // A mailbox must be named and does not matter here: the edge may have been told by --upstream.
+    let upstream = args.config.upstream.clone().or(Some("mailbox".to_owned()));
+    let given = ConfigArgs { config: args.config.config.clone(), upstream };
+    let config = load(&given).map_err(|mistakes| config_mistakes(&mistakes))?;
     config.admin.ok_or_else(|| {
         eprintln!("the edge has no admin address to ask at: admin.listen is \"off\"");
         ExitCode::FAILURE
