@@ -106,13 +106,9 @@ fn the_man_pages_can_be_shown() {
         // Mistakes only; what is questionable style comes from the generator.
         done("mandoc", &["-T", "lint", "-W", "error", page.trim_end_matches(".gz")]);
     }
-    let page = root.path().join("usr/share/man/man1/tailwart-edge.1").display().to_string();
-    let shown = done("mandoc", &["-T", "ascii", &page]).stdout();
+    let page = root.path().join("usr/share/man/man1/tailwart-edge.1");
+    let page = fs::read_to_string(page).expect("it was unpacked");
     for section in ["ENVIRONMENT", "FILES", "EXIT CODES", "EXAMPLES"] {
-        assert!(
-            shown.contains(&section.chars().map(|c| format!("{c}\u{8}{c}")).collect::<String>())
-                || shown.contains(section),
-            "{section}\n{shown}"
-        );
+        assert!(page.contains(&format!("\n.SH {section}\n")), "{section}\n{page}");
     }
 }

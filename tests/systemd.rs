@@ -130,7 +130,7 @@ impl Drop for Machine {
     fn drop(&mut self) {
         self.systemd.kill();
         // Its processes are gone a moment after their process 1.
-        eventually(LIMIT, || {
+        let _ = eventually(LIMIT, || {
             let mut find = Command::new("find");
             find.arg(&self.cgroup).args(["-depth", "-type", "d", "-exec", "rmdir", "{}", ";"]);
             run(&mut find, b"", LIMIT);
@@ -187,6 +187,8 @@ fn the_packaged_service_serves_in_its_sandbox() {
         is_served(&host, port);
     }
 
+    machine.run(&["tailwart-edge", "healthcheck"]).expect_success();
+
     // Enrolled, it needs no key, and LoadCredential= does not insist on one.
     machine.run(&["rm", "/etc/credstore/ts_authkey"]).expect_success();
     machine.run(&["systemctl", "restart", "--no-block", SERVICE]).expect_success();
@@ -197,5 +199,7 @@ fn the_packaged_service_serves_in_its_sandbox() {
     machine.run(&["sh", "-c", "echo '[upstream' > /etc/tailwart-edge/config.toml"]).expect_success();
     machine.run(&["systemctl", "restart", "--no-block", SERVICE]).expect_success();
     assert!(eventually(LIMIT, || machine.property("ActiveState") == "failed"), "{}", machine.log());
+    let health = machine.run(&["tailwart-edge", "healthcheck", "--live", "--admin", "127.0.0.1:9464"]);
+    assert_eq!(health.status.and_then(|status| status.code()), Some(1), "{health:?}");
     assert_eq!((machine.property("ExecMainStatus"), machine.property("NRestarts")), ("2".into(), "0".into()));
 }
