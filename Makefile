@@ -96,9 +96,9 @@ test-rust: ## unit, integration, end-to-end and documentation tests (root: Postf
 	$(call step,Rust tests)
 	$(CARGO) test --locked
 
-soak: ## outages of 30 and 120 seconds under load, and what else is too long for every day
-	$(call step,long outages)
-	TAILWART_SOAK=1 $(CARGO) test --locked --test end_to_end -- --nocapture outage:: strange
+soak: ## outages of 30 and 120 seconds under load, 20 restarts, and what else is too long for every day
+	$(call step,long outages and many restarts)
+	TAILWART_SOAK=1 $(CARGO) test --locked --test end_to_end -- --nocapture outage:: strange a_restart_with_stored
 
 doc: ## the crate's documentation, broken links denied
 	$(call step,documentation)

@@ -17,6 +17,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -58,6 +59,13 @@ var credentialVariables = []string{
 	"TS_ID_TOKEN", "TS_AUDIENCE", "TS_CONTROL_URL", "TS_AUTHKEY_FILE",
 }
 
+// supervisorVariables are how systemd talks to the process that it has started,
+// which is this one and no child of it.
+var supervisorVariables = []string{
+	"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC",
+	"LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "FDSTORE",
+}
+
 // forbiddenKnobs are Tailscale's own settings that would break a promise of
 // this library: the first logs the auth key (control/controlclient/direct.go),
 // the second asks for one although the node is enrolled (tsnet/tsnet.go).
@@ -67,7 +75,7 @@ var forbiddenKnobs = []string{"TS_DEBUG_REGISTER", "TSNET_FORCE_LOGIN"}
 // while the caller promises that nobody else reads the environment, what every
 // node of the process wants settled there.
 func forgetEnvironment() {
-	for _, name := range credentialVariables {
+	for _, name := range slices.Concat(credentialVariables, supervisorVariables) {
 		os.Unsetenv(name)
 	}
 	for _, name := range forbiddenKnobs {

@@ -263,11 +263,12 @@ func TestANodeThatStartsAgainAndAgain(t *testing.T) {
 }
 
 func TestForgetEnvironment(t *testing.T) {
-	for _, name := range credentialVariables {
+	forgotten := slices.Concat(credentialVariables, supervisorVariables)
+	for _, name := range forgotten {
 		t.Setenv(name, "secret")
 	}
 	forgetEnvironment()
-	for _, name := range credentialVariables {
+	for _, name := range forgotten {
 		if value, found := os.LookupEnv(name); found {
 			t.Errorf("%s=%s is still there", name, value)
 		}

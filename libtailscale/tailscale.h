@@ -123,8 +123,9 @@ enum tailscale_ready {
 // caller's back: TS_AUTHKEY, TS_AUTH_KEY, TS_CLIENT_SECRET, TS_CLIENT_ID,
 // TS_ID_TOKEN, TS_AUDIENCE, TS_CONTROL_URL, and TS_AUTHKEY_FILE, which may hold a
 // key by mistake; and two of Tailscale's own settings that log the auth key or
-// ask for one without need. The values are overwritten where
-// they are, so that /proc/PID/environ does not show them either. Call it once,
+// ask for one without need; and those by which systemd talks to this process
+// (NOTIFY_SOCKET, WATCHDOG_*, LISTEN_*, FDSTORE), so that no child has them. The
+// values of the first are overwritten where they are, so that /proc/PID/environ does not show them either. Call it once,
 // after copying them and before other threads read the environment: it uses
 // unsetenv(3), and setenv(3) for what would otherwise be set by the first
 // tailscale_start (no log upload, no log directory in /var/lib/tailscale).

@@ -15,7 +15,7 @@
 //! changes nothing.
 
 use std::convert::Infallible;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::Full;
@@ -52,8 +52,8 @@ pub struct Readiness {
     pub node: watch::Receiver<Option<watch::Receiver<NodeStatus>>>,
     /// The tags it must hold.
     pub tags: Vec<String>,
-    /// What is known of the mailbox; empty before it is looked for.
-    pub board: Arc<OnceLock<Board>>,
+    /// What is known of the mailbox; `None` before it is looked for.
+    pub board: watch::Receiver<Option<Arc<Board>>>,
     /// Fires when the edge begins to stop.
     pub drain: CancellationToken,
 }
@@ -79,13 +79,13 @@ impl Readiness {
     fn status(&self) -> Status {
         let node = self.node.borrow().as_ref().map(|node| node.borrow().clone()).unwrap_or_default();
         let NodeStatus { name, ips, tags, state, key_expiry, .. } = node;
-        let board = self.board.get();
-        let monitors = board.into_iter().flat_map(|board| &board.monitors);
+        let board = self.board.borrow().clone();
+        let monitors = board.iter().flat_map(|board| &board.monitors);
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: NodeView { name, ips, tags, state, key_expiry },
             not_ready: self.reasons(),
-            held: board.map_or(0, Board::held),
+            held: board.as_ref().map_or(0, |board| board.held()),
             upstreams: monitors.map(|monitor| upstream_view(monitor)).collect(),
         }
     }
@@ -101,7 +101,7 @@ fn upstream_view(monitor: &Monitor) -> UpstreamView {
 }
 
 /// Answers requests for as long as the edge lives.
-pub async fn serve(listener: TcpListener, readiness: Arc<Readiness>, examiner: Arc<Examiner>) {
+pub async fn serve(listener: Arc<TcpListener>, readiness: Arc<Readiness>, examiner: Arc<Examiner>) {
     let permits = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return }; // never closed
@@ -152,7 +152,7 @@ fn answer(request: &Request<Incoming>, readiness: &Readiness) -> Response<Full<B
         status::PATH => json(StatusCode::OK, &serde_json::json!(readiness.status())),
         "/metrics" => {
             let node = readiness.node.borrow().as_ref().map(|node| node.borrow().clone());
-            let text = metrics::text(&node.unwrap_or_default(), readiness.board.get());
+            let text = metrics::text(&node.unwrap_or_default(), readiness.board.borrow().as_deref());
             body(StatusCode::OK, metrics::CONTENT_TYPE, text)
         }
         // Whoever asks for the head alone does not want the work done.
@@ -216,7 +216,7 @@ mod tests {
             drain.cancel();
         }
         let node = node.map(|status| watch::channel(status).1);
-        let (tags, board) = (vec!["tag:reverse-proxy".into()], Arc::default());
+        let (tags, board) = (vec!["tag:reverse-proxy".into()], watch::channel(None).1);
         Readiness { node: watch::channel(node).1, tags, board, drain }.reasons()
     }
 

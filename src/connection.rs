@@ -110,21 +110,35 @@ enum Refusal {
     Stopping,
 }
 
+/// Who ended a connection, for the count of those at a stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// One of its parties, or its own time-outs.
+    ByItself,
+    /// The edge, because it is stopping.
+    Dismissed,
+}
+
 /// Serves one accepted connection to its end. Never fails: whatever happens is
 /// in the log line. Cancellation drops both connections.
-pub async fn serve<D: Dial>(service: &Service<D>, client: &mut TcpStream, peer: SocketAddr) {
+pub async fn serve<D: Dial>(service: &Service<D>, client: &mut TcpStream, peer: SocketAddr) -> Ending {
     static CONNECTIONS: AtomicU64 = AtomicU64::new(1);
     let id = CONNECTIONS.fetch_add(1, Ordering::Relaxed);
     let visit = Visit { id, client: peer, accepted: Instant::now() };
-    match converse(service, client, &visit).await {
-        Ok(session) => log_session(service, &visit, &session),
+    let is_dismissed = match converse(service, client, &visit).await {
+        Ok(session) => {
+            log_session(service, &visit, &session);
+            matches!(session.outcome.end, End::Drained)
+        }
         Err(refusal) => {
             log_refusal(service, &visit, &refusal);
             if !matches!(refusal, Refusal::ClientGone) {
                 Box::pin(answer::refuse(client, service.protocol, &service.public_name)).await;
             }
+            matches!(refusal, Refusal::Stopping)
         }
-    }
+    };
+    if is_dismissed { Ending::Dismissed } else { Ending::ByItself }
 }
 
 /// Reaches the upstream, gives it the header and relays; again if a server that
@@ -264,8 +278,15 @@ async fn wait<D: Dial, T>(
         done = attempt => Ok(done),
         () = left(client) => Err(Refusal::ClientGone),
         () = sleep_until(visit.accepted + service.hold.limit) => Err(Refusal::HoldEnded(why())),
-        () = service.drain.cancelled() => Err(Refusal::Stopping),
+        () = dismissed(service) => Err(Refusal::Stopping),
     }
+}
+
+/// Completes when the edge is stopping and the mailbox is away. While it is not, whoever is being
+/// connected is served.
+async fn dismissed<D: Dial>(service: &Service<D>) {
+    service.drain.cancelled().await;
+    service.upstream.until_away().await;
 }
 
 async fn write_header<S: AsyncWrite + Unpin>(upstream: &mut S, header: Option<&[u8]>) -> io::Result<()> {

@@ -1,43 +1,60 @@
-//! Stopping: what the signals mean.
+//! What the signals mean, and how a stop went.
 //!
 //! SIGTERM and SIGINT begin a drain: no new connections, then the rest have a
-//! limited time. A second one ends it at once. SIGHUP, which would kill a
-//! process that ignores it, is noted and does nothing: there is no reload.
+//! limited time. A second one ends it at once. SIGHUP has the configuration read
+//! again; however many come meanwhile, once more.
 
+use std::fmt;
 use std::io;
+use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing::info;
 
 use crate::tailnet::run_on_alternate_stack;
 
 /// The signals of the process. Only one should exist at a time.
 #[derive(Debug)]
-pub struct StopSignals {
+pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
 }
 
-impl StopSignals {
+/// What a signal asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// To stop; the signal's name.
+    Stop(&'static str),
+    /// To read the configuration again.
+    Reload,
+}
+
+impl Signals {
     /// Installs the handlers, safe beside the Go runtime. Must be called
     /// within a tokio runtime.
-    pub fn install() -> io::Result<StopSignals> {
-        Ok(StopSignals {
+    pub fn install() -> io::Result<Signals> {
+        Ok(Signals {
             terminate: handler(SignalKind::terminate())?,
             interrupt: handler(SignalKind::interrupt())?,
             hangup: handler(SignalKind::hangup())?,
         })
     }
 
-    /// Waits for the next request to stop and names it.
+    /// Waits for the next request; a stop goes first.
+    pub async fn next(&mut self) -> Request {
+        tokio::select! {
+            biased;
+            _ = self.terminate.recv() => Request::Stop("SIGTERM"),
+            _ = self.interrupt.recv() => Request::Stop("SIGINT"),
+            _ = self.hangup.recv() => Request::Reload,
+        }
+    }
+
+    /// Waits for the next request to stop and names it. A SIGHUP waits too.
     pub async fn stop(&mut self) -> &'static str {
-        loop {
-            tokio::select! {
-                _ = self.terminate.recv() => return "SIGTERM",
-                _ = self.interrupt.recv() => return "SIGINT",
-                _ = self.hangup.recv() => info!("SIGHUP ignored: a changed configuration needs a restart"),
-            }
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
         }
     }
 }
@@ -46,4 +63,42 @@ fn handler(kind: SignalKind) -> io::Result<Signal> {
     let installed = signal(kind)?;
     run_on_alternate_stack(kind.as_raw_value())?;
     Ok(installed)
+}
+
+/// What became of the connections that were there when a stop began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Drained {
+    /// All of them.
+    pub connections: usize,
+    /// Those that waited for their client, or for the mailbox, and were sent away.
+    pub dismissed: usize,
+    /// Those that were still there when the time was over.
+    pub cut: usize,
+    /// How long it took.
+    pub took: Duration,
+}
+
+impl fmt::Display for Drained {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Drained { connections, dismissed, cut, took } = self;
+        let ended = connections.saturating_sub(dismissed + cut);
+        write!(
+            f,
+            "{ended} connections ended by themselves, {dismissed} quiet ones were closed, {cut} were cut, in {:.1} s",
+            took.as_secs_f64()
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_connection_is_counted_once() {
+        let took = Duration::from_millis(1234);
+        let drained = Drained { connections: 10, dismissed: 3, cut: 2, took };
+        let told = "5 connections ended by themselves, 3 quiet ones were closed, 2 were cut, in 1.2 s";
+        assert_eq!(drained.to_string(), told);
+    }
 }

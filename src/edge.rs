@@ -1,41 +1,41 @@
-//! Joins the parts: bind, join the tailnet, accept, and stop in order.
+//! Joins the parts: bind, join the tailnet, accept, reload, and stop in order.
 //!
 //! The order of the start is a promise. Ports are bound first, so that a
 //! mistake there does not use up an auth key. A node that is enrolled accepts at
 //! once, and holds its clients until it is on the tailnet. One that is not may
 //! never be, and some listeners hold nobody: there, clients wait in the kernel's
 //! backlog until then.
+//!
+//! A reload works at any time after the node has started, also while it joins.
+
+mod serving;
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
-use std::sync::{Arc, OnceLock};
+use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info, warn};
 
-use crate::admin::{self, Readiness};
-use crate::answer::PublicName;
-use crate::config::{self, Config};
-use crate::connection::{Hold, Service};
+use crate::admin::Readiness;
+use crate::config::Config;
 use crate::credential::Sources;
 use crate::doctor::Examiner;
-use crate::drain::StopSignals;
-use crate::health::{self, Board, Monitor};
-use crate::limits::{ClientLimit, connection_limit};
-use crate::listener::{self, Admission, BindError};
+use crate::drain::{Request, Signals};
+use crate::listener::BindError;
 use crate::membership::Membership;
-use crate::peers::Peers;
-use crate::relay::Timeouts;
+use crate::reload::{ReloadError, Source};
+use crate::sockets::{Opened, Sockets};
 use crate::state_dir::{self, StateDirError};
+use crate::supervisor::{Handed, Supervisor};
 use crate::tailnet::{JoinError, Node, linked_version};
-use crate::upstream::Upstream;
+use serving::{Admin, Serving};
 
 /// While draining, a connection that waits for its client this long is closed;
 /// the others have until the drain time-out.
@@ -50,8 +50,8 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 /// takes up to two more.
 const GREETING_LIMIT: Duration = Duration::from_secs(7);
 
-/// How long those who wait for a tailnet that refuses this edge may take to read the answer.
-const TURN_AWAY_LIMIT: Duration = Duration::from_secs(3);
+/// Between two reloads: a storm of signals becomes a few of them.
+const RELOAD_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Why the edge could not run; [`RunError::exit_code`] tells scripts.
 #[derive(Debug, Error)]
@@ -83,47 +83,58 @@ impl RunError {
     }
 }
 
-/// A listener and its open sockets.
-struct Bound<'a> {
-    listener: &'a config::Listener,
-    sockets: Vec<TcpListener>,
+/// What a run begins with.
+#[derive(Debug)]
+pub struct Start {
+    /// The configuration.
+    pub config: Config,
+    /// Where it is read from again.
+    pub source: Source,
+    /// What the node may enrol with.
+    pub credentials: Sources,
+    /// Who has started this process.
+    pub supervisor: Supervisor,
+    /// The descriptors that came with it.
+    pub handed: Vec<Handed>,
 }
 
 /// Runs the edge until a signal stops it. `Ok` is an orderly stop, also when
-/// the drain time-out cut connections. `sources` are asked if the node has to
-/// enrol.
-pub async fn run(config: Config, sources: Sources) -> Result<(), RunError> {
-    let mut signals = StopSignals::install().map_err(RunError::Signals)?;
+/// the drain time-out cut connections.
+pub async fn run(start: Start) -> Result<(), RunError> {
+    let Start { config, source, credentials, supervisor, handed } = start;
+    let mut signals = Signals::install().map_err(RunError::Signals)?;
     info!(version = env!("CARGO_PKG_VERSION"), tailscale = linked_version(), "tailwart-edge starts");
-    let drain = CancellationToken::new();
-    let bound = bind_all(&config.listeners)?;
-    let admin = config.admin.map(|address| listener::bind("admin", address)).transpose()?;
-    let settings = &config.tailnet;
+    let mut sockets = Sockets::new(handed);
+    let opened = sockets.open(&config, &Opened::default())?;
+    sockets.close_unused(&opened);
+    let settings = config.tailnet.clone();
     // An ephemeral node has no identity that two could share.
     let _state_dir = (!settings.ephemeral).then(|| state_dir::lock(&settings.state_dir)).transpose()?;
 
     let (node_sender, node_receiver) = watch::channel(None);
-    let board = Arc::new(OnceLock::new());
+    let (board_sender, board) = watch::channel(None);
     let examiner = Arc::new(Examiner::new(config.clone()));
-    if let Some(admin) = admin {
-        announce("admin", &admin);
-        let (tags, board) = (settings.tags.clone(), Arc::clone(&board));
-        let readiness = Readiness { node: node_receiver, tags, board, drain: drain.clone() };
-        tokio::spawn(admin::serve(admin, Arc::new(readiness), Arc::clone(&examiner)));
-    }
-    let node = Arc::new(Node::start(settings)?);
+    let drain = CancellationToken::new();
+    let readiness = Readiness { node: node_receiver, tags: settings.tags.clone(), board, drain };
+    let mut admin = Admin::new(readiness, Arc::clone(&examiner));
+    admin.serve(opened.admin.clone());
+    let node = Arc::new(Node::start(&settings)?);
     node_sender.send_replace(Some(node.status()));
     examiner.set_node(Arc::clone(&node));
-    let membership = Membership::new(Arc::clone(&node), sources, settings.clone());
+    let membership = Arc::new(Membership::new(Arc::clone(&node), credentials, settings));
 
-    let outcome = serve(&config, bound, membership, &board, drain, &mut signals).await;
+    let hosts = upstream_hosts(&config);
+    let serving = Serving::new(config, sockets, opened, Arc::clone(&node), admin, board_sender);
+    let (supervisor, next_reload) = (Arc::new(supervisor), Instant::now());
+    let mut edge = Edge { serving, source, supervisor, membership, next_reload };
+    let outcome = edge.serve(hosts, &mut signals).await;
     close(&node, &mut signals).await;
     outcome.map_err(RunError::Join)
 }
 
 /// Closes the node, within a limit and unless a signal says at once: whatever
 /// holds it up, the process has to end.
-async fn close(node: &Node, signals: &mut StopSignals) {
+async fn close(node: &Node, signals: &mut Signals) {
     tokio::select! {
         gone = node.close() => if !gone {
             warn!("this ephemeral node could not be taken off the tailnet; the control server drops it later by itself, or remove it in the admin console");
@@ -133,269 +144,131 @@ async fn close(node: &Node, signals: &mut StopSignals) {
     }
 }
 
-/// Binds every address. A default `[::]` on a machine without IPv6 is only
-/// worth a warning.
-fn bind_all(listeners: &[config::Listener]) -> Result<Vec<Bound<'_>>, BindError> {
-    let mut bound = Vec::new();
-    for listener in listeners {
-        let mut sockets = Vec::new();
-        for &address in &listener.listen {
-            match listener::bind(&listener.name, address) {
-                Ok(socket) => sockets.push(socket),
-                Err(error) if may_be_missing(listener, address, &error) => {
-                    warn!("{error}; serving IPv4 only")
-                }
-                Err(error) => return Err(error),
+/// A running edge.
+struct Edge {
+    serving: Serving,
+    source: Source,
+    supervisor: Arc<Supervisor>,
+    membership: Arc<Membership>,
+    /// Not before.
+    next_reload: Instant,
+}
+
+impl Edge {
+    /// Joins the tailnet, and serves until a signal; then drains.
+    async fn serve(&mut self, hosts: BTreeSet<String>, signals: &mut Signals) -> Result<(), JoinError> {
+        self.serving.store(&self.supervisor);
+        if self.membership.node.is_enrolled()? {
+            self.serving.open_holding();
+        }
+        let membership = Arc::clone(&self.membership);
+        let supervisor = Arc::clone(&self.supervisor);
+        let mut joining = pin!(reach_tailnet(&membership, hosts));
+        let mut extending = pin!(supervisor.extend_start());
+        let mut companions = Vec::new();
+        let signal = loop {
+            let is_joining = !self.serving.is_open();
+            let stop = tokio::select! {
+                joined = &mut joining, if is_joining => match joined {
+                    Ok(()) => {
+                        companions = self.begin();
+                        None
+                    }
+                    Err(refused) => {
+                        self.serving.turn_away().await;
+                        return Err(refused);
+                    }
+                },
+                () = &mut extending, if is_joining => None,
+                request = signals.next() => match request {
+                    Request::Stop(signal) => Some(signal),
+                    Request::Reload => self.reload(signals).await,
+                },
+            };
+            if let Some(signal) = stop {
+                break signal;
+            }
+        };
+        self.supervisor.stopping(self.serving.config().timeouts.drain);
+        drop(companions);
+        self.serving.stop(signal, signals).await;
+        Ok(())
+    }
+
+    /// Serves, now that the tailnet is there; what goes on beside that, until it is dropped.
+    fn begin(&mut self) -> Vec<AbortOnDropHandle<()>> {
+        self.serving.open_all();
+        self.membership.announce();
+        self.supervisor.ready();
+        let membership = Arc::clone(&self.membership);
+        let keeping = tokio::spawn(async move { membership.keep().await });
+        let (supervisor, overview) = (Arc::clone(&self.supervisor), self.serving.overview());
+        let informing = tokio::spawn(async move { supervisor.keep_informed(overview).await });
+        [keeping, informing].map(AbortOnDropHandle::new).into()
+    }
+
+    /// Reads the configuration again and puts it in force, or says why not. A signal that ends the
+    /// edge meanwhile is returned.
+    async fn reload(&mut self, signals: &mut Signals) -> Option<&'static str> {
+        // A supervisor is told of the first readiness by the join.
+        let is_ready = self.serving.is_open();
+        if is_ready {
+            self.supervisor.reloading();
+        }
+        let load = async {
+            sleep_until(self.next_reload).await;
+            self.source.load_again().await
+        };
+        let loaded = tokio::select! {
+            loaded = load => loaded,
+            signal = signals.stop() => return Some(signal),
+        };
+        self.next_reload = Instant::now() + RELOAD_INTERVAL;
+        match self.put_in_force(loaded).await {
+            Ok(()) => self.serving.store(&self.supervisor),
+            Err(problem) => {
+                error!("the configuration was not reloaded, and all goes on as before: {problem}")
             }
         }
-        bound.push(Bound { listener, sockets });
+        if is_ready {
+            self.supervisor.ready();
+        }
+        None
     }
-    Ok(bound)
-}
 
-fn may_be_missing(listener: &config::Listener, address: SocketAddr, error: &BindError) -> bool {
-    use std::io::ErrorKind::{AddrNotAvailable, Unsupported};
-    !listener.configured && address.is_ipv6() && matches!(error.kind, AddrNotAvailable | Unsupported)
-}
-
-fn announce(listener: &str, socket: &TcpListener) {
-    if let Ok(address) = socket.local_addr() {
-        info!(listener, %address, "listening");
+    async fn put_in_force(&mut self, loaded: Result<Config, ReloadError>) -> Result<(), ReloadError> {
+        let known = upstream_hosts(self.serving.config());
+        self.serving.change(loaded?).await?.tell();
+        if self.serving.is_open() {
+            for host in upstream_hosts(self.serving.config()).difference(&known) {
+                tokio::spawn(greet_upstream(Arc::clone(&self.membership.node), host.clone()));
+            }
+        }
+        Ok(())
     }
 }
 
-/// Joins the tailnet and makes contact with the upstreams, unless a signal comes
-/// first, which is returned.
+/// Joins the tailnet and makes contact with the upstreams.
 ///
 /// The contact comes before the first connection, because the first packets to a
 /// peer may be lost: it may not have heard of this node yet, and WireGuard asks
 /// again only after five seconds.
-async fn reach_tailnet(
-    membership: &Membership,
-    config: &Config,
-    signals: &mut StopSignals,
-) -> Result<Option<&'static str>, JoinError> {
-    let joined = async {
-        membership.join().await?;
-        let hosts: BTreeSet<&str> = config
-            .listeners
-            .iter()
-            .flat_map(|listener| &listener.upstream.hosts)
-            .map(String::as_str)
-            .collect();
-        let mut greetings = JoinSet::new();
-        for host in hosts {
-            greetings.spawn(greet_upstream(Arc::clone(&membership.node), host.to_owned()));
-        }
-        greetings.join_all().await;
-        Ok(None)
-    };
-    tokio::select! {
-        joined = joined => joined,
-        signal = signals.stop() => Ok(Some(signal)),
+async fn reach_tailnet(membership: &Membership, hosts: BTreeSet<String>) -> Result<(), JoinError> {
+    membership.join().await?;
+    let mut greetings = JoinSet::new();
+    for host in hosts {
+        greetings.spawn(greet_upstream(Arc::clone(&membership.node), host));
     }
-}
-
-/// Joins the tailnet and accepts until a signal, then drains.
-async fn serve(
-    config: &Config,
-    bound: Vec<Bound<'_>>,
-    membership: Membership,
-    board: &OnceLock<Board>,
-    drain: CancellationToken,
-    signals: &mut StopSignals,
-) -> Result<(), JoinError> {
-    let node = Arc::clone(&membership.node);
-    let start = || Serving::start(config, bound, &node, board, drain);
-    let limit = config.timeouts.drain;
-    let mut serving = if node.is_enrolled()? {
-        let serving = start();
-        match reach_tailnet(&membership, config, signals).await {
-            Ok(None) => serving,
-            Ok(Some(signal)) => {
-                serving.stop(signal, limit, signals).await;
-                return Ok(());
-            }
-            Err(refused) => {
-                serving.turn_away().await;
-                return Err(refused);
-            }
-        }
-    } else {
-        match reach_tailnet(&membership, config, signals).await? {
-            None => start(),
-            Some(signal) => {
-                info!(signal, "stopping before anything was served");
-                return Ok(());
-            }
-        }
-    };
-    serving.open(|_| true);
-    membership.announce();
-    let keeping = tokio::spawn(async move { membership.keep().await });
-    let signal = signals.stop().await;
-    keeping.abort();
-    serving.stop(signal, limit, signals).await;
+    greetings.join_all().await;
     Ok(())
 }
 
-/// The ports, and what is connected through them.
-struct Serving {
-    /// Those that do not accept yet.
-    closed: Vec<Port>,
-    accepting: JoinSet<()>,
-    watching: JoinSet<()>,
-    admission: Admission,
-    drain: CancellationToken,
+/// Every upstream host, once.
+fn upstream_hosts(config: &Config) -> BTreeSet<String> {
+    config.listeners.iter().flat_map(|listener| listener.upstream.hosts.clone()).collect()
 }
 
-/// A listener's sockets, and what is done for who comes there.
-struct Port {
-    sockets: Vec<TcpListener>,
-    service: Arc<Service<Node>>,
-}
-
-impl Serving {
-    /// Opens the ports whose clients can be held.
-    fn start(
-        config: &Config,
-        bound: Vec<Bound<'_>>,
-        node: &Arc<Node>,
-        board: &OnceLock<Board>,
-        drain: CancellationToken,
-    ) -> Serving {
-        let sockets = bound.iter().map(|b| b.sockets.len()).sum();
-        let limit = connection_limit(config.limits.max_connections, sockets);
-        let per_client = config.limits.max_connections_per_client;
-        info!(max_connections = limit.connections, per_client, "{}", limit.reason);
-        let admission = Admission {
-            permits: Arc::new(Semaphore::new(limit.connections)),
-            clients: ClientLimit::new(per_client),
-            tasks: TaskTracker::new(),
-        };
-        let shared = Shared {
-            node: Arc::clone(node),
-            held: Arc::new(Semaphore::new(config.limits.hold_max)),
-            public_name: PublicName::new(config.hostname.clone()),
-            drain: drain.clone(),
-        };
-        let mut peers = Peers::default();
-        let closed: Vec<Port> = bound
-            .into_iter()
-            .map(|Bound { listener, sockets }| Port {
-                sockets,
-                service: Arc::new(shared.service(config, listener, &mut peers)),
-            })
-            .collect();
-        let mut watching = JoinSet::new();
-        let monitors = probe_all(&mut watching, &closed, node, config.probe);
-        let _ = board.set(Board { monitors, places: shared.held, hold_max: config.limits.hold_max });
-        let (node, dead_peer) = (Arc::clone(node), config.timeouts.dead_peer);
-        watching.spawn(async move { peers.watch(&node, dead_peer).await });
-        let mut serving = Serving { closed, accepting: JoinSet::new(), watching, admission, drain };
-        serving.open(|service| !service.hold.limit.is_zero());
-        serving
-    }
-
-    /// Accepts for those listeners that do not accept yet.
-    fn open(&mut self, wanted: impl Fn(&Service<Node>) -> bool) {
-        let (open, closed) =
-            std::mem::take(&mut self.closed).into_iter().partition(|port: &Port| wanted(&port.service));
-        self.closed = closed;
-        for Port { sockets, service } in open as Vec<Port> {
-            for socket in sockets {
-                announce(&service.name, &socket);
-                let (service, admission) = (Arc::clone(&service), self.admission.clone());
-                self.accepting.spawn(listener::accept(socket, service, admission));
-            }
-        }
-    }
-
-    /// Closes the ports and waits for the connections within `limit`; another signal ends the wait.
-    async fn stop(mut self, signal: &str, limit: Duration, signals: &mut StopSignals) {
-        info!(signal, connections = self.admission.tasks.len(), "stopping");
-        self.close_ports().await;
-        let tasks = &self.admission.tasks;
-        tasks.close();
-        tokio::select! {
-            () = tasks.wait() => {}
-            () = tokio::time::sleep(limit) => {
-                warn!(connections = tasks.len(), "drain time-out of {limit:?} passed: connections were cut");
-            }
-            again = signals.stop() => warn!(signal = again, connections = tasks.len(), "stopping at once: connections were cut"),
-        }
-        info!("stopped");
-    }
-
-    /// Closes the ports and turns away those who wait, who are all there are without a tailnet.
-    async fn turn_away(mut self) {
-        self.close_ports().await;
-        self.admission.tasks.close();
-        let _ = timeout(TURN_AWAY_LIMIT, self.admission.tasks.wait()).await;
-    }
-
-    async fn close_ports(&mut self) {
-        self.drain.cancel();
-        self.closed.clear();
-        self.watching.abort_all();
-        while self.accepting.join_next().await.is_some() {}
-    }
-}
-
-/// Begins to probe every server of every port, unless probing is off.
-fn probe_all(
-    watching: &mut JoinSet<()>,
-    ports: &[Port],
-    node: &Arc<Node>,
-    settings: config::Probe,
-) -> Vec<Arc<Monitor>> {
-    let mut monitors = Vec::new();
-    for service in ports.iter().map(|port| &port.service) {
-        for server in service.upstream.servers() {
-            let monitor = Arc::new(Monitor::new(service, server));
-            monitors.push(Arc::clone(&monitor));
-            if !settings.interval.is_zero() {
-                let (service, server, node) = (Arc::clone(service), Arc::clone(server), Arc::clone(node));
-                watching.spawn(health::keep_probing(monitor, service, server, node, settings));
-            }
-        }
-    }
-    monitors
-}
-
-/// What all listeners share.
-struct Shared {
-    node: Arc<Node>,
-    /// One permit for each client that may be held.
-    held: Arc<Semaphore>,
-    public_name: PublicName,
-    drain: CancellationToken,
-}
-
-impl Shared {
-    fn service(&self, config: &Config, listener: &config::Listener, peers: &mut Peers) -> Service<Node> {
-        let config::Upstream { hosts, port } = &listener.upstream;
-        let servers = hosts.iter().map(|host| peers.get(host)).collect();
-        // Without a place for anybody nobody is held.
-        let limit = if config.limits.hold_max == 0 { Duration::ZERO } else { listener.hold };
-        Service {
-            name: listener.name.clone(),
-            protocol: listener.protocol,
-            upstream: Upstream::new(Arc::clone(&self.node), servers, *port, config.timeouts.connect),
-            proxy_protocol: listener.proxy_protocol,
-            timeouts: Timeouts {
-                idle: listener.idle_timeout,
-                half_close: config.timeouts.half_close,
-                quiet: QUIET,
-            },
-            hold: Hold { limit, places: Arc::clone(&self.held) },
-            public_name: self.public_name.clone(),
-            drain: self.drain.clone(),
-        }
-    }
-}
-
-/// Looks at an upstream once, so that a wrong name shows at start and not with
+/// Looks at an upstream once, so that a wrong name shows at once and not with
 /// the first mail.
 async fn greet_upstream(node: Arc<Node>, host: String) {
     match node.ping(&host, GREETING_LIMIT).await {

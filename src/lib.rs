@@ -9,9 +9,9 @@
 //! header for commands, [`probe`] looks whether one is well and [`health`] keeps
 //! looking; [`peers`] notices one that is gone. [`tailnet`] is the node and the C
 //! boundary, [`membership`] its life. The rest is what an operator touches: [`cli`],
-//! [`config`], [`credential`], [`secret`], [`state_dir`], [`limits`], [`drain`],
-//! [`admin`], [`metrics`], [`status`],
-//! [`healthcheck`], [`doctor`].
+//! [`config`], [`credential`], [`secret`], [`state_dir`], [`limits`], [`sockets`],
+//! [`reload`], [`supervisor`], [`drain`], [`admin`], [`metrics`], [`status`], [`healthcheck`],
+//! [`doctor`].
 //!
 //! `ARCHITECTURE.md` has the picture and the invariants.
 
@@ -52,6 +52,12 @@ pub mod secret;
 pub mod state_dir;
 
 pub mod limits;
+
+pub mod sockets;
+
+pub mod reload;
+
+pub mod supervisor;
 
 pub mod drain;
 

@@ -3,7 +3,9 @@
 //! A permit for the whole edge is taken *before* a connection is accepted, so
 //! that at the limit the kernel's backlog holds the line instead of clients
 //! being accepted and turned away. The client's own share can only be known
-//! after accepting. Both are given back by drop.
+//! after accepting. Both are given back by drop. Either limit may change while
+//! connections are open: none is cut, and nobody is let in until there are fewer
+//! than the new one allows.
 //!
 //! A client is an IPv4 address or an IPv6 /64, which is what one customer
 //! gets; rates are not limited here.
@@ -11,9 +13,13 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::net::{IpAddr, Ipv6Addr};
+use std::pin::pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::process::{Resource, getrlimit};
+use tokio::sync::Semaphore;
+use tokio_util::task::AbortOnDropHandle;
 
 /// Descriptors that are not connections: standard streams, tokio, the node's
 /// sockets and state files, DERP and control connections, admin requests.
@@ -63,11 +69,81 @@ fn limit_for(configured: Option<usize>, listeners: usize, descriptors: u64) -> C
     }
 }
 
+/// Permits whose number can change while they are out.
+#[derive(Debug)]
+pub struct Permits {
+    semaphore: Arc<Semaphore>,
+    size: usize,
+    /// How many were out that are not to come back, and who waits for them.
+    owed: Option<(usize, AbortOnDropHandle<()>)>,
+}
+
+impl Permits {
+    /// So many permits.
+    pub fn new(size: usize) -> Permits {
+        Permits { semaphore: Arc::new(Semaphore::new(size)), size, owed: None }
+    }
+
+    /// Where they are taken from.
+    pub fn semaphore(&self) -> &Arc<Semaphore> {
+        &self.semaphore
+    }
+
+    /// How many there are to be.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Changes their number. Those that are out and too many are taken out of use as they come back,
+    /// before anybody who begins to wait after this call gets one.
+    pub async fn resize(&mut self, size: usize) {
+        let mut existing = self.size;
+        if let Some((short, waiting)) = self.owed.take() {
+            waiting.abort();
+            if waiting.await.is_err() {
+                existing += short; // it has given back what it had of them
+            }
+        }
+        self.size = size;
+        if size >= existing {
+            return self.semaphore.add_permits(size - existing);
+        }
+        let surplus = existing - size;
+        let short = surplus - self.semaphore.forget_permits(surplus);
+        if short > 0 {
+            self.owed = Some((short, self.await_return(short).await));
+        }
+    }
+
+    /// Queues for these permits, ahead of whoever comes later.
+    async fn await_return(&self, short: usize) -> AbortOnDropHandle<()> {
+        let many = u32::try_from(short).unwrap_or(u32::MAX);
+        let semaphore = Arc::clone(&self.semaphore);
+        let (queued, is_queued) = tokio::sync::oneshot::channel();
+        let waiting = tokio::spawn(async move {
+            let mut returned = pin!(semaphore.acquire_many(many));
+            let mut queued = Some(queued);
+            let returned = std::future::poll_fn(|cx| {
+                let poll = returned.as_mut().poll(cx);
+                if let Some(queued) = queued.take() {
+                    let _ = queued.send(());
+                }
+                poll
+            });
+            if let Ok(permits) = returned.await {
+                permits.forget();
+            }
+        });
+        let _ = is_queued.await;
+        AbortOnDropHandle::new(waiting)
+    }
+}
+
 /// Counts the connections of each client.
 #[derive(Debug)]
 pub struct ClientLimit {
     /// 0 is no limit.
-    max: usize,
+    max: AtomicUsize,
     open: Mutex<HashMap<IpAddr, Share>>,
 }
 
@@ -97,15 +173,21 @@ pub struct ClientPermit {
 impl ClientLimit {
     /// At most `max` connections of one client at once; 0 is no limit.
     pub fn new(max: usize) -> Arc<ClientLimit> {
-        Arc::new(ClientLimit { max, open: Mutex::default() })
+        Arc::new(ClientLimit { max: AtomicUsize::new(max), open: Mutex::default() })
+    }
+
+    /// Changes the limit, for connections to come.
+    pub fn set_max(&self, max: usize) {
+        self.max.store(max, Ordering::Relaxed);
     }
 
     /// A place for the client, unless it has as many as it may.
     pub fn admit(self: &Arc<Self>, client: IpAddr) -> Result<ClientPermit, Refused> {
+        let max = self.max.load(Ordering::Relaxed);
         let client = network_of(client);
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let share = open.entry(client).or_default();
-        if self.max != 0 && share.connections >= self.max {
+        if max != 0 && share.connections >= max {
             return Err(Refused { first: !std::mem::replace(&mut share.refused, true) });
         }
         share.connections += 1;
@@ -192,6 +274,54 @@ mod tests {
         assert!(limit.admit("2001:db8:0:1::1".parse().unwrap()).is_ok());
         let _four = limit.admit("192.0.2.7".parse().unwrap()).unwrap();
         assert!(limit.admit("::ffff:192.0.2.7".parse().unwrap()).is_err());
+    }
+
+    #[test]
+    fn a_clients_limit_may_change_while_it_is_there() {
+        let limit = ClientLimit::new(3);
+        let client = "192.0.2.7".parse().unwrap();
+        let _three = [(); 3].map(|()| limit.admit(client).unwrap());
+        limit.set_max(2);
+        assert!(limit.admit(client).is_err());
+        limit.set_max(4);
+        let _fourth = limit.admit(client).unwrap();
+        assert!(limit.admit(client).is_err());
+    }
+
+    #[tokio::test]
+    async fn permits_that_are_out_and_too_many_do_not_come_back() {
+        let mut permits = Permits::new(5);
+        let semaphore = Arc::clone(permits.semaphore());
+        let mut out: Vec<_> = (0..4).map(|_| semaphore.try_acquire().unwrap()).collect();
+        permits.resize(2).await;
+        assert_eq!((permits.size(), semaphore.available_permits()), (2, 0));
+        let later = tokio::spawn({
+            let semaphore = Arc::clone(&semaphore);
+            async move { semaphore.acquire_owned().await.unwrap() }
+        });
+        out.truncate(2);
+        tokio::task::yield_now().await;
+        assert!(!later.is_finished(), "two are out, and two there may be");
+        out.clear();
+        drop(later.await.unwrap());
+        assert_eq!(semaphore.available_permits(), 2);
+    }
+
+    #[tokio::test]
+    async fn the_number_of_permits_goes_up_and_down_whatever_is_out() {
+        let mut permits = Permits::new(3);
+        let semaphore = Arc::clone(permits.semaphore());
+        let mut out: Vec<_> = (0..3).map(|_| semaphore.try_acquire().unwrap()).collect();
+        for size in [0, 2, 1, 7, 3, 1, 2] {
+            permits.resize(size).await;
+            assert_eq!(semaphore.available_permits(), size.saturating_sub(3), "at {size} with three out");
+        }
+        out.pop();
+        tokio::task::yield_now().await;
+        assert_eq!(semaphore.available_permits(), 0, "the first one back is owed");
+        out.clear();
+        tokio::task::yield_now().await;
+        assert_eq!(semaphore.available_permits(), 2);
     }
 
     #[test]

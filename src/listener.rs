@@ -5,6 +5,8 @@
 //!   at the connection limit; it goes back when the connection's task ends.
 //! - An error of `accept` never ends a listener: it backs off from 5 ms to 1 s
 //!   and goes on, so running out of descriptors costs time, not the port.
+//! - Accepting can be ended at any time, by dropping it, and begun again: the
+//!   socket stays open, no client is lost, and the permit goes back.
 //!
 //! `[::]` sockets take IPv6 only, so that v4 and v6 are configured and fail
 //! each on their own.
@@ -12,6 +14,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
@@ -22,7 +25,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
 use crate::answer;
-use crate::connection::{self, Service};
+use crate::connection::{self, Ending, Service};
 use crate::limits::{ClientLimit, Refused};
 use crate::upstream::Dial;
 
@@ -115,23 +118,17 @@ pub struct Admission {
     pub clients: Arc<ClientLimit>,
     /// Every connection's task, for draining.
     pub tasks: TaskTracker,
+    /// How many connections were ended because the edge is stopping.
+    pub dismissed: Arc<AtomicUsize>,
 }
 
-/// Accepts connections until the service drains, each served in a task of its
-/// own.
-pub async fn accept<D: Dial>(listener: TcpListener, service: Arc<Service<D>>, admission: Admission) {
+/// Accepts connections for as long as it is not dropped, each served in a task
+/// of its own.
+pub async fn accept<D: Dial>(listener: Arc<TcpListener>, service: Arc<Service<D>>, admission: Admission) {
     let mut trouble = Trouble { backoff: BACKOFF_FIRST, last: None };
     loop {
-        let next = async {
-            let permit = Arc::clone(&admission.permits).acquire_owned().await;
-            (permit, listener.accept().await)
-        };
-        let (permit, accepted) = tokio::select! {
-            next = next => next,
-            () = service.drain.cancelled() => return,
-        };
-        let Ok(permit) = permit else { return }; // never closed
-        match accepted {
+        let Ok(permit) = Arc::clone(&admission.permits).acquire_owned().await else { return }; // never closed
+        match listener.accept().await {
             Ok((client, peer)) => {
                 trouble.over(&service.name);
                 admit(&service, &admission, permit, client, peer);
@@ -143,6 +140,20 @@ pub async fn accept<D: Dial>(listener: TcpListener, service: Arc<Service<D>>, ad
                 drop(permit);
                 tokio::time::sleep(trouble.with(&service.name, &error)).await;
             }
+        }
+    }
+}
+
+/// Takes in those who wait in the kernel's backlog, which would reset them when
+/// the socket is closed, as far as the limits allow.
+pub fn accept_backlog<D: Dial>(listener: &TcpListener, service: &Arc<Service<D>>, admission: &Admission) {
+    for _ in 0..BACKLOG {
+        let Ok(permit) = Arc::clone(&admission.permits).try_acquire_owned() else { return };
+        // Past tokio, which may not have heard yet that there is somebody.
+        let Ok((client, peer)) = SockRef::from(listener).accept() else { return };
+        let accepted = client.set_nonblocking(true).and_then(|()| TcpStream::from_std(client.into()));
+        if let (Ok(client), Some(peer)) = (accepted, peer.as_socket()) {
+            admit(service, admission, permit, client, peer);
         }
     }
 }
@@ -202,9 +213,11 @@ fn admit<D: Dial>(
         }
     };
     prepare(&client);
-    let service = Arc::clone(service);
+    let (service, dismissed) = (Arc::clone(service), Arc::clone(&admission.dismissed));
     admission.tasks.spawn(async move {
-        connection::serve(&*service, &mut client, peer).await;
+        if connection::serve(&*service, &mut client, peer).await == Ending::Dismissed {
+            dismissed.fetch_add(1, Ordering::Relaxed);
+        }
         drop(client); // before others may take its place
         drop((permit, place));
     });

@@ -11,7 +11,10 @@ use tailwart_edge::cli::{Cli, Command, ConfigArgs, DoctorArgs, EdgeArgs, Healthc
 use tailwart_edge::config::{Config, ConfigError, config_path};
 use tailwart_edge::credential::Sources;
 use tailwart_edge::doctor::{self, Patient};
-use tailwart_edge::{edge, healthcheck, status, tailnet};
+use tailwart_edge::edge::{self, Start};
+use tailwart_edge::reload::Source;
+use tailwart_edge::supervisor::{Supervisor, handed_over};
+use tailwart_edge::{healthcheck, status, tailnet};
 use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
 
@@ -73,15 +76,18 @@ fn run(args: &ConfigArgs) -> ExitCode {
         Ok(config) => config,
         Err(mistakes) => return config_mistakes(&mistakes),
     };
-    let sources = Sources::capture(&environment, config.tailnet.auth_key_file.clone());
+    let credentials = Sources::capture(&environment, config.tailnet.auth_key_file.clone());
+    let source = Source::capture(args.config.clone(), args.upstream.clone(), std::env::vars_os());
     start_logging();
+    let handed = handed_over(&environment);
+    let supervisor = Supervisor::find(&environment);
     // Before any thread of ours exists.
     tailnet::forget_environment();
     tailnet::set_log_upload(config.tailnet.log_upload);
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
-    run_edge(config, sources)
+    run_edge(Start { config, source, credentials, supervisor, handed })
 }
 
 /// To standard error: levels and targets by `RUST_LOG`, `info` by default; in colour on a terminal
@@ -189,12 +195,12 @@ fn show_status(args: &StatusArgs) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn run_edge(config: Config, sources: Sources) -> ExitCode {
+fn run_edge(start: Start) -> ExitCode {
     let runtime = match start_runtime() {
         Ok(runtime) => runtime,
         Err(code) => return code,
     };
-    let outcome = runtime.block_on(edge::run(config, sources));
+    let outcome = runtime.block_on(edge::run(start));
     // Connections that the drain time-out cut must not hold the exit up.
     runtime.shutdown_background();
     match outcome {

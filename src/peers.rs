@@ -13,10 +13,11 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tracing::warn;
@@ -68,36 +69,57 @@ impl Drop for Connected<'_> {
     }
 }
 
-/// Every peer of a configuration, each once, however many listeners name it.
-#[derive(Debug, Default)]
-pub struct Peers(BTreeMap<String, Arc<Peer>>);
+/// Every peer that is in use, each once, however many listeners name it. They are watched over until
+/// this is dropped: connections to a peer are reset within the limit after its last sign of life.
+#[derive(Debug)]
+pub struct Peers<D> {
+    dialler: Arc<D>,
+    limit: watch::Sender<Duration>,
+    known: BTreeMap<String, Weak<Peer>>,
+    watching: JoinSet<()>,
+}
 
-impl Peers {
-    /// The peer of that name.
-    pub fn get(&mut self, host: &str) -> Arc<Peer> {
-        let new = || Arc::new(Peer::new(host.to_owned()));
-        Arc::clone(self.0.entry(host.to_owned()).or_insert_with(new))
+impl<D: Dial> Peers<D> {
+    /// None yet.
+    pub fn new(dialler: Arc<D>, limit: Duration) -> Peers<D> {
+        let (known, watching) = (BTreeMap::new(), JoinSet::new());
+        Peers { dialler, limit: watch::Sender::new(limit), known, watching }
     }
 
-    /// Watches over all of them until it is dropped: connections to a peer are reset within `limit`
-    /// of its last sign of life.
-    pub async fn watch<D: Dial>(&self, dialler: &Arc<D>, limit: Duration) {
-        let mut watching = JoinSet::new();
-        for peer in self.0.values() {
-            watching.spawn(watch(Arc::clone(dialler), Arc::clone(peer), limit));
+    /// The peer of that name, which is watched for as long as anybody has it. Must be called within
+    /// a tokio runtime.
+    pub fn get(&mut self, host: &str) -> Arc<Peer> {
+        if let Some(peer) = self.known.get(host).and_then(Weak::upgrade) {
+            return peer;
         }
-        while watching.join_next().await.is_some() {}
+        let peer = Arc::new(Peer::new(host.to_owned()));
+        self.known.retain(|_, peer| peer.strong_count() > 0);
+        self.known.insert(host.to_owned(), Arc::downgrade(&peer));
+        while self.watching.try_join_next().is_some() {}
+        self.watching.spawn(keep_watch(
+            Arc::clone(&self.dialler),
+            Arc::downgrade(&peer),
+            self.limit.subscribe(),
+        ));
+        peer
+    }
+
+    /// Changes the limit, from each peer's next ping on.
+    pub fn set_limit(&self, limit: Duration) {
+        self.limit.send_replace(limit);
     }
 }
 
-async fn watch<D: Dial>(dialler: Arc<D>, peer: Arc<Peer>, limit: Duration) {
-    let interval = limit / (PINGS + 1); // the first one comes up to an interval late
-    let ping_limit = interval.saturating_sub(OWN_NETWORK_LIMIT).max(MIN_PING_LIMIT);
+/// Watches over a peer until nobody has it.
+async fn keep_watch<D: Dial>(dialler: Arc<D>, peer: Weak<Peer>, limit: watch::Receiver<Duration>) {
     let mut unanswered = 0;
     // Remembered, since a peer that is removed has no address any more.
     let mut address = None;
-    loop {
+    while let Some(peer) = peer.upgrade() {
         let began = Instant::now();
+        let limit = *limit.borrow();
+        let interval = limit / (PINGS + 1); // the first one comes up to an interval late
+        let ping_limit = interval.saturating_sub(OWN_NETWORK_LIMIT).max(MIN_PING_LIMIT);
         unanswered = match peer.connections() {
             0 => 0,
             _ if is_silent(&*dialler, &peer.host, ping_limit, &mut address).await => unanswered + 1,
@@ -113,6 +135,7 @@ async fn watch<D: Dial>(dialler: Arc<D>, peer: Arc<Peer>, limit: Duration) {
             dialler.abort(address);
             unanswered = 0;
         }
+        drop(peer);
         sleep_until(began + interval).await;
     }
 }
@@ -193,22 +216,19 @@ mod tests {
         }
     }
 
-    fn start() -> (Arc<Pinged>, Arc<Peer>, JoinSet<()>) {
+    fn start() -> (Arc<Pinged>, Arc<Peer>, Peers<Pinged>) {
         let (pings, aborted) = (AtomicUsize::new(0), Mutex::default());
         let dialler = Arc::new(Pinged { answer: Mutex::new(Ok(true)), pings, aborted });
-        let mut peers = Peers::default();
+        let mut peers = Peers::new(Arc::clone(&dialler), LIMIT);
         let peer = peers.get("stalwart");
         assert!(Arc::ptr_eq(&peer, &peers.get("stalwart")), "one for all listeners");
-        let mut task = JoinSet::new();
-        let watched = Arc::clone(&dialler);
-        task.spawn(async move { peers.watch(&watched, LIMIT).await });
-        (dialler, peer, task)
+        (dialler, peer, peers)
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_goes_silent_or_is_removed_loses_its_connections_in_time() {
         for gone in [Ok(false), Err(ConnectError::NoSuchPeer)] {
-            let (dialler, peer, _task) = start();
+            let (dialler, peer, _peers) = start();
             let _connected = peer.connected();
             sleep(Duration::from_secs(35 * 60)).await;
             assert_eq!(dialler.aborted_after(Instant::now()), None, "it answers");
@@ -222,7 +242,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_silence_that_ends_in_time_is_forgotten() {
-        let (dialler, peer, _task) = start();
+        let (dialler, peer, _peers) = start();
         let _connected = peer.connected();
         for _ in 0..10 {
             dialler.answers(Ok(false));
@@ -235,7 +255,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn our_own_absence_is_not_the_peers_silence() {
-        let (dialler, peer, _task) = start();
+        let (dialler, peer, _peers) = start();
         let _connected = peer.connected();
         sleep(LIMIT).await;
         dialler.answers(Err(ConnectError::NotRunning));
@@ -244,8 +264,32 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn another_limit_holds_for_peers_that_are_known() {
+        let (dialler, peer, peers) = start();
+        let _connected = peer.connected();
+        sleep(LIMIT).await;
+        peers.set_limit(LIMIT * 4);
+        sleep(LIMIT).await; // the last ping of the old pace is over
+        let began = Instant::now();
+        dialler.answers(Ok(false));
+        sleep(LIMIT * 4).await;
+        let took = dialler.aborted_after(began).expect("its connections are reset");
+        assert!((LIMIT * 2..=LIMIT * 4).contains(&took), "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_nobody_has_any_more_is_not_watched() {
+        let (_dialler, peer, mut peers) = start();
+        drop(peer);
+        sleep(LIMIT).await;
+        assert!(peers.watching.try_join_next().is_some());
+        let again = peers.get("stalwart");
+        assert_eq!((again.connections(), peers.known.len()), (0, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_peer_without_connections_is_left_in_peace() {
-        let (dialler, peer, _task) = start();
+        let (dialler, peer, _peers) = start();
         dialler.answers(Ok(false));
         sleep(Duration::from_secs(600)).await;
         assert_eq!(dialler.pings.load(Ordering::Relaxed), 0);

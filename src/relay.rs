@@ -226,7 +226,10 @@ impl Relay {
     /// Whether the connection waits for nothing but its client, as one in IMAP
     /// IDLE or between two commands.
     fn is_quiet(&self) -> bool {
-        !self.awaits_reply && self.sent.is_settled() && self.received.is_settled()
+        !self.awaits_reply
+            && !self.awaits_first_word()
+            && self.sent.is_settled()
+            && self.received.is_settled()
     }
 
     /// Whether nothing has happened yet, and the upstream is to speak first.

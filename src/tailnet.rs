@@ -33,6 +33,7 @@ use ffi::{Conn, LineSink, NodeHandle, Setting};
 pub use error::{ConnectError, JoinError};
 pub use ffi::{
     Code, forget_environment, linked_version, open_connections, run_on_alternate_stack, set_log_upload,
+    take_inherited_sockets,
 };
 pub use status::{NodeStatus, Trouble};
 

@@ -372,6 +372,12 @@ impl<D: Dial> Upstream<D> {
         self.away.borrow().clone()
     }
 
+    /// Completes when no server could be reached at the last attempt.
+    pub async fn until_away(&self) {
+        // It fails only when there is no sender, which is here.
+        let _ = self.away.subscribe().wait_for(Option::is_some).await;
+    }
+
     /// Notes what a probe has found: a server that is down is tried last, and one that is up is
     /// worth an attempt by those who wait.
     pub fn found(&self, server: &Server, up: bool) {

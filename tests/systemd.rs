@@ -189,6 +189,24 @@ fn the_packaged_service_serves_in_its_sandbox() {
 
     machine.run(&["tailwart-edge", "healthcheck"]).expect_success();
 
+    assert!(eventually(LIMIT, || machine.property("ActiveState") == "active"), "systemd was not told");
+    assert!(
+        machine.property("StatusText").contains("5 listeners"),
+        "status: {:?}",
+        machine.property("StatusText")
+    );
+
+    // A reload is refused when the new configuration is wrong, and then changes nothing.
+    let config = "/etc/tailwart-edge/config.toml";
+    machine
+        .run(&["sh", "-c", &format!("cp {config} /tmp/good && echo '[upstream' > {config}")])
+        .expect_success();
+    assert!(!machine.run(&["systemctl", "reload", SERVICE]).succeeded(), "a wrong configuration was taken");
+    is_served(&host, 25);
+    machine.run(&["cp", "/tmp/good", config]).expect_success();
+    machine.run(&["systemctl", "reload", SERVICE]).expect_success();
+    assert!(eventually(LIMIT, || machine.log().contains("reloaded")), "{}", machine.log());
+
     // Enrolled, it needs no key, and LoadCredential= does not insist on one.
     machine.run(&["rm", "/etc/credstore/ts_authkey"]).expect_success();
     machine.run(&["systemctl", "restart", "--no-block", SERVICE]).expect_success();

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use hyper::StatusCode;
@@ -65,7 +65,7 @@ const NO_ANSWER: &str =
 #[derive(Debug)]
 pub struct Examiner {
     node: OnceLock<Arc<Node>>,
-    config: Config,
+    config: Mutex<Arc<Config>>,
     /// One permit: looks are work for the mailbox too.
     turn: Semaphore,
 }
@@ -82,7 +82,12 @@ pub enum NoLook {
 impl Examiner {
     /// Of an edge that has this configuration.
     pub fn new(config: Config) -> Examiner {
-        Examiner { node: OnceLock::new(), config, turn: Semaphore::new(1) }
+        Examiner { node: OnceLock::new(), config: Mutex::new(Arc::new(config)), turn: Semaphore::new(1) }
+    }
+
+    /// Looks by another configuration from now on.
+    pub fn set_config(&self, config: Config) {
+        *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
     }
 
     /// The node, when it is started.
@@ -94,7 +99,8 @@ impl Examiner {
     pub async fn examine(&self) -> Result<Vec<Check>, NoLook> {
         let _turn = self.turn.try_acquire().map_err(|_| NoLook::Busy)?;
         let node = self.node.get().ok_or(NoLook::NoNode)?;
-        Ok(examine(node, &self.config).await)
+        let config = Arc::clone(&self.config.lock().unwrap_or_else(PoisonError::into_inner));
+        Ok(examine(node, &config).await)
     }
 }
 

@@ -1,8 +1,9 @@
 //! The C boundary: the only module with `unsafe` in it.
 //!
 //! It turns `tailscale.h` into owned handles and typed failures, and holds the
-//! two other things that have no safe interface: the environment, and signal
-//! handlers beside the Go runtime. It decides nothing; [`super`] does.
+//! three other things that have no safe interface: the environment, signal
+//! handlers beside the Go runtime, and descriptors that the process is started
+//! with. It decides nothing; [`super`] does.
 //!
 //! Invariants
 //! - A [`Conn`] closes its handle before its wakers are freed, and
@@ -16,7 +17,8 @@
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{IntoRawFd, OwnedFd};
+use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Once};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -126,6 +128,31 @@ pub fn forget_environment() {
     // SAFETY: no arguments; the caller keeps to the rule on threads above, and
     // Go's own threads read its copy of the environment only.
     unsafe { tailscale_forget_environment() }
+}
+
+/// Takes over those of the descriptors from 3 on, so many of them, that are sockets: what a
+/// supervisor hands over (sd_listen_fds(3)). What is none, or was opened by this process, is left
+/// alone. The second call gets nothing.
+pub fn take_inherited_sockets(count: usize) -> Vec<Option<OwnedFd>> {
+    const FIRST: RawFd = 3;
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    let count = if TAKEN.swap(true, Ordering::SeqCst) { 0 } else { count };
+    let numbers = (FIRST..).take(count);
+    let take = |number| {
+        // SAFETY: the borrow ends before the descriptor could be closed; one that is not open is
+        // an error of the system calls, EBADF.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+        rustix::net::sockopt::socket_type(borrowed).ok()?;
+        let flags = rustix::io::fcntl_getfd(borrowed).ok()?;
+        // Rust's library and Go's set the flag on all that they open.
+        if flags.contains(rustix::io::FdFlags::CLOEXEC) {
+            return None;
+        }
+        // SAFETY: it is open, and nobody owns it: it was there before this program began, or the
+        // flag would be set, and it is taken once.
+        Some(unsafe { OwnedFd::from_raw_fd(number) })
+    };
+    numbers.map(take).collect()
 }
 
 /// Whether the nodes of this process upload Tailscale's own logs to Tailscale; the default is not

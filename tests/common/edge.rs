@@ -144,6 +144,11 @@ impl Builder {
 
     /// Starts the program, and returns at once.
     pub fn spawn(&self) -> Edge {
+        self.spawn_prepared(|_| {})
+    }
+
+    /// The same, after a last word on how.
+    pub fn spawn_prepared(&self, prepare: impl FnOnce(&mut Command)) -> Edge {
         let dir = temp_dir("edge");
         let mut builder = self.clone();
         if !self.sections.get("tailnet").is_some_and(|keys| keys.contains_key("state_dir")) {
@@ -153,6 +158,7 @@ impl Builder {
         std::fs::write(&config, builder.config()).expect("the configuration can be written");
         let mut command = self.program_alone();
         command.arg("run").arg("--config").arg(&config).args(&self.arguments);
+        prepare(&mut command);
         Edge { daemon: Daemon::spawn("edge", &mut command), config, _dir: dir }
     }
 
@@ -261,6 +267,27 @@ impl Edge {
     /// `signal("TERM")`.
     pub fn signal(&self, name: &str) {
         self.daemon.signal(name);
+    }
+
+    /// Puts another configuration in the place of its own, at once: it may be read at any time.
+    pub fn replace_config(&self, text: &str) {
+        let new = self.config.with_extension("new");
+        std::fs::write(&new, text).expect("the configuration can be written");
+        std::fs::rename(&new, &self.config).expect("it can be put in its place");
+    }
+
+    /// Puts another configuration in the place of its own and has it read; the line that tells of it.
+    /// The builder has to name its state directory, which must stay.
+    #[track_caller]
+    pub fn reload(&self, builder: &Builder, deadline: Duration) -> String {
+        self.replace_config(&builder.config());
+        let is_told =
+            |line: &str| line.contains("configuration reloaded") || line.contains("was not reloaded");
+        let lines = || self.log().text().lines().filter(|line| is_told(line)).map(str::to_owned).collect();
+        let before = Vec::len(&lines());
+        self.signal("HUP");
+        let told = wait_for(deadline, || Vec::into_iter(lines()).nth(before));
+        told.unwrap_or_else(|| panic!("nothing is told of a reload\n{}", self.log().tail()))
     }
 
     pub fn pid(&self) -> u32 {

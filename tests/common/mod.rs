@@ -8,7 +8,7 @@
 //!
 //! [`mail::MailServer`] is the mailbox host (Postfix and Dovecot on one Maildir), [`haproxy`] and
 //! [`nginx`] are independent readers of PROXY headers, [`stub`] is a TCP server for exact bytes,
-//! [`sink`] one that takes mail, [`tailnet`] the control server and the nodes, [`edge`] the program under test; [`client`] and
+//! [`sink`] one that takes mail, [`systemd`] plays the supervisor, [`tailnet`] the control server and the nodes, [`edge`] the program under test; [`client`] and
 //! [`tools`] are what talks to it.
 
 // Each program that includes this tree uses a part of it.
@@ -31,6 +31,7 @@ pub mod process;
 pub mod proxy_header;
 pub mod sink;
 pub mod stub;
+pub mod systemd;
 pub mod tailnet;
 pub mod tools;
 pub mod wait;

@@ -7,6 +7,7 @@
 mod common;
 
 mod doctor;
+mod drain;
 mod enrolment;
 mod failover;
 mod faults;
@@ -19,6 +20,8 @@ mod mail;
 mod oracles;
 mod outage;
 mod probe;
+mod reload;
+mod restart;
 mod setup;
 mod signals;
 mod start;

@@ -510,8 +510,12 @@ fn the_quick_start_serves_the_five_default_ports() {
         (&false.into(), &"tag:reverse-proxy".into()),
         "{node}"
     );
+    edge.signal("HUP");
+    let told = edge.wait_log("was not reloaded", LIMIT);
+    tells(&told, &["the edge was started without a configuration file"]);
+    echoes_inside(&host, "127.0.0.1", DEFAULT_PORTS[0]);
     edge.signal("TERM");
-    stops(&mut edge, LIMIT);
+    assert_eq!(edge.wait_exit(LIMIT).code(), Some(0));
 }
 
 /// Takes IPv6 away from a process as a kernel started with `ipv6.disable=1`

@@ -1,0 +1,419 @@
+//! The ports and what is connected through them, under the configuration that is in force.
+//!
+//! Invariants
+//! - A configuration is put in force as a whole or not at all: what can fail, binding, comes first.
+//! - What has not changed is not touched: sockets stay open, and a listener that means the same keeps
+//!   its service, with all that is known of its mailbox and everybody who waits for it.
+//! - Connections live by the service that they began with, and count against the limits of the day.
+//!
+//! Deliberately not here: reading the configuration (see `reload.rs`), and finding sockets (see
+//! `sockets.rs`).
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
+use tracing::{info, warn};
+
+use super::QUIET;
+use crate::admin::{self, Readiness};
+use crate::answer::PublicName;
+use crate::config::{self, Config};
+use crate::connection::{Hold, Service};
+use crate::doctor::Examiner;
+use crate::drain::{Drained, Signals};
+use crate::health::{self, Board, Monitor, State};
+use crate::limits::{ClientLimit, Permits, connection_limit};
+use crate::listener::{self, Admission, BindError};
+use crate::peers::Peers;
+use crate::relay::Timeouts;
+use crate::reload::Changes;
+use crate::sockets::{ADMIN, Opened, Socket, Sockets};
+use crate::supervisor::Supervisor;
+use crate::tailnet::Node;
+use crate::upstream::Upstream;
+
+/// How long those who wait for a tailnet that refuses this edge may take to read the answer.
+const TURN_AWAY_LIMIT: Duration = Duration::from_secs(3);
+
+/// The admin listener, which is there before the node is.
+pub(super) struct Admin {
+    readiness: Arc<Readiness>,
+    examiner: Arc<Examiner>,
+    running: Option<(Socket, AbortOnDropHandle<()>)>,
+}
+
+impl Admin {
+    pub fn new(readiness: Readiness, examiner: Arc<Examiner>) -> Admin {
+        Admin { readiness: Arc::new(readiness), examiner, running: None }
+    }
+
+    /// Serves at this socket, and at no other.
+    pub fn serve(&mut self, socket: Option<Socket>) {
+        let Some(socket) = socket else {
+            self.running = None;
+            return;
+        };
+        if self.running.as_ref().is_some_and(|(running, _)| running.is(&socket)) {
+            return;
+        }
+        announce(ADMIN, &socket);
+        let (readiness, examiner) = (Arc::clone(&self.readiness), Arc::clone(&self.examiner));
+        let served = tokio::spawn(admin::serve(Arc::clone(&socket.listener), readiness, examiner));
+        self.running = Some((socket, AbortOnDropHandle::new(served)));
+    }
+}
+
+/// The ports, and what is connected through them.
+pub(super) struct Serving {
+    /// In force; its `[tailnet]` is that of the start.
+    config: Config,
+    node: Arc<Node>,
+    ports: Vec<Port>,
+    /// Which of them accept.
+    opening: Opening,
+    sockets: Sockets,
+    admin: Admin,
+    admission: Admission,
+    permits: Permits,
+    held: Permits,
+    peers: Peers<Node>,
+    board: watch::Sender<Option<Arc<Board>>>,
+    drain: CancellationToken,
+}
+
+/// Which ports accept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Opening {
+    None,
+    /// Those whose clients can be held.
+    Holding,
+    All,
+}
+
+/// A listener's sockets, and what is done for who comes there.
+struct Port {
+    definition: Definition,
+    service: Arc<Service<Node>>,
+    sockets: Vec<Socket>,
+    /// A task for each socket, or none while it does not accept.
+    accepting: JoinSet<()>,
+    monitors: Vec<Arc<Monitor>>,
+    /// A task for each monitor, or none without probes.
+    probing: JoinSet<()>,
+}
+
+/// What a service is made of. While it stays the same, so does the service.
+#[derive(PartialEq, Eq)]
+struct Definition {
+    /// Without its addresses.
+    listener: config::Listener,
+    connect: Duration,
+    half_close: Duration,
+    hostname: Option<String>,
+    /// Whether there is a place for anybody to be held.
+    holds: bool,
+}
+
+impl Definition {
+    fn of(config: &Config, listener: &config::Listener) -> Definition {
+        let config::Timeouts { connect, half_close, .. } = config.timeouts;
+        Definition {
+            listener: config::Listener { listen: Vec::new(), configured: false, ..listener.clone() },
+            connect,
+            half_close,
+            hostname: config.hostname.clone(),
+            holds: config.limits.hold_max > 0,
+        }
+    }
+}
+
+impl Serving {
+    /// Nothing accepts yet. What is known of the mailbox is shown on `board`.
+    pub fn new(
+        config: Config,
+        sockets: Sockets,
+        opened: Opened,
+        node: Arc<Node>,
+        admin: Admin,
+        board: watch::Sender<Option<Arc<Board>>>,
+    ) -> Serving {
+        let permits = Permits::new(total_limit(&config, &opened));
+        let admission = Admission {
+            permits: Arc::clone(permits.semaphore()),
+            clients: ClientLimit::new(config.limits.max_connections_per_client),
+            tasks: TaskTracker::new(),
+            dismissed: Arc::default(),
+        };
+        let held = Permits::new(config.limits.hold_max);
+        let peers = Peers::new(Arc::clone(&node), config.timeouts.dead_peer);
+        let drain = admin.readiness.drain.clone();
+        let (ports, opening) = (Vec::new(), Opening::None);
+        let mut serving = Serving {
+            config,
+            node,
+            ports,
+            opening,
+            sockets,
+            admin,
+            admission,
+            permits,
+            held,
+            peers,
+            board,
+            drain,
+        };
+        serving.set_ports(opened.listeners, false);
+        serving.show_board();
+        serving
+    }
+
+    /// Whether every port accepts, as it does once the edge has been on the tailnet.
+    pub fn is_open(&self) -> bool {
+        self.opening == Opening::All
+    }
+
+    /// Accepts where clients can be held.
+    pub fn open_holding(&mut self) {
+        self.open(Opening::Holding);
+    }
+
+    /// Accepts everywhere.
+    pub fn open_all(&mut self) {
+        self.open(Opening::All);
+    }
+
+    fn open(&mut self, opening: Opening) {
+        self.opening = opening;
+        for port in self.ports.iter_mut().filter(|port| port.accepting.is_empty()) {
+            if opening.includes(&port.service) {
+                port.accept(&self.admission);
+            }
+        }
+    }
+
+    /// The configuration in force.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Has the supervisor keep the sockets that are open.
+    pub fn store(&mut self, supervisor: &Supervisor) {
+        let opened = self.opened();
+        self.sockets.store(supervisor, &opened);
+    }
+
+    /// Puts another configuration in force, and says what has changed with it. If an address cannot be
+    /// bound nothing has.
+    pub async fn change(&mut self, new: Config) -> Result<Changes, BindError> {
+        let changes = Changes::between(&self.config, &new);
+        if changes.is_empty() {
+            return Ok(changes);
+        }
+        // What is new is bound first: nothing after this can fail.
+        let opened = self.sockets.open(&new, &self.opened())?;
+        new.warnings.iter().for_each(|warning| warn!("{warning}"));
+        self.sockets.warn_of_idle_units(&opened);
+        let is_probed_anew = self.config.probe != new.probe;
+        self.config = Config { tailnet: self.config.tailnet.clone(), ..new };
+        // Clients wait in the backlog for this moment, and the permits come back.
+        for port in &mut self.ports {
+            port.accepting.shutdown().await;
+        }
+        self.permits.resize(total_limit(&self.config, &opened)).await;
+        self.held.resize(self.config.limits.hold_max).await;
+        self.admission.clients.set_max(self.config.limits.max_connections_per_client);
+        self.peers.set_limit(self.config.timeouts.dead_peer);
+        self.admin.serve(opened.admin);
+        self.admin.examiner.set_config(self.config.clone());
+        self.set_ports(opened.listeners, is_probed_anew);
+        self.open(self.opening);
+        self.show_board();
+        Ok(changes)
+    }
+
+    /// The ports of the configuration, with what means the same as before.
+    fn set_ports(&mut self, opened: Vec<(String, Vec<Socket>)>, is_probed_anew: bool) {
+        let mut before = std::mem::take(&mut self.ports);
+        for port in &before {
+            let is_gone =
+                |socket: &&Socket| !opened.iter().flat_map(|(_, new)| new).any(|new| new.is(socket));
+            for socket in port.sockets.iter().filter(is_gone) {
+                listener::accept_backlog(&socket.listener, &port.service, &self.admission);
+            }
+        }
+        let config = self.config.clone();
+        for (listener, (_, sockets)) in config.listeners.iter().zip(opened) {
+            let definition = Definition::of(&config, listener);
+            let same = before.iter().position(|old| old.definition == definition);
+            let (mut port, is_new) = match same.map(|index| before.swap_remove(index)) {
+                Some(old) => (Port { sockets, ..old }, false),
+                None => (self.new_port(definition, sockets), true),
+            };
+            if is_new || is_probed_anew {
+                port.probe(&self.node, config.probe);
+            }
+            self.ports.push(port);
+        }
+    }
+
+    fn new_port(&mut self, definition: Definition, sockets: Vec<Socket>) -> Port {
+        let listener = &definition.listener;
+        let config::Upstream { hosts, port } = &listener.upstream;
+        let servers = hosts.iter().map(|host| self.peers.get(host)).collect();
+        // Without a place for anybody nobody is held.
+        let limit = if definition.holds { listener.hold } else { Duration::ZERO };
+        let service = Arc::new(Service {
+            name: listener.name.clone(),
+            protocol: listener.protocol,
+            upstream: Upstream::new(Arc::clone(&self.node), servers, *port, definition.connect),
+            proxy_protocol: listener.proxy_protocol,
+            timeouts: Timeouts {
+                idle: listener.idle_timeout,
+                half_close: definition.half_close,
+                quiet: QUIET,
+            },
+            hold: Hold { limit, places: Arc::clone(self.held.semaphore()) },
+            public_name: PublicName::new(definition.hostname.clone()),
+            drain: self.drain.clone(),
+        });
+        let servers = service.upstream.servers().iter();
+        let monitors = servers.map(|server| Arc::new(Monitor::new(&service, server))).collect();
+        let (accepting, probing) = (JoinSet::new(), JoinSet::new());
+        Port { definition, service, sockets, accepting, monitors, probing }
+    }
+
+    fn show_board(&self) {
+        let monitors = self.ports.iter().flat_map(|port| port.monitors.clone()).collect();
+        let (places, hold_max) = (Arc::clone(self.held.semaphore()), self.held.size());
+        self.board.send_replace(Some(Arc::new(Board { monitors, places, hold_max })));
+    }
+
+    fn opened(&self) -> Opened {
+        let sockets = |port: &Port| (port.service.name.clone(), port.sockets.clone());
+        let admin = self.admin.running.as_ref().map(|(socket, _)| socket.clone());
+        Opened { listeners: self.ports.iter().map(sockets).collect(), admin }
+    }
+
+    /// What goes on, in one line, whenever it is asked.
+    pub fn overview(&self) -> impl Fn() -> String + use<> {
+        let (board, tasks) = (self.board.subscribe(), self.admission.tasks.clone());
+        move || overview(board.borrow().as_deref(), tasks.len())
+    }
+
+    /// Closes the ports and waits for the connections within the drain time-out; another signal ends
+    /// the wait.
+    pub async fn stop(&mut self, signal: &str, signals: &mut Signals) {
+        if self.opening == Opening::None {
+            return info!(signal, "stopping before anything was served");
+        }
+        let (began, limit) = (Instant::now(), self.config.timeouts.drain);
+        let tasks = self.admission.tasks.clone();
+        self.close_ports().await;
+        let connections = tasks.len();
+        info!(signal, connections, "stopping");
+        self.drain.cancel();
+        tokio::select! {
+            () = tasks.wait() => {}
+            () = tokio::time::sleep(limit) => {
+                warn!(connections = tasks.len(), "drain time-out of {limit:?} passed: connections were cut");
+            }
+            again = signals.stop() => warn!(signal = again, connections = tasks.len(), "stopping at once: connections were cut"),
+        }
+        let dismissed = self.admission.dismissed.load(Ordering::Relaxed);
+        let drained = Drained { connections, dismissed, cut: tasks.len(), took: began.elapsed() };
+        info!("stopped: {drained}");
+    }
+
+    /// Closes the ports and turns away those who wait, who are all there are without a tailnet.
+    pub async fn turn_away(&mut self) {
+        self.close_ports().await;
+        self.drain.cancel();
+        let _ = timeout(TURN_AWAY_LIMIT, self.admission.tasks.wait()).await;
+    }
+
+    /// Takes in those who have got through to a port already, and closes it. A socket that a supervisor
+    /// has too stays open there, and queues clients for the next start.
+    async fn close_ports(&mut self) {
+        for mut port in std::mem::take(&mut self.ports) {
+            port.accepting.shutdown().await;
+            if self.opening.includes(&port.service) {
+                let take_in = |socket: &Socket| {
+                    listener::accept_backlog(&socket.listener, &port.service, &self.admission);
+                };
+                port.sockets.iter().for_each(take_in);
+            }
+        }
+        self.admission.tasks.close();
+    }
+}
+
+impl Opening {
+    fn includes(self, service: &Service<Node>) -> bool {
+        match self {
+            Opening::None => false,
+            Opening::Holding => !service.hold.limit.is_zero(),
+            Opening::All => true,
+        }
+    }
+}
+
+impl Port {
+    fn accept(&mut self, admission: &Admission) {
+        for socket in &self.sockets {
+            announce(&self.service.name, socket);
+            let (listener, service) = (Arc::clone(&socket.listener), Arc::clone(&self.service));
+            self.accepting.spawn(listener::accept(listener, service, admission.clone()));
+        }
+    }
+
+    /// Probes every server from now on, or none, and forgets then what a probe has found.
+    fn probe(&mut self, node: &Arc<Node>, settings: config::Probe) {
+        self.probing = JoinSet::new();
+        for (monitor, server) in self.monitors.iter_mut().zip(self.service.upstream.servers()) {
+            if settings.interval.is_zero() {
+                *monitor = Arc::new(Monitor::new(&self.service, server));
+                self.service.upstream.found(server, true);
+                continue;
+            }
+            let (service, server, node) = (Arc::clone(&self.service), Arc::clone(server), Arc::clone(node));
+            let monitor = Arc::clone(monitor);
+            self.probing.spawn(health::keep_probing(monitor, service, server, node, settings));
+        }
+    }
+}
+
+fn announce(listener: &str, socket: &Socket) {
+    if let Some(address) = socket.local() {
+        info!(listener, %address, "listening");
+    }
+}
+
+fn total_limit(config: &Config, opened: &Opened) -> usize {
+    let sockets = opened.listeners.iter().map(|(_, sockets)| sockets.len()).sum();
+    let limit = connection_limit(config.limits.max_connections, sockets);
+    let per_client = config.limits.max_connections_per_client;
+    info!(max_connections = limit.connections, per_client, "{}", limit.reason);
+    limit.connections
+}
+
+fn overview(board: Option<&Board>, connections: usize) -> String {
+    let monitors = board.map_or(&[][..], |board| &board.monitors);
+    let listeners: BTreeSet<&str> = monitors.iter().map(|monitor| monitor.listener.as_str()).collect();
+    let in_state = |state| monitors.iter().filter(move |monitor| monitor.seen().state == state);
+    let down: BTreeSet<&str> = in_state(State::Down).map(|monitor| monitor.listener.as_str()).collect();
+    let mailbox = if !down.is_empty() {
+        format!("mailbox not well on {}", down.into_iter().collect::<Vec<_>>().join(", "))
+    } else if in_state(State::Up).next().is_some() {
+        "mailbox up".to_owned()
+    } else {
+        "mailbox not known yet".to_owned()
+    };
+    format!("{} listeners, {connections} connections, {mailbox}", listeners.len())
+}

@@ -1,0 +1,461 @@
+//! The listening sockets of a configuration: those that are open already, those that the supervisor has
+//! handed over, and for the rest new ones.
+//!
+//! What is handed over comes from socket units, or from the supervisor's store, where the edge has put
+//! its own sockets before (`kept.` and the listener's name), so that the port stays open over a restart.
+//!
+//! Invariants
+//! - Everything is bound before anything is closed, and a socket whose address stays is not touched.
+//! - A socket unit's socket with a listener's name is that listener's address, whatever the file says;
+//!   another one is used where the file has exactly its address. It is never closed while it may be
+//!   wanted again, since it cannot be bound anew.
+//! - A kept socket is used only where the configuration still has exactly its address.
+//! - Nothing that was handed over can prevent the start: what is no listening TCP socket is told and
+//!   left out.
+//!
+//! Deliberately not here: accepting, and socket options (see `listener.rs`).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::io::{FdFlags, fcntl_setfd};
+use socket2::{Domain, SockRef, Type};
+use tokio::net::TcpListener;
+use tracing::{info, warn};
+
+use crate::config::{Config, Listener};
+use crate::listener::{BindError, bind};
+use crate::supervisor::{Handed, Supervisor};
+
+/// What the names of our own sockets in the supervisor's store begin with.
+const KEPT: &str = "kept.";
+
+/// The admin listener's name, in the log and among socket units.
+pub const ADMIN: &str = "admin";
+
+/// An open socket, in the place of an address of the configuration.
+#[derive(Clone, Debug)]
+pub struct Socket {
+    /// The configuration's address, whose port may be 0.
+    address: SocketAddr,
+    /// Itself.
+    pub listener: Arc<TcpListener>,
+    /// Whether it belongs to a socket unit, and not to us.
+    is_units: bool,
+}
+
+/// The sockets of each listener, in the order of the configuration, and the admin listener's.
+#[derive(Clone, Debug, Default)]
+pub struct Opened {
+    /// By the listeners' names.
+    pub listeners: Vec<(String, Vec<Socket>)>,
+    /// If there is one.
+    pub admin: Option<Socket>,
+}
+
+/// A socket that was handed over.
+#[derive(Debug)]
+struct Inherited {
+    name: String,
+    local: SocketAddr,
+    /// Whether it takes IPv4 too.
+    is_dual_stack: bool,
+    listener: Arc<TcpListener>,
+}
+
+/// What was handed over at the start, and what is in the supervisor's store.
+#[derive(Debug, Default)]
+pub struct Sockets {
+    units: Vec<Inherited>,
+    /// Of our own; only until the start is over.
+    kept: Vec<Inherited>,
+    /// The local addresses of what is in the store, by name.
+    stored: BTreeMap<String, BTreeSet<SocketAddr>>,
+}
+
+impl Sockets {
+    /// Takes in what was handed over, with one warning for each thing that cannot be used. Must be
+    /// called within a tokio runtime.
+    pub fn new(handed: Vec<Handed>) -> Sockets {
+        let mut sockets = Sockets::default();
+        let mut seen = BTreeSet::new();
+        let mut missing = Vec::new();
+        for Handed { name, number, socket } in handed {
+            let Some(socket) = socket else {
+                missing.push(number);
+                continue;
+            };
+            match Inherited::check(&name, socket, &mut seen) {
+                Ok(inherited) if name.starts_with(KEPT) => {
+                    sockets.stored.entry(name).or_default().insert(inherited.local);
+                    sockets.kept.push(inherited);
+                }
+                Ok(inherited) => sockets.units.push(inherited),
+                Err(problem) => {
+                    warn!(
+                        "descriptor {number} ({name}), which the supervisor has handed over, is not used: {problem}"
+                    );
+                    // So that it is taken out of the store, if it is in there.
+                    if name.starts_with(KEPT) {
+                        sockets.stored.entry(name).or_default().insert(NOWHERE);
+                    }
+                }
+            }
+        }
+        if let (Some(first), Some(last)) = (missing.first(), missing.last()) {
+            let count = missing.len();
+            warn!(
+                "{count} of the descriptors that the supervisor has announced, from {first} to {last}, are no sockets; they are not used"
+            );
+        }
+        sockets
+    }
+
+    /// The sockets for a configuration: `current` ones first, then those handed over, then new ones.
+    /// If one cannot be bound, nothing has changed.
+    pub fn open(&self, config: &Config, current: &Opened) -> Result<Opened, BindError> {
+        let names: BTreeSet<&str> = config.listeners.iter().map(|l| l.name.as_str()).chain([ADMIN]).collect();
+        let mut search = Search { sockets: self, current, names, used: BTreeSet::new() };
+        let mut opened = Opened::default();
+        for listener in &config.listeners {
+            opened.listeners.push((listener.name.clone(), search.of_listener(listener)?));
+        }
+        if let Some(address) = config.admin {
+            let mut units = search.units_named(ADMIN, &[address], true);
+            opened.admin = match units.pop() {
+                Some(unit) => Some(unit),
+                None => search.of_address(ADMIN, address)?,
+            };
+        }
+        Ok(opened)
+    }
+
+    /// After the start: closes what was handed over and has no place in the configuration.
+    pub fn close_unused(&mut self, opened: &Opened) {
+        let used: BTreeSet<SocketAddr> = opened.all().filter_map(|socket| socket.local()).collect();
+        self.units.retain(|unit| {
+            let is_used = used.contains(&unit.local);
+            if !is_used {
+                warn!("the socket unit's socket {unit} is closed: no listener has its name or its address; see FileDescriptorName= and ListenStream=");
+            }
+            is_used
+        });
+        for kept in self.kept.drain(..).filter(|kept| !used.contains(&kept.local)) {
+            info!("the kept socket {kept} is closed: the configuration has another address");
+        }
+    }
+
+    /// After a reload: a socket unit takes connections for as long as it is there, whoever wants them.
+    pub fn warn_of_idle_units(&self, opened: &Opened) {
+        let used: BTreeSet<SocketAddr> = opened.all().filter_map(Socket::local).collect();
+        for unit in self.units.iter().filter(|unit| !used.contains(&unit.local)) {
+            warn!(
+                "no listener has the socket unit's socket {unit} any more, and clients wait there in vain; stop the unit"
+            );
+        }
+    }
+
+    /// Has the supervisor keep what is open now, and nothing else. A port that the kernel has chosen
+    /// is not kept: the next start would not know it.
+    pub fn store(&mut self, supervisor: &Supervisor, opened: &Opened) {
+        let mut wanted: BTreeMap<String, Vec<&Socket>> = BTreeMap::new();
+        for (name, sockets) in &opened.listeners {
+            let own = sockets.iter().filter(|socket| socket.is_ours());
+            wanted.entry(format!("{KEPT}{name}")).or_default().extend(own);
+        }
+        let admin = opened.admin.as_ref().filter(|socket| socket.is_ours());
+        wanted.entry(format!("{KEPT}{ADMIN}")).or_default().extend(admin);
+        let addresses = |sockets: &[&Socket]| sockets.iter().filter_map(|socket| socket.local()).collect();
+        let now: BTreeMap<String, BTreeSet<SocketAddr>> =
+            wanted.iter().map(|(name, sockets)| (name.clone(), addresses(sockets))).collect();
+        for (name, stored) in &self.stored {
+            // A name stands for all its sockets: to take out one is to take out all.
+            if !stored.is_empty() && now.get(name) != Some(stored) {
+                supervisor.forget(name);
+            }
+        }
+        for (name, sockets) in wanted {
+            if self.stored.get(&name) != now.get(&name) {
+                sockets.iter().for_each(|socket| supervisor.store(&name, socket.listener.as_fd()));
+            }
+        }
+        self.stored = now;
+    }
+}
+
+/// Stands for what was in the store and is no address.
+const NOWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
+
+impl Inherited {
+    /// A listening TCP socket that was not seen before, or what else it is.
+    fn check(name: &str, socket: OwnedFd, seen: &mut BTreeSet<(u64, u64)>) -> Result<Inherited, String> {
+        let view = SockRef::from(&socket);
+        let is_inet = matches!(view.domain(), Ok(Domain::IPV4 | Domain::IPV6));
+        if !is_inet || !matches!(view.r#type(), Ok(Type::STREAM)) {
+            return Err("it is no TCP socket".to_owned());
+        }
+        if !view.is_listener().unwrap_or(false) {
+            return Err("it does not listen".to_owned());
+        }
+        let local = view.local_addr().ok().and_then(|local| local.as_socket());
+        let local = local.ok_or("its address cannot be told")?;
+        let identity = rustix::fs::fstat(&socket).map_err(|error| error.to_string())?;
+        if !seen.insert((identity.st_dev, identity.st_ino)) {
+            return Err("it was handed over before, under another number".to_owned());
+        }
+        let is_dual_stack = local.is_ipv6() && !view.only_v6().unwrap_or(true);
+        let listener = view.set_nonblocking(true).and_then(|()| {
+            fcntl_setfd(&socket, FdFlags::CLOEXEC)?;
+            TcpListener::from_std(socket.into())
+        });
+        let listener = Arc::new(listener.map_err(|error| error.to_string())?);
+        Ok(Inherited { name: name.to_owned(), local, is_dual_stack, listener })
+    }
+
+    /// Whether it takes the connections of this address, and no others.
+    fn is_for(&self, address: SocketAddr) -> bool {
+        let is_any = address.ip().is_unspecified() && self.local.ip().is_unspecified();
+        let covers = self.is_dual_stack && is_any && address.is_ipv4() && address.port() == self.local.port();
+        self.local == address || covers
+    }
+}
+
+impl fmt::Display for Inherited {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at {}", self.name, self.local)
+    }
+}
+
+impl Socket {
+    /// Where it listens.
+    pub fn local(&self) -> Option<SocketAddr> {
+        self.listener.local_addr().ok()
+    }
+
+    /// Whether it is the same socket, for the same address.
+    pub fn is(&self, other: &Socket) -> bool {
+        Arc::ptr_eq(&self.listener, &other.listener)
+    }
+
+    /// Whether the supervisor is to keep it.
+    fn is_ours(&self) -> bool {
+        !self.is_units && self.address.port() != 0
+    }
+}
+
+impl Opened {
+    /// All sockets.
+    fn all(&self) -> impl Iterator<Item = &Socket> {
+        self.listeners.iter().flat_map(|(_, sockets)| sockets).chain(&self.admin)
+    }
+}
+
+/// Finds a socket for each address of a configuration, each one once.
+struct Search<'a> {
+    sockets: &'a Sockets,
+    current: &'a Opened,
+    /// Of all listeners: a unit's socket with one of them is nobody else's.
+    names: BTreeSet<&'a str>,
+    /// The local addresses of the sockets found so far.
+    used: BTreeSet<SocketAddr>,
+}
+
+impl Search<'_> {
+    /// A default `[::]` on a machine without IPv6 is only worth a warning.
+    fn of_listener(&mut self, listener: &Listener) -> Result<Vec<Socket>, BindError> {
+        let units = self.units_named(&listener.name, &listener.listen, listener.configured);
+        if !units.is_empty() {
+            return Ok(units);
+        }
+        let mut found = Vec::new();
+        for &address in &listener.listen {
+            match self.of_address(&listener.name, address) {
+                Ok(socket) => found.extend(socket),
+                Err(error) if may_be_missing(listener, address, &error) => {
+                    warn!("{error}; serving IPv4 only");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(found)
+    }
+
+    /// The sockets of a unit that names this listener; `addresses` are those of the file.
+    fn units_named(&mut self, name: &str, addresses: &[SocketAddr], configured: bool) -> Vec<Socket> {
+        let units: Vec<&Inherited> = self.sockets.units.iter().filter(|unit| unit.name == name).collect();
+        let is_told = |unit: &&Inherited| addresses.iter().any(|&address| unit.is_for(address));
+        if configured && !units.is_empty() && !units.iter().all(is_told) {
+            let local: Vec<String> = units.iter().map(|unit| unit.local.to_string()).collect();
+            warn!(
+                listener = name,
+                "its socket unit has {}, which goes before the file's {addresses:?}",
+                local.join(", ")
+            );
+        }
+        self.used.extend(units.iter().map(|unit| unit.local));
+        units
+            .iter()
+            .map(|unit| Socket { address: unit.local, listener: Arc::clone(&unit.listener), is_units: true })
+            .collect()
+    }
+
+    /// The socket of an address; `None` if another one of the same configuration takes its
+    /// connections already.
+    fn of_address(&mut self, name: &str, address: SocketAddr) -> Result<Option<Socket>, BindError> {
+        if let Some(socket) = self.open_already(name, address) {
+            self.used.extend(socket.local());
+            return Ok(Some(socket));
+        }
+        let units = self.sockets.units.iter().filter(|unit| !self.names.contains(unit.name.as_str()));
+        let kept = self.sockets.kept.iter().filter(|kept| !kept.is_dual_stack);
+        let handed = units.map(|unit| (unit, true)).chain(kept.map(|kept| (kept, false)));
+        if let Some((found, is_units)) = handed.into_iter().find(|(found, _)| found.is_for(address)) {
+            let is_free = self.used.insert(found.local);
+            let listener = Arc::clone(&found.listener);
+            return Ok(is_free.then_some(Socket { address, listener, is_units }));
+        }
+        let bound = bind(name, address).map_err(|error| self.explained(error))?;
+        Ok(Some(Socket { address, listener: Arc::new(bound), is_units: false }))
+    }
+
+    /// One that is open for this address now. A port that the kernel has chosen is its listener's.
+    fn open_already(&self, name: &str, address: SocketAddr) -> Option<Socket> {
+        let admin = self.current.admin.iter().map(|socket| (ADMIN, socket));
+        let listeners = self.current.listeners.iter();
+        let listeners = listeners.flat_map(|(name, sockets)| sockets.iter().map(move |s| (name.as_str(), s)));
+        let is_free = |socket: &Socket| socket.local().is_some_and(|local| !self.used.contains(&local));
+        let mut open =
+            listeners.chain(admin).filter(|(_, socket)| socket.address == address && is_free(socket));
+        open.find(|(owner, _)| address.port() != 0 || *owner == name).map(|(_, socket)| socket.clone())
+    }
+
+    /// An address that is in our own way.
+    fn explained(&self, mut error: BindError) -> BindError {
+        let address = error.address;
+        let covers = |socket: &&Socket| {
+            let is_any = address.ip().is_unspecified() || socket.address.ip().is_unspecified();
+            socket.address.port() == address.port() && socket.address.is_ipv6() == address.is_ipv6() && is_any
+        };
+        if let (ErrorKind::AddrInUse, Some(own)) = (error.kind, self.current.all().find(covers)) {
+            let own = own.address;
+            error.reason =
+                format!("this edge itself listens on {own}, which would have to be closed first; restart it");
+        }
+        error
+    }
+}
+
+fn may_be_missing(listener: &Listener, address: SocketAddr, error: &BindError) -> bool {
+    let is_absent = matches!(error.kind, ErrorKind::AddrNotAvailable | ErrorKind::Unsupported);
+    !listener.configured && address.is_ipv6() && is_absent
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use socket2::{Socket as RawSocket, Type};
+
+    use super::*;
+
+    fn listening(address: SocketAddr, dual_stack: bool) -> (OwnedFd, SocketAddr) {
+        let socket = RawSocket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
+        if address.is_ipv6() {
+            socket.set_only_v6(!dual_stack).unwrap();
+        }
+        socket.bind(&address.into()).unwrap();
+        socket.listen(1).unwrap();
+        let local = socket.local_addr().unwrap().as_socket().unwrap();
+        (socket.into(), local)
+    }
+
+    fn local() -> SocketAddr {
+        (Ipv4Addr::LOCALHOST, 0).into()
+    }
+
+    fn handed(sockets: Vec<(&str, OwnedFd)>) -> Sockets {
+        let handed = sockets.into_iter().zip(3..);
+        Sockets::new(
+            handed
+                .map(|((name, fd), number)| Handed { name: name.to_owned(), number, socket: Some(fd) })
+                .collect(),
+        )
+    }
+
+    /// Listeners `a`, `b`, … at these addresses.
+    fn config(addresses: &[&[SocketAddr]]) -> Config {
+        let listener = |(addresses, name): (&&[SocketAddr], char)| {
+            let listen: Vec<String> = addresses.iter().map(|address| format!("'{address}'")).collect();
+            let listen = listen.join(", ");
+            format!(
+                "[[listener]]\nname = '{name}'\nprotocol = 'tcp'\nupstream_port = 25\nlisten = [{listen}]\n"
+            )
+        };
+        let listeners: String = addresses.iter().zip('a'..).map(listener).collect();
+        Config::parse(&format!("[admin]\nlisten = 'off'\n{listeners}"), Some("mailbox"), &|_| None).unwrap()
+    }
+
+    fn locals(opened: &Opened) -> Vec<Vec<SocketAddr>> {
+        let of = |(_, sockets): &(String, Vec<Socket>)| sockets.iter().filter_map(Socket::local).collect();
+        opened.listeners.iter().map(of).collect()
+    }
+
+    #[tokio::test]
+    async fn a_units_name_goes_before_the_file_and_its_address_for_no_other_listener() {
+        let (named, at) = listening(local(), false);
+        let sockets = handed(vec![("a", named)]);
+        let free = listening(local(), false).1; // closed again
+        let opened = sockets.open(&config(&[&[free]]), &Opened::default()).unwrap();
+        assert_eq!(locals(&opened), [[at]]);
+        // `b` wants the address of a's socket, which is a's as long as there is an a.
+        let error = sockets.open(&config(&[&[free], &[at]]), &Opened::default()).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::AddrInUse);
+    }
+
+    #[tokio::test]
+    async fn a_dual_stack_socket_takes_both_families_of_a_listener() {
+        let (both, at) = listening((Ipv6Addr::UNSPECIFIED, 0).into(), true);
+        let sockets = handed(vec![("edge.socket", both)]);
+        let v4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, at.port()));
+        let opened = sockets.open(&config(&[&[v4, at]]), &Opened::default()).unwrap();
+        assert_eq!(locals(&opened), [[at]]);
+    }
+
+    #[tokio::test]
+    async fn a_kept_socket_is_used_for_exactly_its_address() {
+        let (same, at) = listening(local(), false);
+        let (other, elsewhere) = listening(local(), false);
+        let mut sockets = handed(vec![("kept.a", same), ("kept.b", other)]);
+        let free = listening(local(), false).1; // closed again
+        let opened = sockets.open(&config(&[&[at], &[free]]), &Opened::default()).unwrap();
+        assert_eq!(locals(&opened), [[at], [free]]);
+        sockets.close_unused(&opened);
+        assert!(std::net::TcpListener::bind(elsewhere).is_ok(), "what is not used is closed");
+    }
+
+    #[tokio::test]
+    async fn an_open_socket_stays_whoever_has_its_address() {
+        let sockets = Sockets::default();
+        let before = config(&[&[local()], &[local()]]);
+        let opened = sockets.open(&before, &Opened::default()).unwrap();
+        let again = sockets.open(&before, &opened).unwrap();
+        assert_eq!(locals(&again), locals(&opened), "also where the kernel has chosen the port");
+    }
+
+    #[tokio::test]
+    async fn addresses_change_hands_without_being_bound_anew() {
+        let sockets = Sockets::default();
+        let [a, b] = [(); 2].map(|()| listening(local(), false).1); // closed again
+        let opened = sockets.open(&config(&[&[a], &[b]]), &Opened::default()).unwrap();
+        let swapped = sockets.open(&config(&[&[b], &[a]]), &opened).unwrap();
+        assert!(swapped.listeners[0].1[0].is(&opened.listeners[1].1[0]));
+        assert!(swapped.listeners[1].1[0].is(&opened.listeners[0].1[0]));
+        let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, a.port()));
+        let error = sockets.open(&config(&[&[any], &[b]]), &opened).unwrap_err();
+        assert!(error.reason.contains("this edge itself listens on"), "{error}");
+    }
+}

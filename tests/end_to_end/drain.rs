@@ -1,0 +1,154 @@
+//! A stop: who is served to the end, who is sent away, and what is told of it.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::common::client::LineClient;
+use crate::common::edge::{Builder, Listener};
+use crate::common::net::{backlog, connect, echoes};
+use crate::common::sink::{Taken, takes_mail_after};
+use crate::common::stub::{self, MIB, Stub, pattern};
+use crate::common::wait::eventually;
+use crate::setup::{LIMIT, start_with, stops, tells};
+
+/// What a large message has.
+const LARGE: usize = 25 * MIB;
+
+fn listener(protocol: &str) -> Listener {
+    Listener::new("mail", protocol, 2525).set("listen", "[\"127.0.0.1:0\"]")
+}
+
+fn drain(limit: &str) -> impl FnOnce(Builder) -> Builder {
+    let limit = format!("{limit:?}");
+    move |edge| edge.set("timeouts", "drain", &limit)
+}
+
+/// Sends all of it and hears all of it back, with a pause after the first piece until `go_on`.
+fn exchange(edge: SocketAddr, begun: std::sync::mpsc::Sender<()>) -> JoinHandle<(Vec<u8>, Vec<u8>)> {
+    std::thread::spawn(move || {
+        let sent = pattern(LARGE);
+        let mut client = connect(edge);
+        let mut writer = client.try_clone().expect("a descriptor is free");
+        let bytes = sent.clone();
+        let writing = std::thread::spawn(move || {
+            writer.write_all(&bytes).expect("the edge takes everything");
+            writer.shutdown(Shutdown::Write).expect("it is connected");
+        });
+        let mut received = vec![0; MIB];
+        client.read_exact(&mut received).expect("a first part comes back");
+        begun.send(()).expect("somebody waits for it");
+        client.read_to_end(&mut received).expect("the rest comes back");
+        writing.join().expect("the writer does not panic");
+        (sent, received)
+    })
+}
+
+#[test]
+fn a_large_transfer_each_way_is_not_cut_short() {
+    let mailbox = Stub::start(stub::echo_after_header);
+    let mut setup = start_with(&[(2525, mailbox.addr)], &[listener("tcp")], drain("10m"));
+    let (begun, has_begun) = std::sync::mpsc::channel();
+    let client = exchange(setup.edge.addr("mail"), begun);
+    has_begun.recv_timeout(LIMIT).expect("the transfer begins");
+    setup.edge.signal("TERM");
+    setup.edge.wait_log(" stopping ", LIMIT);
+    assert!(!client.is_finished(), "the stop comes in the middle");
+    let (sent, received) = client.join().expect("a good client");
+    assert!(sent == received, "{} bytes sent, other {} received", sent.len(), received.len());
+    stops(&mut setup.edge, LIMIT);
+    let told = setup.edge.wait_log(" stopped: ", LIMIT);
+    tells(&told, &["1 connections ended by themselves, 0 quiet ones were closed, 0 were cut, in "]);
+}
+
+#[test]
+fn each_connection_is_counted_as_what_became_of_it() {
+    let mailbox = Stub::start(|mut conn| {
+        conn.read_proxy_header();
+        let mut first = [0];
+        let _ = conn.read(&mut first);
+        match first[0] {
+            // Takes what comes and never ends.
+            b'u' => conn.read_to_end(),
+            _ => {
+                conn.send(&first);
+                conn.read_to_end();
+            }
+        }
+    });
+    let mut setup = start_with(&[(2525, mailbox.addr)], &[listener("tcp")], drain("2s"));
+    let mail = setup.edge.addr("mail");
+    let open = |word: u8| {
+        let mut client = connect(mail);
+        client.write_all(&[word]).expect("the edge takes it");
+        client
+    };
+    let mut quiet: Vec<TcpStream> = (0..3).map(|_| open(b'q')).collect();
+    for client in &mut quiet {
+        client.set_read_timeout(Some(LIMIT)).expect("the deadline is not zero");
+        client.read_exact(&mut [0]).expect("the mailbox answers");
+    }
+    let busy = open(b'u'); // waits for an answer that never comes
+    assert!(eventually(LIMIT, || (0..4).filter_map(|i| mailbox.record(i)).count() == 4));
+    mailbox.wait_record(3, LIMIT, |record| record.bytes.ends_with(b"u"));
+    let began = Instant::now();
+    setup.edge.signal("TERM");
+    for client in &mut quiet {
+        assert_eq!(client.read(&mut [0]).expect("an orderly end"), 0);
+    }
+    stops(&mut setup.edge, LIMIT);
+    assert!(began.elapsed() < Duration::from_secs(2 + 7), "took {:?}", began.elapsed());
+    let told = setup.edge.wait_log(" stopped: ", LIMIT);
+    tells(&told, &["0 connections ended by themselves, 3 quiet ones were closed, 1 were cut, in 2."]);
+    drop(busy);
+}
+
+#[test]
+fn whoever_came_before_the_stop_is_served() {
+    const WAITING: u32 = 20;
+    let taken = Taken::default();
+    // Longer than what makes a connection quiet.
+    let slow = takes_mail_after(Duration::from_secs(3), "mailbox", &taken);
+    let mailbox = Stub::start(slow);
+    let mut setup = start_with(&[(2525, mailbox.addr)], &[listener("smtp")], drain("1m"));
+    let mail = setup.edge.addr("mail");
+    let dialled = connect(mail);
+    assert!(eventually(LIMIT, || mailbox.accepted() == 1));
+    // The kernel has accepted them, and the edge has not heard of it when the signal comes.
+    setup.edge.signal("STOP");
+    let waiting: Vec<TcpStream> = (0..WAITING).map(|_| connect(mail)).collect();
+    assert_eq!(backlog(mail), WAITING);
+    setup.edge.signal("TERM");
+    setup.edge.signal("CONT");
+    let clients: Vec<JoinHandle<()>> = waiting
+        .into_iter()
+        .chain([dialled])
+        .enumerate()
+        .map(|(number, client)| {
+            let message = format!("Subject: message-{number}\n\nhello\n");
+            std::thread::spawn(move || {
+                let mut client = LineClient::new(client);
+                client.send_mail("a@example.net", "b@example.org", &message);
+                assert_eq!(client.line(), None, "an orderly end");
+            })
+        })
+        .collect();
+    clients.into_iter().for_each(|client| client.join().expect("it is served"));
+    stops(&mut setup.edge, LIMIT);
+    assert_eq!(taken.count(), WAITING as usize + 1);
+    let told = setup.edge.wait_log(" stopped: ", LIMIT);
+    tells(&told, &["21 connections ended by themselves, 0 quiet ones were closed, 0 were cut"]);
+}
+
+#[test]
+fn a_client_that_never_closes_does_not_hold_the_exit_up() {
+    let mailbox = Stub::start(stub::echo_after_header);
+    let mut setup = start_with(&[(2525, mailbox.addr)], &[listener("tcp")], drain("2s"));
+    let _stays = echoes(setup.edge.addr("mail"));
+    let began = Instant::now();
+    setup.edge.signal("TERM");
+    stops(&mut setup.edge, LIMIT);
+    assert!(began.elapsed() < Duration::from_secs(2 + 7), "took {:?}", began.elapsed());
+    tells(&setup.edge.wait_log(" stopped: ", LIMIT), &["1 quiet ones were closed, 0 were cut"]);
+}
