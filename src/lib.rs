@@ -12,7 +12,7 @@
 //! boundary, [`membership`] its life. The rest is what an operator touches: [`cli`],
 //! [`config`], [`credential`], [`secret`], [`state_dir`], [`limits`], [`sockets`],
 //! [`reload`], [`supervisor`], [`drain`], [`admin`], [`overview`], [`metrics`], [`log`],
-//! [`status`], [`doctor`].
+//! [`status`], [`healthcheck`], [`doctor`].
 //!
 //! `ARCHITECTURE.md` has the picture and the invariants.
 
@@ -75,5 +75,7 @@ pub mod metrics;
 pub mod log;
 
 pub mod status;
+
+pub mod healthcheck;
 
 pub mod doctor;

@@ -1,18 +1,20 @@
 //! The program: arguments, log output, exit codes; nothing else.
 
 use std::io::Write;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::Parser;
-use tailwart_edge::cli::{Cli, Command, ConfigArgs, DoctorArgs, StatusArgs};
+use clap::{CommandFactory, Parser};
+use clap_complete::Shell;
+use tailwart_edge::cli::{Cli, Command, ConfigArgs, DoctorArgs, EdgeArgs, HealthcheckArgs, StatusArgs};
 use tailwart_edge::config::{Config, ConfigError, config_path};
 use tailwart_edge::credential::Sources;
 use tailwart_edge::doctor::{self, Patient};
 use tailwart_edge::edge::{self, Start};
 use tailwart_edge::reload::Source;
 use tailwart_edge::supervisor::{Supervisor, handed_over};
-use tailwart_edge::{log, status, tailnet};
+use tailwart_edge::{healthcheck, log, status, tailnet};
 use tokio::runtime::Runtime;
 
 /// Wrong usage or configuration.
@@ -24,6 +26,8 @@ fn main() -> ExitCode {
         Command::Check(args) => check(&args),
         Command::Doctor(args) => doctor(args),
         Command::Status(args) => show_status(&args),
+        Command::Healthcheck(args) => check_health(&args),
+        Command::Completions { shell } => completions(shell),
         Command::Version => {
             println!("tailwart-edge {} (Tailscale {})", env!("CARGO_PKG_VERSION"), tailnet::linked_version());
             ExitCode::SUCCESS
@@ -116,17 +120,51 @@ fn doctor(args: DoctorArgs) -> ExitCode {
     ExitCode::from(report.exit_code())
 }
 
-fn show_status(args: &StatusArgs) -> ExitCode {
-    let admin = match args
-        .admin
-        .map_or_else(|| load(&args.config).map(|config| config.admin), |admin| Ok(Some(admin)))
-    {
-        Ok(admin) => admin,
-        Err(mistakes) => return config_mistakes(&mistakes),
-    };
-    let Some(admin) = admin else {
+/// Where a running edge can be asked.
+fn admin_address(args: &EdgeArgs) -> Result<SocketAddr, ExitCode> {
+    if let Some(admin) = args.admin {
+        return Ok(admin);
+    }
+    // A mailbox must be named and does not matter here: the edge may have been told by --upstream.
+    let upstream = args.config.upstream.clone().or(Some("mailbox".to_owned()));
+    let given = ConfigArgs { config: args.config.config.clone(), upstream };
+    let config = load(&given).map_err(|mistakes| config_mistakes(&mistakes))?;
+    config.admin.ok_or_else(|| {
         eprintln!("the edge has no admin address to ask at: admin.listen is \"off\"");
-        return ExitCode::FAILURE;
+        ExitCode::FAILURE
+    })
+}
+
+fn check_health(args: &HealthcheckArgs) -> ExitCode {
+    let admin = match admin_address(&args.edge) {
+        Ok(admin) => admin,
+        Err(code) => return code,
+    };
+    let runtime = match start_runtime() {
+        Ok(runtime) => runtime,
+        Err(code) => return code,
+    };
+    match runtime.block_on(healthcheck::ask(admin, args.live)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => {
+            eprintln!("{reason}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn completions(shell: Shell) -> ExitCode {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), env!("CARGO_PKG_NAME"), &mut script);
+    // Not straight to the terminal: generate panics when the reader has gone.
+    let _ = std::io::stdout().write_all(&script);
+    ExitCode::SUCCESS
+}
+
+fn show_status(args: &StatusArgs) -> ExitCode {
+    let admin = match admin_address(&args.edge) {
+        Ok(admin) => admin,
+        Err(code) => return code,
     };
     let runtime = match start_runtime() {
         Ok(runtime) => runtime,
