@@ -62,7 +62,7 @@ Examples:
   TS_AUTHKEY=file:/run/secrets/ts_authkey tailwart-edge run --upstream stalwart
   tailwart-edge check --config ./config.toml
   tailwart-edge doctor --domain example.com
-  tailwart-edge status
+  tailwart-edge status --watch
   tailwart-edge run --config ./config.toml";
 
 /// What the command line says.
@@ -139,6 +139,9 @@ pub struct StatusArgs {
     /// Print JSON instead of text
     #[arg(long)]
     pub json: bool,
+    /// Ask again every two seconds, until Ctrl-C
+    #[arg(short, long)]
+    pub watch: bool,
 }
 
 /// Which edge to ask, and what.

@@ -1,6 +1,6 @@
 //! The program: arguments, log output, exit codes; nothing else.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -170,16 +170,22 @@ fn show_status(args: &StatusArgs) -> ExitCode {
         Ok(runtime) => runtime,
         Err(code) => return code,
     };
-    let text = match runtime.block_on(status::ask(admin)) {
-        Ok(status) if args.json => serde_json::json!(status).to_string() + "\n",
-        Ok(status) => status.to_string(),
+    if args.watch {
+        let mut screen = std::io::stdout();
+        let clears = !args.json && screen.is_terminal();
+        runtime.block_on(status::watch(admin, args.json, clears, &mut screen));
+        return ExitCode::SUCCESS; // nobody reads it any more
+    }
+    match runtime.block_on(status::ask(admin)) {
+        Ok(status) => {
+            let _ = write!(std::io::stdout(), "{}", status.shown(args.json));
+            ExitCode::SUCCESS
+        }
         Err(problem) => {
             eprintln!("{problem}");
-            return ExitCode::FAILURE;
+            ExitCode::FAILURE
         }
-    };
-    let _ = write!(std::io::stdout(), "{text}");
-    ExitCode::SUCCESS
+    }
 }
 
 fn run_edge(start: Start) -> ExitCode {
