@@ -371,7 +371,9 @@ fn a_storm_of_reloads_refuses_and_cuts_nobody() {
     assert!(status.success(), "the edge died\n{}", scene.edge.log().tail());
     hears_itself(&mut live);
     assert!(visits.iter().all(|&visits| visits > CHANGES), "{visits:?}");
-    assert_eq!(scene.edge.log().count("was not reloaded"), 0, "{}", scene.edge.log().tail());
+    let text = scene.edge.log().text();
+    let refused: Vec<&str> = text.lines().filter(|line| line.contains("was not reloaded")).collect();
+    assert!(refused.is_empty(), "{refused:?}");
     eprintln!("{SIGNALS} SIGHUPs, {CHANGES} changes, {visits:?} connections");
     drop(live);
     // A stop in the middle of a reload.
