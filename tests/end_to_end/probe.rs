@@ -112,11 +112,12 @@ fn shows_on_one_screen(edge: &Edge) {
     let mut status = std::process::Command::new(env!("CARGO_BIN_EXE_tailwart-edge"));
     status.args(["status", "--admin", &edge.addr("admin").to_string()]);
     let screen = run(&mut status, b"", LIMIT).expect_success().stdout();
-    assert!(screen.contains(" is ready\n") && screen.contains("no client waits"), "{screen}");
+    assert!(screen.contains(" is ready; started ") && screen.contains("no client waits"), "{screen}");
     for (listener, port) in PORTS {
-        let line = screen.lines().find(|line| line.starts_with(&format!("{listener} ")));
-        let line = line.unwrap_or_else(|| panic!("no {listener}:\n{screen}"));
-        assert!(line.contains(&format!("stalwart:{port}")) && line.contains("  up since "), "{line}");
+        let server = format!(" stalwart:{port} ");
+        let is_its = |line: &&str| line.starts_with(&format!("{listener} ")) && line.contains(&server);
+        let line = screen.lines().find(is_its).unwrap_or_else(|| panic!("no {listener}:\n{screen}"));
+        assert!(line.contains("  up since "), "{line}");
     }
 }
 

@@ -253,7 +253,7 @@ fn lower_limits_cut_nobody_and_let_nobody_in() {
     let waiting: Vec<TcpStream> = (0..2).map(|_| connect(mail)).collect();
     assert!(eventually(LIMIT, || backlog(mail) == 2), "{} wait", backlog(mail));
     clients.truncate(3);
-    let ended = || scene.edge.log().count("end=\"client closed\"") == 2;
+    let ended = || scene.edge.log().count("why=\"client closed\"") == 2;
     assert!(eventually(LIMIT, ended), "{}", scene.edge.log().tail());
     assert_eq!((backlog(mail), mailbox.accepted()), (2, 5), "three are there, and three there may be");
     clients.pop();
