@@ -1,12 +1,13 @@
 //! The program: arguments, log output, exit codes; nothing else.
 
 use std::io::Write;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
-use tailwart_edge::cli::{Cli, Command, ConfigArgs, DoctorArgs, StatusArgs};
-use tailwart_edge::config::{Config, ConfigError, config_path};
+use tailwart_edge::cli::{Cli, Command, ConfigArgs, DoctorArgs, EdgeArgs, StatusArgs};
+use tailwart_edge::config::{self, Config, ConfigError, config_path};
 use tailwart_edge::credential::Sources;
 use tailwart_edge::doctor::{self, Patient};
 use tailwart_edge::edge::{self, Start};
@@ -116,17 +117,24 @@ fn doctor(args: DoctorArgs) -> ExitCode {
     ExitCode::from(report.exit_code())
 }
 
-fn show_status(args: &StatusArgs) -> ExitCode {
-    let admin = match args
-        .admin
-        .map_or_else(|| load(&args.config).map(|config| config.admin), |admin| Ok(Some(admin)))
-    {
-        Ok(admin) => admin,
-        Err(mistakes) => return config_mistakes(&mistakes),
-    };
-    let Some(admin) = admin else {
+/// Where a running edge can be asked.
+fn admin_address(args: &EdgeArgs) -> Result<SocketAddr, ExitCode> {
+    if let Some(admin) = args.admin {
+        return Ok(admin);
+    }
+    let path = config_path(args.config.clone(), &environment);
+    let admin =
+        config::admin(path.as_deref(), &environment).map_err(|mistakes| config_mistakes(&mistakes))?;
+    admin.ok_or_else(|| {
         eprintln!("the edge has no admin address to ask at: admin.listen is \"off\"");
-        return ExitCode::FAILURE;
+        ExitCode::FAILURE
+    })
+}
+
+fn show_status(args: &StatusArgs) -> ExitCode {
+    let admin = match admin_address(&args.edge) {
+        Ok(admin) => admin,
+        Err(code) => return code,
     };
     let runtime = match start_runtime() {
         Ok(runtime) => runtime,
