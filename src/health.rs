@@ -53,7 +53,9 @@ pub const NOT_REACHED_YET: &str = "the mailbox was not reached yet";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// Not enough is known yet, or it is not probed.
+    /// It is not probed.
+    Unprobed,
+    /// Not enough is known yet.
     Unknown,
     /// It greets as it should.
     Up,
@@ -103,7 +105,7 @@ pub struct Seen {
 impl Seen {
     fn nothing() -> Seen {
         Seen {
-            state: State::Unknown,
+            state: State::Unprobed,
             since: Timestamp::now(),
             probed: None,
             finding: None,
@@ -117,7 +119,7 @@ impl Seen {
 }
 
 impl Monitor {
-    /// For a server of a listener's service; nothing is probed yet.
+    /// For a server of a listener's service, which is not probed before [`Monitor::begin`].
     pub fn new<D: Dial>(service: &Service<D>, server: &Server) -> Monitor {
         let target = Target {
             host: server.host().to_owned(),
@@ -130,6 +132,14 @@ impl Monitor {
             upstream: server.to_string(),
             target,
             seen: Mutex::new(Seen::nothing()),
+        }
+    }
+
+    /// It is probed from now on.
+    pub fn begin(&self) {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if seen.state == State::Unprobed {
+            seen.state = State::Unknown;
         }
     }
 
@@ -428,12 +438,10 @@ mod tests {
 
     fn monitor() -> Monitor {
         let target = Target { host: "stalwart".into(), port: 993, protocol: Protocol::Imaps, header: true };
-        Monitor {
-            listener: "imaps".into(),
-            upstream: "stalwart:993".into(),
-            target,
-            seen: Mutex::new(Seen::nothing()),
-        }
+        let seen = Mutex::new(Seen::nothing());
+        let monitor = Monitor { listener: "imaps".into(), upstream: "stalwart:993".into(), target, seen };
+        monitor.begin();
+        monitor
     }
 
     fn well() -> Result<Finding, ProbeError> {
@@ -467,6 +475,17 @@ mod tests {
         }
         assert_eq!(step(&well()), (false, State::Down, false));
         assert_eq!(step(&well()), (true, State::Up, true));
+    }
+
+    #[test]
+    fn what_a_probe_has_found_is_kept_when_its_settings_change() {
+        let monitor = Monitor { seen: Mutex::new(Seen::nothing()), ..monitor() };
+        assert_eq!(monitor.seen().state, State::Unprobed);
+        monitor.begin();
+        assert_eq!(monitor.seen().state, State::Unknown);
+        monitor.note(&well(), &SETTINGS);
+        monitor.begin();
+        assert_eq!(monitor.seen().state, State::Up);
     }
 
     #[test]
