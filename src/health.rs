@@ -31,6 +31,7 @@ use crate::probe::{Certificate, Finding, ProbeError, Target, probe};
 use crate::tailnet::ConnectError;
 use crate::trust;
 use crate::upstream::{Dial, Server, Silence, UpstreamError};
+use crate::wall_clock;
 
 /// How long one probe may take. Mail servers make strangers wait for their greeting, some for 20
 /// seconds.
@@ -106,7 +107,7 @@ impl Seen {
     fn nothing() -> Seen {
         Seen {
             state: State::Unprobed,
-            since: Timestamp::now(),
+            since: wall_clock::now(),
             probed: None,
             finding: None,
             problem: None,
@@ -151,7 +152,7 @@ impl Monitor {
     /// Takes a probe's result in; true if the state has changed with it, or the reason for it.
     fn note(&self, result: &Result<Finding, ProbeError>, settings: &config::Probe) -> bool {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.probed = Some(Timestamp::now());
+        seen.probed = Some(wall_clock::now());
         let kind = result.as_ref().err().map(std::mem::discriminant);
         let (found, needed) = match result {
             Ok(finding) => {
@@ -177,7 +178,7 @@ impl Monitor {
             return false;
         }
         if found != seen.state {
-            (seen.state, seen.since) = (found, Timestamp::now());
+            (seen.state, seen.since) = (found, wall_clock::now());
         }
         (seen.told, seen.against, seen.counted) = (kind, 0, None);
         true
@@ -190,7 +191,7 @@ impl Monitor {
 
     /// Says, once, that a certificate is about to end or has ended.
     fn look_at_end(&self, certificate: &Certificate) {
-        let left = certificate.not_after.duration_since(Timestamp::now());
+        let left = certificate.not_after.duration_since(wall_clock::now());
         let due = left < RENEWAL_DUE;
         let told =
             std::mem::replace(&mut self.seen.lock().unwrap_or_else(PoisonError::into_inner).end_told, due);
@@ -516,7 +517,7 @@ mod tests {
         let monitor = monitor();
         let certificate = |hours| Certificate {
             names: vec![],
-            not_after: Timestamp::now() + SignedDuration::from_hours(hours),
+            not_after: wall_clock::now() + SignedDuration::from_hours(hours),
         };
         let told = |hours| {
             monitor.look_at_end(&certificate(hours));

@@ -33,7 +33,7 @@ pub struct Status {
     pub version: String,
     /// That of the Tailscale in it.
     pub tailscale: String,
-    /// When it was started.
+    /// When it was started, by the clock as it is now.
     pub started: Timestamp,
     /// When it said this.
     pub now: Timestamp,
