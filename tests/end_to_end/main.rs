@@ -7,6 +7,7 @@
 mod common;
 
 mod admin;
+mod clock;
 mod doctor;
 mod drain;
 mod enrolment;
