@@ -25,5 +25,6 @@ mod probe;
 mod reload;
 mod restart;
 mod setup;
+mod several_edges;
 mod signals;
 mod start;
