@@ -106,7 +106,8 @@ pub enum Command {
     Version,
 }
 
-/// Where the configuration comes from; the same for all commands, so that they cannot differ.
+/// Where the configuration comes from; the same for all commands that need all of it, so that they cannot
+/// differ.
 #[derive(Debug, Args)]
 pub struct ConfigArgs {
     /// Read this file [default: $TAILWART_CONFIG, else /etc/tailwart-edge/config.toml if it exists,
@@ -119,13 +120,14 @@ pub struct ConfigArgs {
     pub upstream: Option<String>,
 }
 
-/// Which edge to ask.
+/// Which edge to ask. No mailbox is named, since only `admin.listen` is looked up.
 #[derive(Debug, Args)]
 pub struct EdgeArgs {
-    /// The configuration it was started with
-    #[command(flatten)]
-    pub config: ConfigArgs,
-    /// Ask at this address [default: admin.listen]
+    /// Find admin.listen in this file, whatever else is wrong with it [default: $TAILWART_CONFIG,
+    /// else /etc/tailwart-edge/config.toml if it exists, else none]
+    #[arg(short, long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Ask at this address, and read no file [default: admin.listen]
     #[arg(long, value_name = "IP:PORT")]
     pub admin: Option<SocketAddr>,
 }

@@ -268,6 +268,15 @@ impl Config {
     }
 }
 
+/// `admin.listen` alone, of the file if there is one, for those who ask a running edge: it needs no mailbox
+/// for that, and the file may have got mistakes elsewhere since it was read.
+pub fn admin(path: Option<&Path>, env: Env) -> Result<Option<SocketAddr>, ConfigError> {
+    let Some(path) = path else { return sections::admin_alone(Mistakes::new(None, "", env)) };
+    let name = path.display().to_string();
+    let text = file::read(path).map_err(|problem| ConfigError::unreadable(&name, problem))?;
+    sections::admin_alone(Mistakes::new(Some(name), &text, env))
+}
+
 /// Which file to read: the one given by `--config`, else `TAILWART_CONFIG`, else [`DEFAULT_PATH`]
 /// if something is there. `None` means to run without a file.
 pub fn config_path(given: Option<PathBuf>, env: Env) -> Option<PathBuf> {

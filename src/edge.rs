@@ -15,7 +15,6 @@ use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use jiff::Timestamp;
 use thiserror::Error;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -122,7 +121,7 @@ pub async fn run(start: Start) -> Result<(), RunError> {
     let drain = CancellationToken::new();
     let ledger = Ledger::new(config.log.repeats);
     let overview = Arc::new(Overview {
-        started: Timestamp::now(),
+        started: Instant::now(),
         node: node_receiver,
         library: OnceLock::new(),
         tags: settings.tags.clone(),

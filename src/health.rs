@@ -31,6 +31,7 @@ use crate::probe::{Certificate, Finding, ProbeError, Target, probe};
 use crate::tailnet::ConnectError;
 use crate::trust;
 use crate::upstream::{Dial, Server, Silence, UpstreamError};
+use crate::wall_clock;
 
 /// How long one probe may take. Mail servers make strangers wait for their greeting, some for 20
 /// seconds.
@@ -53,7 +54,9 @@ pub const NOT_REACHED_YET: &str = "the mailbox was not reached yet";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// Not enough is known yet, or it is not probed.
+    /// It is not probed.
+    Unprobed,
+    /// Not enough is known yet.
     Unknown,
     /// It greets as it should.
     Up,
@@ -103,8 +106,8 @@ pub struct Seen {
 impl Seen {
     fn nothing() -> Seen {
         Seen {
-            state: State::Unknown,
-            since: Timestamp::now(),
+            state: State::Unprobed,
+            since: wall_clock::now(),
             probed: None,
             finding: None,
             problem: None,
@@ -117,7 +120,7 @@ impl Seen {
 }
 
 impl Monitor {
-    /// For a server of a listener's service; nothing is probed yet.
+    /// For a server of a listener's service, which is not probed before [`Monitor::begin`].
     pub fn new<D: Dial>(service: &Service<D>, server: &Server) -> Monitor {
         let target = Target {
             host: server.host().to_owned(),
@@ -133,6 +136,14 @@ impl Monitor {
         }
     }
 
+    /// It is probed from now on.
+    pub fn begin(&self) {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if seen.state == State::Unprobed {
+            seen.state = State::Unknown;
+        }
+    }
+
     /// What was found out so far.
     pub fn seen(&self) -> Seen {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -141,7 +152,7 @@ impl Monitor {
     /// Takes a probe's result in; true if the state has changed with it, or the reason for it.
     fn note(&self, result: &Result<Finding, ProbeError>, settings: &config::Probe) -> bool {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.probed = Some(Timestamp::now());
+        seen.probed = Some(wall_clock::now());
         let kind = result.as_ref().err().map(std::mem::discriminant);
         let (found, needed) = match result {
             Ok(finding) => {
@@ -167,7 +178,7 @@ impl Monitor {
             return false;
         }
         if found != seen.state {
-            (seen.state, seen.since) = (found, Timestamp::now());
+            (seen.state, seen.since) = (found, wall_clock::now());
         }
         (seen.told, seen.against, seen.counted) = (kind, 0, None);
         true
@@ -180,7 +191,7 @@ impl Monitor {
 
     /// Says, once, that a certificate is about to end or has ended.
     fn look_at_end(&self, certificate: &Certificate) {
-        let left = certificate.not_after.duration_since(Timestamp::now());
+        let left = certificate.not_after.duration_since(wall_clock::now());
         let due = left < RENEWAL_DUE;
         let told =
             std::mem::replace(&mut self.seen.lock().unwrap_or_else(PoisonError::into_inner).end_told, due);
@@ -428,12 +439,10 @@ mod tests {
 
     fn monitor() -> Monitor {
         let target = Target { host: "stalwart".into(), port: 993, protocol: Protocol::Imaps, header: true };
-        Monitor {
-            listener: "imaps".into(),
-            upstream: "stalwart:993".into(),
-            target,
-            seen: Mutex::new(Seen::nothing()),
-        }
+        let seen = Mutex::new(Seen::nothing());
+        let monitor = Monitor { listener: "imaps".into(), upstream: "stalwart:993".into(), target, seen };
+        monitor.begin();
+        monitor
     }
 
     fn well() -> Result<Finding, ProbeError> {
@@ -470,6 +479,17 @@ mod tests {
     }
 
     #[test]
+    fn what_a_probe_has_found_is_kept_when_its_settings_change() {
+        let monitor = Monitor { seen: Mutex::new(Seen::nothing()), ..monitor() };
+        assert_eq!(monitor.seen().state, State::Unprobed);
+        monitor.begin();
+        assert_eq!(monitor.seen().state, State::Unknown);
+        monitor.note(&well(), &SETTINGS);
+        monitor.begin();
+        assert_eq!(monitor.seen().state, State::Up);
+    }
+
+    #[test]
     fn another_reason_is_told_when_it_has_stood_as_long() {
         let monitor = monitor();
         let told = |result: &Result<Finding, ProbeError>| monitor.note(result, &SETTINGS);
@@ -497,7 +517,7 @@ mod tests {
         let monitor = monitor();
         let certificate = |hours| Certificate {
             names: vec![],
-            not_after: Timestamp::now() + SignedDuration::from_hours(hours),
+            not_after: wall_clock::now() + SignedDuration::from_hours(hours),
         };
         let told = |hours| {
             monitor.look_at_end(&certificate(hours));

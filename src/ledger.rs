@@ -29,6 +29,7 @@ use crate::end_state::EndState;
 use crate::limits::network_of;
 use crate::metrics::{Counters, ListenerCounters};
 use crate::upstream::Server;
+use crate::wall_clock;
 pub use repeats::Repeats;
 
 /// Kinds of failures that are kept to be shown.
@@ -277,7 +278,7 @@ impl Page {
         let (stage, upstream) = (entry.stage(), self.upstream_of(entry));
         if ended.state.is_failure() {
             ledger.note_failure(Failure {
-                last: Timestamp::now(),
+                last: wall_clock::now(),
                 count: 1,
                 listener: self.listener.to_string(),
                 upstream: upstream.clone(),

@@ -74,6 +74,8 @@ pub mod metrics;
 
 pub mod log;
 
+pub mod wall_clock;
+
 pub mod status;
 
 pub mod healthcheck;

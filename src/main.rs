@@ -8,7 +8,7 @@ use std::sync::Arc;
 use clap::{CommandFactory, Parser};
 use clap_complete::Shell;
 use tailwart_edge::cli::{Cli, Command, ConfigArgs, DoctorArgs, EdgeArgs, HealthcheckArgs, StatusArgs};
-use tailwart_edge::config::{Config, ConfigError, config_path};
+use tailwart_edge::config::{self, Config, ConfigError, config_path};
 use tailwart_edge::credential::Sources;
 use tailwart_edge::doctor::{self, Patient};
 use tailwart_edge::edge::{self, Start};
@@ -125,11 +125,10 @@ fn admin_address(args: &EdgeArgs) -> Result<SocketAddr, ExitCode> {
     if let Some(admin) = args.admin {
         return Ok(admin);
     }
-    // A mailbox must be named and does not matter here: the edge may have been told by --upstream.
-    let upstream = args.config.upstream.clone().or(Some("mailbox".to_owned()));
-    let given = ConfigArgs { config: args.config.config.clone(), upstream };
-    let config = load(&given).map_err(|mistakes| config_mistakes(&mistakes))?;
-    config.admin.ok_or_else(|| {
+    let path = config_path(args.config.clone(), &environment);
+    let admin =
+        config::admin(path.as_deref(), &environment).map_err(|mistakes| config_mistakes(&mistakes))?;
+    admin.ok_or_else(|| {
         eprintln!("the edge has no admin address to ask at: admin.listen is \"off\"");
         ExitCode::FAILURE
     })

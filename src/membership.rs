@@ -15,7 +15,6 @@ use std::io::IsTerminal;
 use std::sync::Arc;
 use std::time::Duration;
 
-use jiff::Timestamp;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, error, info, warn};
@@ -23,7 +22,7 @@ use tracing::{debug, error, info, warn};
 use crate::config;
 use crate::credential::{Credential, Sources};
 use crate::tailnet::{JoinError, Node, NodeStatus, Trouble};
-use journal::Journal;
+use journal::{Journal, Moment};
 use pace::{LOOK, Pace};
 
 /// How long a credential may take to be read. Only a network file system takes any time.
@@ -158,9 +157,9 @@ impl Membership {
         let mut journal = Journal::new(&self.settings.tags, &status.borrow_and_update());
         let mut attempts = Attempts::new();
         loop {
-            let (now, at) = (status.borrow_and_update().clone(), Timestamp::now());
+            let (now, at) = (status.borrow_and_update().clone(), Moment::now());
             journal.write(&now, at);
-            let lost = now.troubles(&self.settings.tags, at).into_iter().find(Trouble::wants_joining);
+            let lost = now.troubles(&self.settings.tags, at.date).into_iter().find(Trouble::wants_joining);
             if let Some(lost) = lost
                 && self.join_again(&lost, &mut attempts).await
             {

@@ -421,7 +421,7 @@ fn note(
 ) {
     let port = Port { listener: monitor.listener.clone(), upstream: monitor.upstream.clone() };
     let seen = monitor.seen();
-    if seen.state != State::Unknown {
+    if matches!(seen.state, State::Up | State::Down) {
         up.get_or_create(&port).set((seen.state == State::Up).into());
     }
     let Some(finding) = seen.finding else { return };

@@ -19,6 +19,7 @@ use std::sync::{Arc, OnceLock};
 
 use jiff::Timestamp;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing_appender::non_blocking::ErrorCounter;
 
@@ -28,6 +29,7 @@ use crate::limits::network_of;
 use crate::metrics::{self, Format};
 use crate::status::{ClientView, ListenerView, NodeView, Status, UpstreamView};
 use crate::tailnet::{Node, NodeStatus, linked_version};
+use crate::wall_clock;
 
 /// Connections that are listed; of more the oldest are.
 const CONNECTIONS: usize = 200;
@@ -38,7 +40,7 @@ const CLIENTS: usize = 10;
 #[derive(Debug)]
 pub struct Overview {
     /// When the edge was started.
-    pub started: Timestamp,
+    pub started: Instant,
     /// The node's state; `None` before there is a node.
     pub node: watch::Receiver<Option<watch::Receiver<NodeStatus>>>,
     /// The node itself, for what its library costs; empty before there is one.
@@ -75,7 +77,7 @@ impl Overview {
         match &*self.node.borrow() {
             None => reasons.push("the tailnet node is not started".to_owned()),
             Some(node) => {
-                let troubles = node.borrow().troubles(&self.tags, Timestamp::now());
+                let troubles = node.borrow().troubles(&self.tags, wall_clock::now());
                 reasons.extend(troubles.iter().map(ToString::to_string));
             }
         }
@@ -98,6 +100,7 @@ impl Overview {
 
     /// What is known, for people and scripts.
     pub fn status(&self) -> Status {
+        let now = wall_clock::now();
         let Judgement { reasons: not_ready, warnings } = self.judge();
         let NodeStatus { name, ips, tags, state, key_expiry, home_region, .. } = self.node_status();
         let board = self.board.borrow().clone();
@@ -111,8 +114,8 @@ impl Overview {
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             tailscale: linked_version().to_owned(),
-            started: self.started,
-            now: Timestamp::now(),
+            started: now.saturating_sub(self.started.elapsed()).unwrap_or(Timestamp::MIN),
+            now,
             node: NodeView { name, ips, tags, state, key_expiry, home_region },
             not_ready,
             warnings,
@@ -201,7 +204,7 @@ pub(crate) mod tests {
         }
         let node = node.map(|status| watch::channel(status).1);
         Overview {
-            started: Timestamp::now(),
+            started: Instant::now(),
             node: watch::channel(node).1,
             library: OnceLock::new(),
             tags: vec!["tag:reverse-proxy".into()],

@@ -37,7 +37,7 @@ pub struct Status {
     pub version: String,
     /// That of the Tailscale in it.
     pub tailscale: String,
-    /// When it was started.
+    /// When it was started, by the clock as it is now.
     pub started: Timestamp,
     /// When it said this.
     pub now: Timestamp,
@@ -309,6 +309,7 @@ impl fmt::Display for Line<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Seen { state, since, finding, problem, .. } = self.0;
         match state {
+            State::Unprobed => return write!(f, "not probed"),
             State::Unknown => return write!(f, "not known yet"),
             State::Up => write!(f, "up since {since:.0}")?,
             State::Down => write!(f, "DOWN since {since:.0}")?,
@@ -393,6 +394,16 @@ LAST FAILURES         TIMES  LISTENER  LAST CLIENT  END  WHY
         let first =
             "tailwart-edge 0.1.0 is NOT READY: the tailnet node is not started; the edge is stopping\n";
         assert!(status.to_string().starts_with(first));
+    }
+
+    #[test]
+    fn what_is_not_probed_is_not_awaited() {
+        let seen = |state: &str| {
+            let since = "2026-01-02T03:04:05Z";
+            let seen = serde_json::json!({"state": state, "since": since, "probed": null});
+            Line(&serde_json::from_value(seen).unwrap()).to_string()
+        };
+        assert_eq!([seen("unprobed"), seen("unknown")], ["not probed", "not known yet"]);
     }
 
     #[test]

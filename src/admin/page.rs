@@ -145,7 +145,7 @@ fn upstreams(status: &Status) -> Markup {
         let class = match upstream.probe.state {
             State::Up => "good",
             State::Down => "bad",
-            State::Unknown => "unknown",
+            State::Unknown | State::Unprobed => "unknown",
         };
         html! {
             tr {

@@ -127,6 +127,11 @@ impl<'t> Mistakes<'t> {
         self.syntax.push(Mistake { at, text, trust: Trust::Value });
     }
 
+    /// What is not TOML was elsewhere than what was looked for.
+    pub fn forgive_syntax(&mut self) {
+        self.syntax.clear();
+    }
+
     /// A value is wrong by itself, or a key is unknown.
     pub fn value(&mut self, place: &Place, problem: &str) {
         self.push(place, problem, Trust::Value);

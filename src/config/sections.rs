@@ -6,6 +6,7 @@
 //! Deliberately not here: the listeners (see `listeners`) and how single values are understood (see
 //! `values`).
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -53,6 +54,19 @@ pub(super) fn config(mut mistakes: Mistakes, upstream: Option<&str>) -> Result<C
         admin_tailnet_port,
         warnings,
     })
+}
+
+/// The admin address without a look at the rest of the file.
+pub(super) fn admin_alone(mut mistakes: Mistakes) -> Result<Option<SocketAddr>, ConfigError> {
+    let text = syntax::rescue(mistakes.text, &mut mistakes);
+    let (document, _) = DeTable::parse_recoverable(&text);
+    let mut table = Table::root(document.get_ref()).table("admin", &mut mistakes);
+    let claim = admin_address(&mut table, &mut mistakes);
+    // Otherwise it may be on one of the broken lines.
+    if table.has("listen") {
+        mistakes.forgive_syntax();
+    }
+    mistakes.finish().map(|_| claim.map(|claim| claim.address))
 }
 
 fn tailnet(mut table: Table, mistakes: &mut Mistakes) -> Tailnet {

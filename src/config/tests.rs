@@ -497,3 +497,40 @@ fn windows_line_ends_and_a_byte_order_mark_do_no_harm() {
     let found = mistakes("[upstream]\r\nhost = \"stalwart\"\r\n\r\nx = 1\r\n");
     assert_eq!(found, ["line 4: upstream.x: unknown key; allowed here: host, proxy_protocol"]);
 }
+
+/// What somebody finds who wants to ask the edge that was started with this file.
+fn admin_of(text: &str) -> Result<Option<SocketAddr>, String> {
+    let dir = tempfile::tempdir().expect("a temporary directory can be made");
+    let path = dir.path().join("edge.toml");
+    std::fs::write(&path, text).expect("it takes files");
+    let told = |error: ConfigError| error.to_string().replace(&path.display().to_string(), "edge.toml");
+    admin(Some(&path), NO_ENV).map_err(told)
+}
+
+#[test]
+fn the_admin_address_needs_nothing_else_to_be_right() {
+    let [default, set] =
+        ["127.0.0.1:9464", "127.0.0.1:1234"].map(|text| Ok(Some(text.parse().expect("an address"))));
+    assert_eq!(admin(None, NO_ENV).map_err(|error| error.to_string()), default);
+    assert_eq!(admin_of(""), default);
+    assert_eq!(admin_of("[admin]\nlisten = \"off\"\n"), Ok(None));
+    for mistake in ["", "[upstream]\nhost = 1\nhots = 2\n", "[upstream]\nhost = stalwart\n", "[[listener]\n"]
+    {
+        assert_eq!(admin_of(&format!("[admin]\nlisten = \"127.0.0.1:1234\"\n{mistake}")), set, "{mistake}");
+    }
+}
+
+#[test]
+fn a_wrong_admin_address_is_told_and_not_taken_for_the_default() {
+    for (text, told) in [
+        ("admin = 1\n", "edge.toml:1: admin: an integer; expected a table"),
+        ("\n[admin]\nlisten = \"localhost\"\n", "edge.toml:3: admin.listen: \"localhost\" "),
+        ("[admin]\nlisten = 127.0.0.1:1234\n", "edge.toml:2: not valid TOML: "),
+        ("[admin\nlisten = \"127.0.0.1:1234\"\n", "edge.toml:1: not valid TOML: "),
+    ] {
+        let error = admin_of(text).expect_err(text);
+        assert!(error.starts_with(told), "{error}");
+    }
+    let missing = admin(Some(Path::new("/nonexistent/edge.toml")), NO_ENV).expect_err("no such file");
+    assert!(missing.to_string().contains("no such file"), "{missing}");
+}

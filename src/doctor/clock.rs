@@ -16,6 +16,7 @@ use super::http;
 use super::report::{Check, harmless};
 use super::resolver::{Resolver, connect};
 use crate::probe::tls;
+use crate::wall_clock;
 
 const NAME: &str = "clock";
 
@@ -40,7 +41,7 @@ pub async fn check(control_url: Option<&str>, resolver: &Result<Resolver, String
         Err(_) => Err(format!("no answer within {LIMIT:?}")),
     };
     match asked {
-        Ok(theirs) => judge(server, theirs, Timestamp::now()),
+        Ok(theirs) => judge(server, theirs, wall_clock::now()),
         Err(reason) => Check::warn(
             NAME,
             format!("cannot ask the control server {server} for the time: {reason}"),
@@ -159,7 +160,7 @@ mod tests {
             .with_single_cert(vec![cert.der().clone()], key)
             .unwrap();
         let now = jiff::fmt::rfc2822::DateTimePrinter::new()
-            .timestamp_to_rfc9110_string(&Timestamp::now())
+            .timestamp_to_rfc9110_string(&wall_clock::now())
             .unwrap();
         let date: &'static str = format!("Date: {now}").leak();
         let check = look(&format!("https://{}", server(date, Some(tls)))).await;
@@ -183,7 +184,7 @@ mod tests {
 
     #[test]
     fn a_small_difference_is_none() {
-        let now = Timestamp::now();
+        let now = wall_clock::now();
         for (seconds, outcome) in [
             (0, Outcome::Pass),
             (59, Outcome::Pass),

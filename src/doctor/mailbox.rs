@@ -17,6 +17,7 @@ use crate::probe::{Certificate, Finding, ProbeError, Target, probe};
 use crate::tailnet::{ConnectError, Node, PingReport, TailnetStream};
 use crate::trust;
 use crate::upstream::{Dial, Failure, Silence, Upstream, UpstreamError};
+use crate::wall_clock;
 
 /// How long a mailbox may take to greet and to say goodbye, once connected.
 const TALK_LIMIT: Duration = Duration::from_secs(15);
@@ -68,7 +69,7 @@ pub async fn visit(node: Arc<Node>, visit: Visit) -> Vec<Check> {
     if matches!(visit.target.protocol, Protocol::Http | Protocol::Tcp) && found.is_ok() {
         return checks; // what is spoken there is not known
     }
-    checks.extend(greeting(&visit, &found, &own, Timestamp::now()));
+    checks.extend(greeting(&visit, &found, &own, wall_clock::now()));
     if let (true, Ok(found)) = (visit.target.header, &found) {
         let without = Target { header: false, ..visit.target.clone() };
         let found = probe(&dialler, &without, found.connect + WITHOUT_HEADER_LIMIT).await;

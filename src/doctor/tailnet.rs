@@ -28,6 +28,7 @@ use super::report::{Check, Outcome};
 use crate::config::{self, Config};
 use crate::tailnet::{ConnectError, JoinError, Node, NodeStatus, PingReport, Trouble};
 use crate::upstream::Silence;
+use crate::wall_clock;
 
 /// The path at which a running edge looks by itself.
 pub const PATH: &str = "/doctor";
@@ -119,7 +120,7 @@ pub async fn examine(node: &Arc<Node>, config: &Config) -> Vec<Check> {
 
 async fn look_around(node: &Arc<Node>, config: &Config, checks: &mut Vec<Check>) {
     let status = node.status().borrow().clone();
-    checks.extend(node_checks(&status, &config.tailnet.tags, Timestamp::now()));
+    checks.extend(node_checks(&status, &config.tailnet.tags, wall_clock::now()));
     if !status.is_running() {
         return; // every peer would fail for this same reason
     }
@@ -284,7 +285,7 @@ async fn as_the_node(config: &Config, can_enrol: bool) -> Vec<Check> {
         Ok(()) | Err(JoinError::WrongTags { .. }) => {
             // It has just come up, and may not have a relay yet.
             let settled =
-                |status: &NodeStatus| !status.troubles(&[], Timestamp::now()).iter().any(Trouble::may_pass);
+                |status: &NodeStatus| !status.troubles(&[], wall_clock::now()).iter().any(Trouble::may_pass);
             let _ = timeout(SETTLE_LIMIT, node.status().wait_for(settled)).await;
             examine(&node, config).await
         }

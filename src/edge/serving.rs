@@ -419,6 +419,7 @@ impl Port {
             }
             let (service, server, node) = (Arc::clone(&self.service), Arc::clone(server), Arc::clone(node));
             let monitor = Arc::clone(monitor);
+            monitor.begin();
             self.probing.spawn(health::keep_probing(monitor, service, server, node, settings));
         }
     }
@@ -447,6 +448,8 @@ fn summary(board: Option<&Board>, connections: usize) -> String {
         format!("mailbox not well on {}", down.into_iter().collect::<Vec<_>>().join(", "))
     } else if in_state(State::Up).next().is_some() {
         "mailbox up".to_owned()
+    } else if in_state(State::Unprobed).next().is_some() {
+        "mailbox not probed".to_owned()
     } else {
         "mailbox not known yet".to_owned()
     };

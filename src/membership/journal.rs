@@ -5,21 +5,37 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
+use tokio::time::Instant;
 use tracing::{error, info, warn};
 
 use crate::tailnet::{NodeStatus, Trouble};
+use crate::wall_clock;
 
 /// A key that expires is warned about when it has this many days left, and again at the next.
 const EXPIRY_WARNINGS: [i64; 3] = [1, 7, 30];
 
 /// A trouble that may pass by itself is told when it has lasted this long.
-const PATIENCE: SignedDuration = SignedDuration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A moment by both clocks: a key expires at a date, and how long something has lasted must not depend
+/// on one, since it may be corrected meanwhile.
+#[derive(Clone, Copy)]
+pub(super) struct Moment {
+    pub date: Timestamp,
+    pub instant: Instant,
+}
+
+impl Moment {
+    pub fn now() -> Moment {
+        Moment { date: wall_clock::now(), instant: Instant::now() }
+    }
+}
 
 /// What was told last.
 pub(super) struct Journal {
     tags: Vec<String>,
     /// Those of the last state, since when, and whether they were told.
-    troubles: Vec<(Trouble, Timestamp, bool)>,
+    troubles: Vec<(Trouble, Instant, bool)>,
     ips: Vec<IpAddr>,
     network_changes: u64,
     wake_ups: u64,
@@ -49,7 +65,7 @@ impl Journal {
     }
 
     /// Logs what is new in `status`.
-    pub fn write(&mut self, status: &NodeStatus, now: Timestamp) {
+    pub fn write(&mut self, status: &NodeStatus, now: Moment) {
         for line in self.lines(status, now) {
             match line {
                 Line::Info(text) => info!("{text}"),
@@ -60,17 +76,16 @@ impl Journal {
     }
 
     /// How long until time alone makes news of the last state.
-    pub fn due(&self, now: Timestamp) -> Option<Duration> {
+    pub fn due(&self, now: Moment) -> Option<Duration> {
         let waiting = self.troubles.iter().filter(|(.., told)| !told);
-        let left = waiting.map(|(_, since, _)| PATIENCE.saturating_sub(now.duration_since(*since)));
-        left.min().map(|left| Duration::try_from(left).unwrap_or_default())
+        waiting.map(|(_, since, _)| PATIENCE.saturating_sub(now.instant - *since)).min()
     }
 
-    fn lines(&mut self, status: &NodeStatus, now: Timestamp) -> Vec<Line> {
+    fn lines(&mut self, status: &NodeStatus, now: Moment) -> Vec<Line> {
         let mut lines: Vec<Line> = self.machine(status).into_iter().collect();
         lines.extend(self.troubles(status, now));
         lines.extend(self.address(status));
-        lines.extend(self.expiry(status.key_expiry, now));
+        lines.extend(self.expiry(status.key_expiry, now.date));
         lines
     }
 
@@ -87,15 +102,13 @@ impl Journal {
         Some(Line::Info(format!("{what}; looking for paths on the tailnet anew")))
     }
 
-    fn troubles(&mut self, status: &NodeStatus, now: Timestamp) -> Vec<Line> {
+    fn troubles(&mut self, status: &NodeStatus, now: Moment) -> Vec<Line> {
         let before = std::mem::take(&mut self.troubles);
         let mut lines = Vec::new();
-        for trouble in status.troubles(&self.tags, now) {
+        for trouble in status.troubles(&self.tags, now.date) {
             let known = before.iter().find(|(old, ..)| old.is_like(&trouble));
-            let (since, told) = known.map_or((now, false), |(_, since, told)| (*since, *told));
-            let lasted = now.duration_since(since);
-            // A clock that was set back says nothing about how long it lasted.
-            let lasting = !trouble.may_pass() || lasted >= PATIENCE || lasted.is_negative();
+            let (since, told) = known.map_or((now.instant, false), |(_, since, told)| (*since, *told));
+            let lasting = !trouble.may_pass() || now.instant - since >= PATIENCE;
             if lasting && !told {
                 let line = format!("trouble on the tailnet: {trouble}");
                 lines.push(if trouble.may_pass() { Line::Warn(line) } else { Line::Error(line) });
@@ -146,9 +159,18 @@ impl Journal {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::LazyLock;
+
     use super::*;
 
-    const NOW: Timestamp = Timestamp::UNIX_EPOCH;
+    const DATE: Timestamp = Timestamp::UNIX_EPOCH;
+
+    /// So long after the first moment.
+    fn after(seconds: u64) -> Moment {
+        static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
+        let date = DATE.checked_add(SignedDuration::from_secs(seconds as i64)).unwrap();
+        Moment { date, instant: *FIRST + Duration::from_secs(seconds) }
+    }
 
     fn running() -> NodeStatus {
         NodeStatus {
@@ -162,27 +184,26 @@ mod tests {
     }
 
     fn in_hours(hours: i64) -> Timestamp {
-        NOW.checked_add(SignedDuration::from_hours(hours)).unwrap()
+        DATE.checked_add(SignedDuration::from_hours(hours)).unwrap()
     }
 
     #[test]
     fn a_trouble_is_told_once_and_so_is_its_end() {
         let mut journal = Journal::new(&[], &running());
-        assert_eq!(journal.lines(&running(), NOW), []);
+        assert_eq!(journal.lines(&running(), after(0)), []);
         let removed = NodeStatus { removed: true, in_map_poll: false, ..running() };
         let told = format!("trouble on the tailnet: {}", Trouble::Removed);
-        assert_eq!(journal.lines(&removed, NOW), [Line::Error(told)]);
-        assert_eq!(journal.lines(&removed, NOW), []);
+        assert_eq!(journal.lines(&removed, after(0)), [Line::Error(told)]);
+        assert_eq!(journal.lines(&removed, after(0)), []);
         let again = r#"on the tailnet again, as edge.example.ts.net [100.64.0.1]"#;
-        assert_eq!(journal.lines(&running(), NOW), [Line::Info(again.into())]);
+        assert_eq!(journal.lines(&running(), after(0)), [Line::Info(again.into())]);
     }
 
     #[test]
     fn what_passes_in_a_moment_is_not_told() {
         let mut journal = Journal::new(&[], &running());
         let lost = NodeStatus { in_map_poll: false, ..running() };
-        let after = |seconds: i64| NOW.checked_add(SignedDuration::from_secs(seconds)).unwrap();
-        assert_eq!(journal.lines(&lost, NOW), []);
+        assert_eq!(journal.lines(&lost, after(0)), []);
         assert_eq!(journal.due(after(2)), Some(Duration::from_secs(3)));
         assert_eq!(journal.lines(&running(), after(2)), []);
         assert_eq!(journal.due(after(2)), None);
@@ -195,11 +216,25 @@ mod tests {
     }
 
     #[test]
+    fn a_clock_that_jumps_makes_nothing_last_longer() {
+        let lost = NodeStatus { in_map_poll: false, ..running() };
+        for years in [10, -10] {
+            let mut journal = Journal::new(&[], &running());
+            assert_eq!(journal.lines(&lost, after(0)), []);
+            let at = |seconds| Moment { date: in_hours(years * 365 * 24), ..after(seconds) };
+            assert_eq!(
+                (journal.lines(&lost, at(4)), journal.due(at(4))),
+                (vec![], Some(Duration::from_secs(1)))
+            );
+            assert_eq!(journal.lines(&lost, at(5)).len(), 1);
+        }
+    }
+
+    #[test]
     fn each_of_several_troubles_is_told_by_itself() {
-        let after = |seconds: i64| NOW.checked_add(SignedDuration::from_secs(seconds)).unwrap();
         let mut journal = Journal::new(&["tag:a".into()], &running());
         let untagged = NodeStatus { relay: "relay server timed out".into(), ..running() };
-        assert_eq!(journal.lines(&untagged, NOW).len(), 1);
+        assert_eq!(journal.lines(&untagged, after(0)).len(), 1);
         let another_text = NodeStatus { relay: "network down".into(), ..running() };
         let told = format!("trouble on the tailnet: {}", Trouble::RelayLost("network down".into()));
         assert_eq!(journal.lines(&another_text, after(5)), [Line::Warn(told)]);
@@ -212,20 +247,20 @@ mod tests {
     fn another_address_is_told_when_it_is_there() {
         let mut journal = Journal::new(&[], &running());
         let away = NodeStatus { ips: vec![], ..running() };
-        assert_eq!(journal.lines(&away, NOW), []);
+        assert_eq!(journal.lines(&away, after(0)), []);
         let moved = NodeStatus { ips: vec!["100.64.0.9".parse().unwrap()], ..running() };
-        match &journal.lines(&moved, NOW)[..] {
+        match &journal.lines(&moved, after(0))[..] {
             [Line::Warn(line)] => assert!(line.contains("was [100.64.0.1] and is [100.64.0.9]"), "{line}"),
             other => panic!("{other:?}"),
         }
-        assert_eq!(journal.lines(&moved, NOW), []);
+        assert_eq!(journal.lines(&moved, after(0)), []);
     }
 
     #[test]
     fn sleep_and_other_networks_are_told_as_they_come() {
         let mut journal = Journal::new(&[], &NodeStatus { network_changes: 3, ..running() });
         let news = |journal: &mut Journal, network_changes, wake_ups| {
-            journal.lines(&NodeStatus { network_changes, wake_ups, ..running() }, NOW).pop()
+            journal.lines(&NodeStatus { network_changes, wake_ups, ..running() }, after(0)).pop()
         };
         assert_eq!(news(&mut journal, 3, 0), None);
         let moved = "the network of this machine has changed; looking for paths on the tailnet anew";
@@ -240,7 +275,7 @@ mod tests {
         let mut journal = Journal::new(&[], &running());
         let mut days = |hours, expiry: Option<Timestamp>| {
             let status = NodeStatus { key_expiry: expiry, ..running() };
-            let at = in_hours(hours);
+            let at = Moment { date: in_hours(hours), ..after(0) };
             match &journal.lines(&status, at)[..] {
                 [] => None,
                 [Line::Warn(line)] => Some(line.split("within ").nth(1)?.split(", at").next()?.to_owned()),
@@ -264,8 +299,8 @@ mod tests {
     #[test]
     fn a_key_that_has_expired_is_a_trouble_and_no_warning() {
         let mut journal = Journal::new(&[], &running());
-        let expired = NodeStatus { state: "NeedsLogin".into(), key_expiry: Some(NOW), ..running() };
+        let expired = NodeStatus { state: "NeedsLogin".into(), key_expiry: Some(DATE), ..running() };
         let told = format!("trouble on the tailnet: {}", Trouble::KeyExpired);
-        assert_eq!(journal.lines(&expired, NOW), [Line::Error(told)]);
+        assert_eq!(journal.lines(&expired, after(0)), [Line::Error(told)]);
     }
 }

@@ -1,7 +1,7 @@
 //! A private Postfix which wants a PROXY header on every port.
 
 use std::fs::Permissions;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -90,6 +90,13 @@ pub struct Sender {
 
 impl Sender {
     pub fn start(to: SocketAddr) -> Sender {
+        Sender::start_from(Ipv4Addr::LOCALHOST, &[to])
+    }
+
+    /// The same from an address of its own, to the first of these that takes it, as it would to the MX
+    /// hosts of a domain.
+    pub fn start_from(source: Ipv4Addr, to: &[SocketAddr]) -> Sender {
+        let hosts: Vec<String> = to.iter().map(|to| format!("[{}]:{}", to.ip(), to.port())).collect();
         let settings = format!(
             "smtpd_upstream_proxy_protocol =
 virtual_mailbox_domains =
@@ -97,15 +104,17 @@ mynetworks = 127.0.0.0/8
 smtpd_relay_restrictions = permit_mynetworks, reject
 default_transport = smtp
 relay_transport = smtp
-relayhost = [{}]:{}
+relayhost = {}
+smtp_bind_address = {source}
 smtp_tls_security_level = none
+# It would want one more service.
+smtp_connection_cache_on_demand = no
 # What was deferred waits for `postqueue -f`.
 queue_run_delay = 1h
 minimal_backoff_time = 1h
 maximal_backoff_time = 1h
 ",
-            to.ip(),
-            to.port()
+            hosts.join(", ")
         );
         Sender { postfix: Postfix::start_with(&MailHome::create(), &settings) }
     }
@@ -199,6 +208,7 @@ fn make_directory(path: &Path, mode: u32) {
 
 /// Writes a file that looks a minute old: a file changed within the last two seconds might still be
 /// written to, so every Postfix process would wait for it to age.
+#[expect(clippy::disallowed_methods, reason = "a file's age is told by the time of day")]
 fn write_aged(path: &Path, text: &str) {
     let written = std::fs::write(path, text).and_then(|()| {
         let file = std::fs::File::options().write(true).open(path)?;

@@ -7,6 +7,7 @@
 mod common;
 
 mod admin;
+mod clock;
 mod doctor;
 mod drain;
 mod enrolment;
@@ -24,5 +25,6 @@ mod probe;
 mod reload;
 mod restart;
 mod setup;
+mod several_edges;
 mod signals;
 mod start;

@@ -53,7 +53,7 @@ fn the_supervisor_hears_of_each_step_of_a_life() {
     edge.wait_ready(LIMIT);
     let (ready, message) = systemd.wait(joining, "READY=1", LIMIT);
     assert_eq!(message, "READY=1");
-    systemd.wait(ready, "STATUS=1 listeners, 0 connections, mailbox not known yet", LIMIT);
+    systemd.wait(ready, "STATUS=1 listeners, 0 connections, mailbox not probed", LIMIT);
     let _client = echoes(edge.addr("mail"));
     systemd.wait(ready, "STATUS=1 listeners, 1 connections", LIMIT);
     let before = systemd.count("WATCHDOG=1");

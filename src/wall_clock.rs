@@ -1,0 +1,12 @@
+//! The time of day: for people, and for what has a date, such as certificates and keys.
+//!
+//! Invariant: nothing waits by it. It jumps, by years on a machine without a battery for its clock, so
+//! every duration and every deadline is of an `Instant`; `clippy.toml` keeps other calls out.
+
+use jiff::Timestamp;
+
+/// The time now, as the system has it.
+#[expect(clippy::disallowed_methods, reason = "this is the one place")]
+pub fn now() -> Timestamp {
+    Timestamp::now()
+}
