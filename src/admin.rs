@@ -16,6 +16,10 @@
 //! except for `/doctor`: who may ask there is a matter of the tailnet's policy. They
 //! have places of their own, so that they cannot take those of this machine.
 //!
+//! A browser must not be made to tell a web page what it finds here: a request that
+//! names another host than this one (a name that was made to lead here), or that a
+//! page of another site makes, is refused.
+//!
 //! Deadlines and places are such that whoever sends half a request, as often as he
 //! likes, makes others wait for a moment: when half of the places are taken, the
 //! rest is for those who ask at once.
@@ -23,12 +27,16 @@
 mod page;
 
 use std::convert::Infallible;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderValue};
+use hyper::header::{
+    ACCEPT, ALLOW, CACHE_CONTROL, CONTENT_TYPE, HOST, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS,
+};
+use hyper::http::uri::Authority;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
@@ -137,6 +145,7 @@ async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
 ) {
     let service = service_fn(|request: Request<Incoming>| async move {
         Ok::<_, Infallible>(match request.uri().path() {
+            _ if !is_for_us(&request, &overview.node_name()) => misdirected(),
             doctor::PATH if *request.method() == Method::GET => examined(examiner).await,
             _ => answer(&request, overview),
         })
@@ -149,6 +158,26 @@ async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
     if let Err(error) = served.await {
         debug!("admin connection: {error}");
     }
+}
+
+/// Whether a request was meant for this edge: it names an address, this machine or the node, and no
+/// page of another site has made it. What says nothing about that is no browser.
+fn is_for_us<B>(request: &Request<B>, node: &str) -> bool {
+    let header = |name: &HeaderName| request.headers().get(name).and_then(|value| value.to_str().ok());
+    if header(&HeaderName::from_static("sec-fetch-site")) == Some("cross-site") {
+        return false;
+    }
+    let Some(host) = request.uri().host().or(header(&HOST)) else { return true };
+    let Ok(host) = host.parse::<Authority>() else { return false };
+    let name = host.host().trim_end_matches('.');
+    let is_address = name.trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
+    let label = node.split('.').next().unwrap_or_default();
+    is_address || ["localhost", node, label].iter().any(|own| name.eq_ignore_ascii_case(own))
+}
+
+fn misdirected() -> Response<Full<Bytes>> {
+    let error = "ask by the address, as localhost, or by the node's name";
+    json(StatusCode::MISDIRECTED_REQUEST, &serde_json::json!({ "error": error }))
 }
 
 fn answer(request: &Request<Incoming>, overview: &Overview) -> Response<Full<Bytes>> {
@@ -199,7 +228,8 @@ async fn examined(examiner: Option<&Examiner>) -> Response<Full<Bytes>> {
 }
 
 fn only(methods: &'static str) -> Response<Full<Bytes>> {
-    let mut response = json(StatusCode::METHOD_NOT_ALLOWED, &serde_json::json!({"error": "only GET"}));
+    let mut response =
+        json(StatusCode::METHOD_NOT_ALLOWED, &serde_json::json!({"error": format!("only {methods}")}));
     response.headers_mut().insert(ALLOW, HeaderValue::from_static(methods));
     response
 }
@@ -211,7 +241,10 @@ fn json(code: StatusCode, value: &serde_json::Value) -> Response<Full<Bytes>> {
 fn body(code: StatusCode, content_type: &'static str, text: String) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::from(text));
     *response.status_mut() = code;
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response
 }
 
@@ -251,10 +284,33 @@ mod tests {
         assert_eq!(places.free.available_permits(), 1);
     }
 
+    #[test]
+    fn a_browser_is_not_led_here_by_another_name_or_site() {
+        let node = "edge.tail1234.ts.net";
+        let asks =
+            |host: &str| is_for_us(&Request::get("/status").header(HOST, host).body(()).unwrap(), node);
+        for own in
+            ["127.0.0.1:9464", "[::1]:9464", "localhost:9464", "LOCALHOST", "edge:9464", node, "100.64.0.1"]
+        {
+            assert!(asks(own), "{own}");
+        }
+        for other in ["rebound.example.net:9464", "localhost.example.net", "edge.example.net", "", "a b"] {
+            assert!(!asks(other), "{other}");
+        }
+        let from = |site| {
+            let request = Request::get("/doctor").header(HOST, "localhost").header("Sec-Fetch-Site", site);
+            is_for_us(&request.body(()).unwrap(), node)
+        };
+        assert!(!from("cross-site") && from("same-origin") && from("none"));
+        assert!(is_for_us(&Request::get("/livez").body(()).unwrap(), node), "HTTP/1.0");
+        let whole = Request::get("http://rebound.example.net/status").header(HOST, "localhost");
+        assert!(!is_for_us(&whole.body(()).unwrap(), node));
+    }
+
     #[tokio::test]
     async fn a_peer_may_not_have_the_doctor_look() {
         let (mut client, stream) = tokio::io::duplex(1024);
-        client.write_all(b"GET /doctor HTTP/1.1\r\nHost: edge\r\n\r\n").await.unwrap();
+        client.write_all(b"GET /doctor HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
         let place = Places::new(1, CROWDED_HEAD_LIMIT).take().await;
         connection(stream, place, &overview(None, false, None), None).await;
         let mut answer = String::new();

@@ -45,10 +45,6 @@ const HEADER_LIMIT: Duration = Duration::from_secs(5);
 /// How long the first attempt may take before the client counts as held.
 const HELD_AFTER: Duration = Duration::from_secs(1);
 
-/// How much longer an attempt may take once the edge is stopping: enough for WireGuard to repeat a
-/// handshake, after 5 to 5.4 seconds.
-const LAST_DIAL: Duration = Duration::from_secs(6);
-
 /// How long a client that is held pauses before it tries a server again that has
 /// closed its connection without a word: twice as long each time, since every
 /// attempt may be a line in the server's log.
@@ -85,6 +81,8 @@ pub struct Hold {
     pub limit: Duration,
     /// One permit for each client that may be held, over all listeners.
     pub places: Arc<Semaphore>,
+    /// How much longer an attempt may take once the edge is stopping.
+    pub last_dial: Duration,
 }
 
 /// How a connection ended before it was relayed.
@@ -143,6 +141,9 @@ async fn converse<D: Dial>(
         if !matches!(outcome.end, End::Wordless) || is_unwanted {
             return Ok(outcome.ended(server.is_given_up()));
         }
+        if service.drain.is_cancelled() {
+            return Err(Refusal::Stopping);
+        }
         first_wordless.get_or_insert(Instant::now());
         failed = Some(service.upstream.suspect(&server, Failure::Wordless));
     }
@@ -198,6 +199,7 @@ async fn reach<D: Dial>(
 ) -> Result<Reached<D::Stream>, Refusal> {
     let upstream = &service.upstream;
     let why = || upstream.away();
+    visit.connecting();
     let holds = !service.hold.limit.is_zero();
     if holds && upstream.is_away() {
         // While others wait for it already there is no use in trying too, unless
@@ -205,7 +207,7 @@ async fn reach<D: Dial>(
         return match service.hold.places.available_permits() {
             0 => {
                 let attempt = upstream.connect_in_turn();
-                wait(service, client, visit, &why, attempt).await?.map_err(Refusal::HoldFull)
+                wait(service, client, visit, &why, false, attempt).await?.map_err(Refusal::HoldFull)
             }
             _ => hold(service, client, visit, &why, upstream.reconnect()).await,
         };
@@ -244,21 +246,22 @@ async fn hold<D: Dial, T>(
         return Err(Refusal::HoldFull(why()));
     };
     visit.held();
-    wait(service, client, visit, why, attempt).await
+    wait(service, client, visit, why, true, attempt).await
 }
 
 /// Waits for `attempt` until the client leaves, its time is over, or the edge
-/// stops.
+/// stops. `held` is whether the client has a place.
 async fn wait<D: Dial, T>(
     service: &Service<D>,
     client: &TcpStream,
     visit: &Visit,
     why: &(dyn Fn() -> Option<UpstreamError> + Sync),
+    held: bool,
     attempt: impl Future<Output = T>,
 ) -> Result<T, Refusal> {
     tokio::select! {
         done = attempt => Ok(done),
-        () = left(client) => Err(Refusal::ClientGone { held: true }),
+        () = left(client) => Err(Refusal::ClientGone { held }),
         () = sleep_until(visit.accepted() + service.hold.limit) => Err(Refusal::HoldEnded(why())),
         () = dismissed(service) => Err(Refusal::Stopping),
     }
@@ -268,7 +271,7 @@ async fn wait<D: Dial, T>(
 /// that, whoever is being connected is served.
 async fn dismissed<D: Dial>(service: &Service<D>) {
     service.drain.cancelled().await;
-    let _ = timeout(LAST_DIAL, service.upstream.until_away()).await;
+    let _ = timeout(service.hold.last_dial, service.upstream.until_away()).await;
 }
 
 async fn write_header<S: AsyncWrite + Unpin>(upstream: &mut S, header: Option<&[u8]>) -> io::Result<()> {

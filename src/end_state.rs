@@ -150,7 +150,7 @@ impl EndState {
                 ("sC", "the mailbox did not answer within timeouts.connect; the client was told")
             }
             EndState::HoldEnded => {
-                ("sQ", "held until its time was over without reaching the mailbox; the client was told")
+                ("sQ", "held until its time was over, since no mailbox would serve it; the client was told")
             }
             EndState::ServerWordless => ("SH", "the mailbox left before it had said a word"),
             EndState::ServerFailed => ("SD", "the mailbox's connection failed, most often by a reset"),

@@ -15,12 +15,12 @@
 
 use std::mem::Discriminant;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
@@ -292,31 +292,15 @@ pub struct Board {
     pub listeners: Vec<Listening>,
     /// One for each listener.
     pub outlooks: Vec<Outlook>,
-    /// The mailbox's nodes.
-    pub peers: Vec<Arc<Peer>>,
-    /// The permits to hold a client.
-    pub places: Arc<Semaphore>,
-    /// How many of them there are.
-    pub hold_max: usize,
+    /// The mailbox's nodes, as long as anything goes there.
+    pub peers: Vec<Weak<Peer>>,
 }
 
 impl Board {
     /// Of an edge that serves nothing.
     #[cfg(test)]
     pub fn empty() -> Board {
-        Board {
-            monitors: Vec::new(),
-            listeners: Vec::new(),
-            outlooks: Vec::new(),
-            peers: Vec::new(),
-            places: Arc::new(Semaphore::new(0)),
-            hold_max: 0,
-        }
-    }
-
-    /// How many clients are held.
-    pub fn held(&self) -> usize {
-        self.hold_max.saturating_sub(self.places.available_permits())
+        Board { monitors: Vec::new(), listeners: Vec::new(), outlooks: Vec::new(), peers: Vec::new() }
     }
 
     /// Whether mail can be passed on: as long as one mail listener has a server that answers, what is

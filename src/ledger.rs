@@ -42,7 +42,7 @@ const TELL_INTERVAL: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Ledger {
     ids: AtomicU64,
-    open: Mutex<BTreeMap<u64, Visited>>,
+    open: Mutex<BTreeMap<u64, Open>>,
     failures: Mutex<VecDeque<Failure>>,
     dismissed: AtomicUsize,
     /// What is counted.
@@ -51,8 +51,12 @@ pub struct Ledger {
     pub repeats: Repeats<Kind>,
 }
 
-/// A connection and the page it is on.
-type Visited = (Arc<Entry>, Arc<Page>);
+/// A connection that is open.
+#[derive(Clone, Debug)]
+pub struct Open {
+    entry: Arc<Entry>,
+    page: Arc<Page>,
+}
 
 /// A listener's page.
 #[derive(Debug)]
@@ -77,6 +81,9 @@ struct Entry {
     stage: Mutex<Stage>,
     struck_out: AtomicBool,
 }
+
+/// How far a connection can have come, in words.
+pub const STAGES: [&str; 3] = ["connecting", "held", "relaying"];
 
 /// How far a connection has come.
 #[derive(Clone, Debug)]
@@ -182,10 +189,10 @@ impl Ledger {
         Arc::new(Page { ledger: Arc::clone(self), listener: listener.into(), upstream, counters })
     }
 
-    /// The connections there are now, the oldest first.
-    pub fn connections(&self) -> Vec<ConnectionView> {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.values().map(|(entry, page)| entry.view(page)).collect()
+    /// The connections there are now, the oldest first. Whatever is done with them, it does not keep
+    /// others from coming and going.
+    pub fn open(&self) -> Vec<Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
     /// How many connections have ended because the edge is stopping, and were not cut.
@@ -209,9 +216,8 @@ impl Ledger {
     /// Strikes out every connection there is, for want of time, and tells what is left to tell;
     /// returns how many there were.
     pub fn cut(&self) -> usize {
-        let open: Vec<Visited> =
-            self.open.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
-        for (entry, page) in &open {
+        let open = self.open();
+        for Open { entry, page } in &open {
             page.strike_out(entry, &cut());
         }
         self.tell_repeats(true);
@@ -247,6 +253,11 @@ fn cut() -> Ended {
 }
 
 impl Page {
+    /// The ledger that it is in.
+    pub fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
+    }
+
     /// Enters a connection that was just accepted.
     pub fn enter(self: &Arc<Self>, client: SocketAddr) -> Visit {
         let entry = Arc::new(Entry {
@@ -259,7 +270,7 @@ impl Page {
             struck_out: AtomicBool::new(false),
         });
         let mut open = self.ledger.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.insert(entry.id, (Arc::clone(&entry), Arc::clone(self)));
+        open.insert(entry.id, Open { entry: Arc::clone(&entry), page: Arc::clone(self) });
         Visit { page: Arc::clone(self), entry }
     }
 
@@ -340,6 +351,11 @@ impl Visit {
         self.entry.accepted
     }
 
+    /// Notes that no server has it, or not any more.
+    pub fn connecting(&self) {
+        self.entry.set_stage(Stage::Connecting);
+    }
+
     /// Notes that the client waits for a mailbox that cannot be reached.
     pub fn held(&self) {
         self.entry.set_stage(Stage::Held);
@@ -354,10 +370,16 @@ impl Visit {
 
     /// Notes bytes that have moved, to the mailbox and to the client.
     pub fn moved(&self, sent: u64, received: u64) {
-        self.entry.sent.fetch_add(sent, Ordering::Relaxed);
-        self.entry.received.fetch_add(received, Ordering::Relaxed);
-        self.page.counters.sent.inc_by(sent);
-        self.page.counters.received.inc_by(received);
+        let (entry, page) = (&self.entry, &self.page);
+        // Mostly it is one of them, and the page's counters are shared by many.
+        if sent > 0 {
+            entry.sent.fetch_add(sent, Ordering::Relaxed);
+            page.counters.sent.inc_by(sent);
+        }
+        if received > 0 {
+            entry.received.fetch_add(received, Ordering::Relaxed);
+            page.counters.received.inc_by(received);
+        }
     }
 
     /// Strikes it out.
@@ -368,7 +390,9 @@ impl Visit {
 
 impl Drop for Visit {
     fn drop(&mut self) {
-        self.page.strike_out(&self.entry, &cut());
+        if !self.entry.struck_out.load(Ordering::Relaxed) {
+            self.page.strike_out(&self.entry, &cut());
+        }
     }
 }
 
@@ -380,23 +404,63 @@ impl Entry {
     fn set_stage(&self, stage: Stage) {
         *self.stage.lock().unwrap_or_else(PoisonError::into_inner) = stage;
     }
+}
 
-    fn view(&self, page: &Page) -> ConnectionView {
-        let (stage, server) = match self.stage() {
-            Stage::Connecting => ("connecting", None),
-            Stage::Held => ("held", None),
-            Stage::Relaying { server, .. } => ("relaying", Some(server)),
+impl Stage {
+    fn name(&self) -> &'static str {
+        let [connecting, held, relaying] = STAGES;
+        match self {
+            Stage::Connecting => connecting,
+            Stage::Held => held,
+            Stage::Relaying { .. } => relaying,
+        }
+    }
+}
+
+impl Open {
+    /// The listener's name.
+    pub fn listener(&self) -> &str {
+        &self.page.listener
+    }
+
+    /// Who connected.
+    pub fn client(&self) -> SocketAddr {
+        self.entry.client
+    }
+
+    /// One of [`STAGES`].
+    pub fn stage(&self) -> &'static str {
+        self.entry.stage().name()
+    }
+
+    /// Whether its client is held.
+    pub fn is_held(&self) -> bool {
+        matches!(self.entry.stage(), Stage::Held)
+    }
+
+    /// Bytes to the mailbox, and to the client.
+    pub fn bytes(&self) -> (u64, u64) {
+        (self.entry.sent.load(Ordering::Relaxed), self.entry.received.load(Ordering::Relaxed))
+    }
+
+    /// As it is to be shown.
+    pub fn view(&self) -> ConnectionView {
+        let (stage, (sent, received)) = (self.entry.stage(), self.bytes());
+        let name = stage.name().to_owned();
+        let server = match stage {
+            Stage::Relaying { server, .. } => Some(server),
+            Stage::Connecting | Stage::Held => None,
         };
         ConnectionView {
-            id: self.id,
-            listener: page.listener.to_string(),
-            client: self.client,
-            stage: stage.to_owned(),
+            id: self.entry.id,
+            listener: self.listener().to_owned(),
+            client: self.client(),
+            stage: name,
             path: server.as_ref().and_then(|server| server.path()).map(|path| path.route.to_string()),
             upstream: server.map(|server| server.to_string()),
-            sent: self.sent.load(Ordering::Relaxed),
-            received: self.received.load(Ordering::Relaxed),
-            seconds: self.accepted.elapsed().as_secs(),
+            sent,
+            received,
+            seconds: self.entry.accepted.elapsed().as_secs(),
         }
     }
 }
@@ -425,11 +489,11 @@ mod tests {
         visit.moved(7, 0);
         visit.moved(0, 300);
         visit.held();
-        let views = ledger.connections();
-        let view = views.first().expect("one");
-        assert_eq!((view.sent, view.received, &*view.stage, views.len()), (7, 300, "held", 1));
+        let open = ledger.open();
+        let view = open.first().expect("one").view();
+        assert_eq!((view.sent, view.received, &*view.stage, open.len()), (7, 300, "held", 1));
         visit.end(&ended(EndState::HoldEnded));
-        assert_eq!(ledger.connections().len(), 0);
+        assert_eq!(ledger.open().len(), 0);
         assert_eq!(ledger.counters.count("smtp", EndState::HoldEnded), 1);
         assert_eq!(ledger.counters.count("smtp", EndState::StoppedCut), 0, "not when it is dropped, too");
     }

@@ -20,8 +20,9 @@ use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
 use crate::config::{Log, LogFormat};
 
-/// Lines that may wait: about 2 MB.
-const QUEUE_LINES: usize = 8192;
+/// Lines that may wait: more than the connections that there usually may be, since at a stop all that
+/// are quiet end at once.
+const QUEUE_LINES: usize = 32_768;
 
 type Formatter = Box<dyn Layer<Registry> + Send + Sync>;
 type Filtered = tracing_subscriber::layer::Layered<reload::Layer<Formatter, Registry>, Registry>;

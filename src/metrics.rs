@@ -10,6 +10,8 @@
 
 mod process;
 
+use std::collections::HashMap;
+use std::sync::Weak;
 use std::sync::atomic::AtomicU64;
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -22,8 +24,8 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::end_state::EndState;
-use crate::health::{Board, Monitor, State};
-use crate::ledger::{ConnectionView, Ledger};
+use crate::health::{Board, Listening, Monitor, State};
+use crate::ledger::{Ledger, Open, STAGES};
 use crate::tailnet::{Figures, NodeStatus, Route, linked_version};
 
 const PREFIX: &str = "tailwart_edge";
@@ -84,7 +86,7 @@ struct OfRefusal {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfStage {
     listener: String,
-    stage: String,
+    stage: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -273,7 +275,8 @@ pub fn text(sources: &Sources, format: Format) -> String {
     let lost = Counter::<u64>::default();
     lost.inc_by(sources.lost_lines);
     registry.register("log_lines_lost", "Log lines that were lost because nobody read them", lost);
-    connection_metrics(&mut registry, &sources.ledger.connections());
+    let listeners = sources.board.map_or(&[][..], |board| &board.listeners);
+    connection_metrics(&mut registry, listeners, &sources.ledger.open());
     if let Some(board) = sources.board {
         mailbox_metrics(&mut registry, board);
         path_metrics(&mut registry, board);
@@ -298,7 +301,7 @@ pub fn text(sources: &Sources, format: Format) -> String {
 /// The classic format of a text in OpenMetrics: there a counter's name ends with `_total` in its
 /// description too, infos are gauges, and there are neither units nor an end.
 fn classic(open_metrics: &str) -> String {
-    let mut suffixes = std::collections::HashMap::new();
+    let mut suffixes = HashMap::new();
     for line in open_metrics.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
         match line.split_once(' ') {
             Some((name, "counter")) => suffixes.insert(name, "_total"),
@@ -328,18 +331,26 @@ fn whole(value: impl Into<i64>) -> Gauge {
     gauge
 }
 
-fn connection_metrics(registry: &mut Registry, connections: &[ConnectionView]) {
-    let open = Family::<OfStage, Gauge>::default();
-    for connection in connections {
-        let (listener, stage) = (connection.listener.clone(), connection.stage.clone());
-        open.get_or_create(&OfStage { listener, stage }).inc();
+fn connection_metrics(registry: &mut Registry, listeners: &[Listening], connections: &[Open]) {
+    let mut counts: HashMap<(&str, &'static str), i64> = HashMap::new();
+    // What there is none of is 0, too.
+    for listener in listeners {
+        STAGES.iter().for_each(|stage| _ = counts.insert((&listener.name, *stage), 0));
     }
+    for connection in connections {
+        *counts.entry((connection.listener(), connection.stage())).or_default() += 1;
+    }
+    let open = Family::<OfStage, Gauge>::default();
+    for ((listener, stage), count) in counts {
+        open.get_or_create(&OfStage { listener: listener.to_owned(), stage }).set(count);
+    }
+    let held = connections.iter().filter(|connection| connection.is_held()).count();
+    let held = whole(i64::try_from(held).unwrap_or(i64::MAX));
+    registry.register("held_connections", "Clients that wait for a mailbox that cannot be reached", held);
     registry.register("open_connections", "Connections there are, by how far they have come", open);
 }
 
 fn mailbox_metrics(registry: &mut Registry, board: &Board) {
-    let held = whole(i64::try_from(board.held()).unwrap_or(i64::MAX));
-    registry.register("held_connections", "Clients that wait for a mailbox that cannot be reached", held);
     let up = Family::<Port, Gauge>::default();
     let expiry = Family::<Port, Gauge<f64, AtomicU64>>::default();
     let probe = Family::<Port, Gauge<f64, AtomicU64>>::default();
@@ -365,7 +376,7 @@ fn path_metrics(registry: &mut Registry, board: &Board) {
     let paths = Family::<OfPath, Gauge>::default();
     let latency = Family::<OfPeer, Gauge<f64, AtomicU64>>::default();
     let connections = Family::<OfPeer, Gauge>::default();
-    for peer in &board.peers {
+    for peer in board.peers.iter().filter_map(Weak::upgrade) {
         let upstream = peer.host.clone();
         let of_peer = OfPeer { upstream: upstream.clone() };
         connections.get_or_create(&of_peer).set(i64::try_from(peer.connections()).unwrap_or(i64::MAX));
@@ -502,6 +513,30 @@ mod tests {
             assert!(text.lines().any(|there| there == line), "{line}\n{text}");
         }
         assert!(!text.contains("# UNIT") && !text.contains("# EOF"), "{text}");
+    }
+
+    #[test]
+    fn what_a_listener_has_none_of_is_zero() {
+        let listener = Listening {
+            name: "smtp".into(),
+            protocol: crate::config::Protocol::Smtp,
+            addresses: vec![],
+            upstream: "stalwart:25".into(),
+        };
+        let board = Board { listeners: vec![listener], ..Board::empty() };
+        let (node, ledger) = (NodeStatus::default(), Ledger::new(0));
+        let visit = ledger.page("smtp", "stalwart:25".into()).enter("192.0.2.7:1".parse().unwrap());
+        visit.held();
+        let board = Some(&board);
+        let sources =
+            Sources { node: &node, board, ledger: &ledger, is_ready: false, figures: None, lost_lines: 0 };
+        let text = text(&sources, Format::Classic);
+        for (stage, count) in [("connecting", 0), ("held", 1), ("relaying", 0)] {
+            let line =
+                format!("tailwart_edge_open_connections{{listener=\"smtp\",stage=\"{stage}\"}} {count}\n");
+            assert!(text.contains(&line), "{line}{text}");
+        }
+        assert!(text.contains("tailwart_edge_held_connections 1\n"), "{text}");
     }
 
     #[test]

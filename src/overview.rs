@@ -15,7 +15,7 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 
 use jiff::Timestamp;
 use tokio::sync::watch;
@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tracing_appender::non_blocking::ErrorCounter;
 
 use crate::health::{Board, Judgement, Listening, Monitor, NOT_REACHED_YET};
-use crate::ledger::{ConnectionView, Ledger};
+use crate::ledger::{Ledger, Open};
 use crate::limits::network_of;
 use crate::metrics::{self, Format};
 use crate::status::{ClientView, ListenerView, NodeView, Status, UpstreamView};
@@ -104,12 +104,12 @@ impl Overview {
         let Judgement { reasons: not_ready, warnings } = self.judge();
         let NodeStatus { name, ips, tags, state, key_expiry, home_region, .. } = self.node_status();
         let board = self.board.borrow().clone();
-        let mut connections = self.ledger.connections();
-        let open = connections.len();
+        let open = self.ledger.open();
+        let mut by_listener: HashMap<&str, usize> = HashMap::new();
+        open.iter().for_each(|connection| *by_listener.entry(connection.listener()).or_default() += 1);
         let listening = board.iter().flat_map(|board| &board.listeners);
-        let listeners = listening.map(|listening| self.listener(listening, &connections)).collect();
-        let clients = clients(&connections);
-        connections.truncate(CONNECTIONS);
+        let here = |name: &str| by_listener.get(name).copied().unwrap_or(0);
+        let listeners = listening.map(|listening| self.listener(listening, here(&listening.name))).collect();
         let monitors = board.iter().flat_map(|board| &board.monitors);
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -119,29 +119,33 @@ impl Overview {
             node: NodeView { name, ips, tags, state, key_expiry, home_region },
             not_ready,
             warnings,
-            held: board.as_ref().map_or(0, |board| board.held()),
+            held: open.iter().filter(|connection| connection.is_held()).count(),
             listeners,
             upstreams: monitors.map(|monitor| upstream(monitor, board.as_deref())).collect(),
-            open,
-            clients,
-            connections,
+            open: open.len(),
+            clients: clients(&open),
+            connections: open.iter().take(CONNECTIONS).map(Open::view).collect(),
             failures: self.ledger.failures(),
         }
+    }
+
+    /// The node's MagicDNS name; empty before it has one.
+    pub fn node_name(&self) -> String {
+        self.node.borrow().as_ref().map(|node| node.borrow().name.clone()).unwrap_or_default()
     }
 
     fn node_status(&self) -> NodeStatus {
         self.node.borrow().as_ref().map(|node| node.borrow().clone()).unwrap_or_default()
     }
 
-    fn listener(&self, listening: &Listening, connections: &[ConnectionView]) -> ListenerView {
+    fn listener(&self, listening: &Listening, open: usize) -> ListenerView {
         let totals = self.ledger.counters.totals(&listening.name);
-        let here = connections.iter().filter(|connection| connection.listener == listening.name);
         ListenerView {
             name: listening.name.clone(),
             protocol: listening.protocol.name().to_owned(),
             addresses: listening.addresses.clone(),
             upstream: listening.upstream.clone(),
-            open: here.count(),
+            open,
             ended: totals.ended,
             failed: totals.failed,
             sent: totals.sent,
@@ -152,7 +156,11 @@ impl Overview {
 
 fn upstream(monitor: &Monitor, board: Option<&Board>) -> UpstreamView {
     let peers = board.map_or(&[][..], |board| &board.peers);
-    let path = peers.iter().find(|peer| peer.host == monitor.target.host).and_then(|peer| peer.path());
+    let path = peers
+        .iter()
+        .filter_map(Weak::upgrade)
+        .find(|peer| peer.host == monitor.target.host)
+        .and_then(|peer| peer.path());
     UpstreamView {
         listener: monitor.listener.clone(),
         upstream: monitor.upstream.clone(),
@@ -164,15 +172,15 @@ fn upstream(monitor: &Monitor, board: Option<&Board>) -> UpstreamView {
 }
 
 /// Those with the most connections, as `limits.max_connections_per_client` counts them.
-fn clients(connections: &[ConnectionView]) -> Vec<ClientView> {
+fn clients(connections: &[Open]) -> Vec<ClientView> {
     let mut shares: HashMap<IpAddr, ClientView> = HashMap::new();
     for connection in connections {
-        let client = network_of(connection.client.ip());
+        let (client, (sent, received)) = (network_of(connection.client().ip()), connection.bytes());
         let share =
             shares.entry(client).or_insert(ClientView { client, connections: 0, sent: 0, received: 0 });
         share.connections += 1;
-        share.sent += connection.sent;
-        share.received += connection.received;
+        share.sent += sent;
+        share.received += received;
     }
     let mut clients: Vec<ClientView> = shares.into_values().collect();
     clients.sort_by_key(|share| (std::cmp::Reverse(share.connections), share.client));

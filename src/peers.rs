@@ -170,9 +170,9 @@ impl<D: Dial> Peers<D> {
         peer
     }
 
-    /// Those that somebody has.
-    pub fn known(&self) -> Vec<Arc<Peer>> {
-        self.known.values().filter_map(Weak::upgrade).collect()
+    /// Those that somebody has, for as long as somebody has them.
+    pub fn known(&self) -> Vec<Weak<Peer>> {
+        self.known.values().filter(|peer| peer.strong_count() > 0).cloned().collect()
     }
 
     /// Changes the limit, from each peer's next ping on.
@@ -365,8 +365,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_nobody_has_any_more_is_not_watched() {
         let (_dialler, peer, mut peers) = start();
+        let known = peers.known();
         drop(peer);
         sleep(LIMIT).await;
+        assert!(known[0].upgrade().is_none() && peers.known().is_empty(), "nor shown");
         assert!(peers.watching.try_join_next().is_some());
         let again = peers.get("stalwart");
         assert_eq!((again.connections(), peers.known.len()), (0, 1));

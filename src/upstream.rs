@@ -322,6 +322,8 @@ impl UpstreamError {
             EndState::NoTailnet
         } else if all(|failure| matches!(failure, Failure::Silent { .. })) {
             EndState::ServerSilent
+        } else if all(|failure| matches!(failure, Failure::Wordless | Failure::Header(_))) {
+            EndState::ServerWordless
         } else {
             EndState::ServerUnreachable
         }
@@ -475,6 +477,11 @@ impl<D: Dial> Upstream<D> {
     pub async fn until_away(&self) {
         // It fails only when there is no sender, which is here.
         let _ = self.away.subscribe().wait_for(Option::is_some).await;
+    }
+
+    /// Forgets what a probe has found: without probes every server is as good as another.
+    pub fn unprobed(&self, server: &Server) {
+        server.up.store(true, Ordering::Relaxed);
     }
 
     /// Notes what a probe has found: a server that is down is tried last, and one that is up is

@@ -38,7 +38,7 @@ fn service(address: Option<SocketAddr>, proxy_protocol: ProxyProtocol) -> Servic
         upstream: Upstream::new(Arc::new(dialler), vec![peer], 25, minute),
         proxy_protocol,
         timeouts: Timeouts { idle: minute, half_close: minute, quiet: minute },
-        hold: Hold { limit: Duration::ZERO, places: Arc::new(Semaphore::new(10)) },
+        hold: Hold { limit: Duration::ZERO, places: Arc::new(Semaphore::new(10)), last_dial: Duration::ZERO },
         public_name: PublicName::new(Some("mx.example.org".into())),
         drain: CancellationToken::new(),
         page: Ledger::new(0).page("smtp", "mailbox:25".into()),
@@ -154,7 +154,7 @@ async fn closed_port() -> SocketAddr {
 async fn holding(limit: Duration, places: usize) -> Service<Loopback> {
     let mut service = service(Some(closed_port().await), ProxyProtocol::V1);
     service.protocol = Protocol::Smtp;
-    service.hold = Hold { limit, places: Arc::new(Semaphore::new(places)) };
+    service.hold = Hold { limit, places: Arc::new(Semaphore::new(places)), last_dial: Duration::ZERO };
     service
 }
 
@@ -353,4 +353,66 @@ async fn a_session_of_which_a_byte_was_sent_is_never_tried_again() {
     assert_eq!(client.read(&mut [0]).await.unwrap(), 0, "the end is passed on");
     drop(client);
     serving.await.unwrap();
+}
+
+/// How many of a service's connections have ended so.
+fn ended(service: &Service<Loopback>, state: EndState) -> u64 {
+    service.page.ledger().counters.count("smtp", state)
+}
+
+#[tokio::test]
+async fn a_mailbox_that_leaves_without_a_word_is_told_from_one_that_cannot_be_reached() {
+    let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut service = holding(Duration::ZERO, 1).await;
+    let (client, accepted, peer) = client().await;
+    served(&service, accepted, peer).await;
+    assert_eq!(ended(&service, EndState::ServerUnreachable), 1);
+    drop(client);
+    service.page = Ledger::new(0).page("smtp", "mailbox:25".into());
+    *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+    let leaving = tokio::spawn(async move { drop(mailbox.accept().await.unwrap()) });
+    let (client, accepted, peer) = self::client().await;
+    served(&service, accepted, peer).await;
+    assert_eq!(ended(&service, EndState::ServerWordless), 1);
+    leaving.await.unwrap();
+    drop(client);
+}
+
+#[tokio::test]
+async fn a_mailbox_without_a_word_is_not_tried_again_when_the_edge_stops() {
+    let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let service = Arc::new(holding(LONG, 1).await);
+    *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+    let (mut client, accepted, peer) = client().await;
+    let serving = spawn(&service, accepted, peer);
+    let (stream, _) = mailbox.accept().await.unwrap();
+    service.drain.cancel();
+    drop(stream);
+    let mut text = String::new();
+    client.read_to_string(&mut text).await.unwrap();
+    assert!(text.starts_with("421 "), "{text}");
+    drop(client);
+    serving.await.unwrap();
+    assert_eq!(ended(&service, EndState::StoppedWaiting), 1);
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_without_a_place_was_not_held() {
+    let service = Arc::new(holding(LONG, 1).await);
+    assert!(service.upstream.connect().await.is_err());
+    let _place = service.hold.places.acquire().await.unwrap();
+    *service.upstream.dialler().0.lock().unwrap() = None; // it is silent now
+    let (client, accepted, peer) = client().await;
+    let serving = spawn(&service, accepted, peer);
+    drop(client);
+    timeout(Duration::from_secs(20), serving).await.expect("it has left").unwrap();
+    assert_eq!(ended(&service, EndState::ClientLeftConnecting), 1);
+}
+
+#[tokio::test]
+async fn that_nothing_is_probed_any_more_does_not_bring_a_mailbox_back() {
+    let service = holding(LONG, 1).await;
+    assert!(service.upstream.connect().await.is_err());
+    service.upstream.unprobed(&service.upstream.servers()[0]);
+    assert!(service.upstream.is_away());
 }

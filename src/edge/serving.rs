@@ -44,6 +44,11 @@ use crate::upstream::Upstream;
 /// How long those who wait for a tailnet that refuses this edge may take to read the answer.
 const TURN_AWAY_LIMIT: Duration = Duration::from_secs(3);
 
+/// How much longer an attempt to connect may take once the edge is stopping: enough for WireGuard to
+/// repeat a handshake, after 5 to 5.4 seconds; but half of the drain at most, so that whoever is turned
+/// away then can still be told.
+const LAST_DIAL: Duration = Duration::from_secs(6);
+
 /// The admin listener, which is there before the node is.
 pub(super) struct Admin {
     overview: Arc<Overview>,
@@ -141,18 +146,20 @@ struct Definition {
     connect: Duration,
     half_close: Duration,
     hostname: Option<String>,
+    last_dial: Duration,
     /// Whether there is a place for anybody to be held.
     holds: bool,
 }
 
 impl Definition {
     fn of(config: &Config, listener: &config::Listener) -> Definition {
-        let config::Timeouts { connect, half_close, .. } = config.timeouts;
+        let config::Timeouts { connect, half_close, drain, .. } = config.timeouts;
         Definition {
             listener: config::Listener { listen: Vec::new(), configured: false, ..listener.clone() },
             connect,
             half_close,
             hostname: config.hostname.clone(),
+            last_dial: LAST_DIAL.min(drain / 2),
             holds: config.limits.hold_max > 0,
         }
     }
@@ -262,7 +269,7 @@ impl Serving {
     /// The ports of the configuration, with what means the same as before.
     fn set_ports(&mut self, opened: Vec<(String, Vec<Socket>)>, is_probed_anew: bool) {
         let mut before = std::mem::take(&mut self.ports);
-        for port in &before {
+        for port in before.iter().filter(|port| self.opening.includes(&port.service)) {
             let is_gone =
                 |socket: &&Socket| !opened.iter().flat_map(|(_, new)| new).any(|new| new.is(socket));
             for socket in port.sockets.iter().filter(is_gone) {
@@ -300,7 +307,7 @@ impl Serving {
                 half_close: definition.half_close,
                 quiet: QUIET,
             },
-            hold: Hold { limit, places: Arc::clone(self.held.semaphore()) },
+            hold: Hold { limit, places: Arc::clone(self.held.semaphore()), last_dial: definition.last_dial },
             public_name: PublicName::new(definition.hostname.clone()),
             drain: self.drain.clone(),
             page: self.parts.ledger.page(&listener.name, listener.upstream.to_string()),
@@ -315,9 +322,8 @@ impl Serving {
         let monitors: Vec<_> = self.ports.iter().flat_map(|port| port.monitors.clone()).collect();
         let probed = if self.config.probe.interval.is_zero() { &[][..] } else { &monitors[..] };
         let outlooks = self.ports.iter().map(|port| Outlook::new(&port.service, probed)).collect();
-        let (places, hold_max) = (Arc::clone(self.held.semaphore()), self.held.size());
         let listeners = self.ports.iter().map(Port::listening).collect();
-        let board = Board { monitors, listeners, outlooks, peers: self.peers.known(), places, hold_max };
+        let board = Board { monitors, listeners, outlooks, peers: self.peers.known() };
         self.parts.board.send_replace(Some(Arc::new(board)));
     }
 
@@ -355,6 +361,10 @@ impl Serving {
         let (cut, dismissed) = (self.parts.ledger.cut(), self.parts.ledger.dismissed());
         let drained = Drained { connections, dismissed, cut, took: began.elapsed() };
         info!("stopped: {drained}");
+        let lost_lines = self.parts.logging.lost().dropped_lines();
+        if lost_lines > 0 {
+            warn!(lost_lines, "log lines were lost because nobody read them");
+        }
     }
 
     /// Closes the ports and turns away those who wait, who are all there are without a tailnet.
@@ -414,7 +424,7 @@ impl Port {
         for (monitor, server) in self.monitors.iter_mut().zip(self.service.upstream.servers()) {
             if settings.interval.is_zero() {
                 *monitor = Arc::new(Monitor::new(&self.service, server));
-                self.service.upstream.found(server, true);
+                self.service.upstream.unprobed(server);
                 continue;
             }
             let (service, server, node) = (Arc::clone(&self.service), Arc::clone(server), Arc::clone(node));
