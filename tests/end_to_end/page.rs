@@ -3,6 +3,7 @@
 //!
 //! The pictures are in cargo's directory for test files, for people to look at.
 
+use std::io::Read;
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 
@@ -12,12 +13,13 @@ use crate::common::chromium::{View, look, measure};
 use crate::common::edge::{Builder, Edge, Listener};
 use crate::common::http;
 use crate::common::net::{client_from, connect, echoes, free_addr};
+use crate::common::sink::{Taken, takes_mail};
 use crate::common::stub::{self, Stub};
 use crate::common::wait::eventually;
 use crate::setup::{LIMIT, Setup, becomes, holds, start_with, without_probe};
 
 /// What a mailbox may say; a browser must neither run nor load any of it.
-const HOSTILE: &str = "220 <script>document.title='owned'</script><img src=http://127.0.0.1:9/x> \"'&\r\n";
+const HOSTILE: &str = "<script>document.title='owned'</script><img src=http://127.0.0.1:9/x> \"'&";
 
 const WIDE: View = View { width: 1280, height: 1500, dark: false, script: true };
 
@@ -46,7 +48,7 @@ struct Busy {
 }
 
 fn busy() -> Busy {
-    let hostile = Stub::start(stub::greet(HOSTILE));
+    let hostile = Stub::start(takes_mail(HOSTILE, &Taken::default()));
     let echo = Stub::start(stub::echo_after_header);
     let gone: SocketAddr = free_addr();
     let listeners = [
@@ -60,8 +62,8 @@ fn busy() -> Busy {
         edge.set("probe", "interval", r#""500ms""#).set("probe", "fall", "1")
     });
     let edge = &setup.edge;
-    let mut failed = connect(edge.addr("submissions"));
-    std::io::Read::read_to_end(&mut failed, &mut Vec::new()).expect("an orderly end");
+    let failed = connect(edge.addr("submissions"));
+    (&failed).read_to_end(&mut Vec::new()).expect("an orderly end");
     let mut clients: Vec<TcpStream> = (0..3).map(|_| echoes(edge.addr("web"))).collect();
     clients.push(client_from("127.0.0.7", edge.addr("smtp")));
     clients.extend((0..2).map(|_| client_from("127.0.0.8", edge.addr("imaps"))));
