@@ -25,7 +25,7 @@ pub struct View {
 /// What was seen.
 #[derive(Debug)]
 pub struct Seen {
-    /// The document after loading; empty without script, which the browser needs to tell it.
+    /// The document after loading.
     pub dom: String,
     /// What the page made the browser complain of.
     pub console: Vec<String>,
@@ -37,13 +37,9 @@ pub struct Seen {
 #[track_caller]
 pub fn look(url: &str, view: View, picture: &Path) -> Seen {
     let (_, mut console, mut requests) = load(url, view, &format!("--screenshot={}", picture.display()));
-    let mut dom = String::new();
-    if view.script {
-        let (text, complaints, more) = load(url, view, "--dump-dom");
-        dom = text;
-        console.extend(complaints);
-        requests.extend(more);
-    }
+    let (dom, complaints, more) = load(url, view, "--dump-dom");
+    console.extend(complaints);
+    requests.extend(more);
     Seen { dom, console, requests }
 }
 
@@ -53,14 +49,21 @@ fn load(url: &str, view: View, purpose: &str) -> (String, Vec<String>, Vec<Strin
     let dir = temp_dir("chromium");
     let net_log = dir.path().join("net.json");
     let scheme = if view.dark { 0 } else { 1 };
+    let profile = dir.path().join("profile");
+    // 1 allows script, 2 forbids it. What the browser does for us is script too, so it is not turned off.
+    let may_run = if view.script { 1 } else { 2 };
+    let settings =
+        format!("{{\"profile\":{{\"default_content_setting_values\":{{\"javascript\":{may_run}}}}}}}");
+    fs::create_dir_all(profile.join("Default")).expect("a directory of our own takes files");
+    fs::write(profile.join("Default/Preferences"), settings).expect("a directory of our own takes files");
     let mut command = Command::new("chromium");
     command
         .args(["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"])
         .args(["--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"])
-        .arg(format!("--user-data-dir={}", dir.path().join("profile").display()))
+        .arg(format!("--user-data-dir={}", profile.display()))
         .arg(format!("--log-net-log={}", net_log.display()))
         .arg(format!("--window-size={},{}", view.width, view.height))
-        .arg(format!("--blink-settings=preferredColorScheme={scheme},scriptEnabled={}", view.script))
+        .arg(format!("--blink-settings=preferredColorScheme={scheme}"))
         .args([purpose, url])
         .env("HOME", dir.path());
     let told = run(&mut command, b"", LOAD_LIMIT).expect_success();
@@ -112,7 +115,8 @@ pub fn measure(html: &str, width: u32, height: u32, dark: bool, picture: &Path) 
     let url = format!("file://{}", file.display());
     let view = View { width: width.max(500), height, dark, script: true };
     let seen = look(&url, view, picture);
-    let told = seen.dom.split_once("<pre id=\"told\" hidden=\"\">").and_then(|(_, rest)| rest.split_once("</pre>"));
+    let told =
+        seen.dom.split_once("<pre id=\"told\" hidden=\"\">").and_then(|(_, rest)| rest.split_once("</pre>"));
     let told: Value = told
         .and_then(|(told, _)| serde_json::from_str(told).ok())
         .unwrap_or_else(|| panic!("nothing was measured: {seen:?}"));

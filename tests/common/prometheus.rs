@@ -98,7 +98,13 @@ impl Prometheus {
     #[track_caller]
     fn api(&self, path: &str, query: Option<(&str, &str)>) -> Value {
         let mut command = Command::new("curl");
-        command.args(["-q", "--silent", "--show-error", "--get", &format!("http://{}/api/v1/{path}", self.addr)]);
+        command.args([
+            "-q",
+            "--silent",
+            "--show-error",
+            "--get",
+            &format!("http://{}/api/v1/{path}", self.addr),
+        ]);
         if let Some((name, value)) = query {
             command.arg("--data-urlencode").arg(format!("{name}={value}"));
         }

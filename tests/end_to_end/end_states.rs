@@ -136,8 +136,7 @@ fn each_end_is_told_and_counted() {
     ];
     let tailnet = tailnet_with(&forwards);
     tailnet.add_node(OTHER, &["tag:stalwart"], &[(2501, greets.addr)]);
-    let mut edge =
-        settings(listeners().into_iter().fold(edge_on(&tailnet), Builder::listener)).spawn();
+    let mut edge = settings(listeners().into_iter().fold(edge_on(&tailnet), Builder::listener)).spawn();
     edge.wait_ready(LIMIT);
     tailnet.deny_port(MAILBOX, 2508);
 

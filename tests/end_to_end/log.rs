@@ -35,9 +35,7 @@ fn log(edge: Builder, key: &str, value: &str) -> Builder {
 #[track_caller]
 fn objects(log: &Log) -> Vec<Value> {
     let text = log.text();
-    let parse = |line: &str| {
-        serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))
-    };
+    let parse = |line: &str| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
     text.lines().map(parse).collect()
 }
 
@@ -150,9 +148,11 @@ fn quiet_edge(configure: impl FnOnce(Builder) -> Builder) -> (Setup, SocketAddr,
     let stub = Stub::start(stub::echo_after_header);
     let tailnet = tailnet_with(&[(2525, stub.addr)]);
     let (mail, admin) = (free_addr(), free_addr());
-    let edge = edge_on(&tailnet)
-        .listener(tcp("mail").set("listen", &format!("[\"{mail}\"]")))
-        .set("admin", "listen", &format!("\"{admin}\""));
+    let edge = edge_on(&tailnet).listener(tcp("mail").set("listen", &format!("[\"{mail}\"]"))).set(
+        "admin",
+        "listen",
+        &format!("\"{admin}\""),
+    );
     let edge = configure(edge).spawn();
     let is_ready = || TcpStream::connect(admin).is_ok() && http::get(admin, "/readyz").code == 200;
     assert!(eventually(LIMIT, is_ready), "{}", edge.log().tail());
@@ -248,7 +248,7 @@ fn a_storm_of_one_client_is_a_few_lines_and_a_count_and_hides_nobody() {
 fn an_outage_is_one_warning_with_a_remedy_and_each_client_a_line() {
     const CLIENTS: usize = 8;
     let listener = Listener::new("mail", "smtp", 2525).set("hold", r#""3s""#);
-    let Setup { edge, .. } = start_with(&[], &[listener], |edge| edge);
+    let Setup { edge, tailnet: _tailnet } = start_with(&[], &[listener], |edge| edge);
     let mut clients: Vec<TcpStream> = (0..CLIENTS).map(|_| connect(edge.addr("mail"))).collect();
     let addresses: Vec<SocketAddr> = clients.iter().map(address).collect();
     for client in &mut clients {
@@ -256,7 +256,10 @@ fn an_outage_is_one_warning_with_a_remedy_and_each_client_a_line() {
     }
     for client in addresses {
         let line = edge.wait_log(&format!("client={client}"), LIMIT);
-        tells(&line, &[" INFO ", " end=sQ ", "why=\"held until its time was over: cannot reach stalwart:2525"]);
+        tells(
+            &line,
+            &[" INFO ", " end=sQ ", "why=\"held until its time was over: cannot reach stalwart:2525"],
+        );
     }
     assert_eq!(edge.log().count(" WARN "), 1, "{}", edge.log().tail());
     let warning = edge.wait_log(" WARN ", LIMIT);

@@ -217,7 +217,7 @@ fn the_alerts_are_raised_when_they_should_be() {
 fn the_counts_are_what_has_happened() {
     let echo = Stub::start(stub::echo_after_header);
     let listeners = [tcp("mail"), Listener::new("gone", "smtp", 26).set("hold", r#""2s""#)];
-    let Setup { edge, .. } = start_with(&[(2525, echo.addr)], &listeners, without_probe);
+    let Setup { edge, tailnet: _tailnet } = start_with(&[(2525, echo.addr)], &listeners, without_probe);
     let edge = &edge;
     for _ in 0..3 {
         drop(echoes(edge.addr("mail")));
@@ -284,7 +284,9 @@ fn of_the_process(edge: &Edge) {
     let homes = text.lines().filter(|line| line.starts_with("tailwart_edge_node_home_relay{region=\""));
     assert!(homes.count() == 1, "{text}");
     let direct = |line: &&str| line.starts_with(r#"tailwart_edge_upstream_path{upstream="stalwart",path="#);
-    let found = eventually(LIMIT, || http::get(edge.addr("admin"), "/metrics").body.lines().any(|line| direct(&line)));
+    let found = eventually(LIMIT, || {
+        http::get(edge.addr("admin"), "/metrics").body.lines().any(|line| direct(&line))
+    });
     assert!(found, "{text}");
 }
 
@@ -299,7 +301,8 @@ fn sends_pieces(mut conn: Conn) {
 #[test]
 fn bytes_are_counted_as_they_move() {
     let mailbox = Stub::start(sends_pieces);
-    let Setup { edge, .. } = start_with(&[(2525, mailbox.addr)], &[tcp("mail")], without_probe);
+    let Setup { edge, tailnet: _tailnet } =
+        start_with(&[(2525, mailbox.addr)], &[tcp("mail")], without_probe);
     let mut client = connect(edge.addr("mail"));
     client.set_read_timeout(Some(LIMIT)).expect("the deadline is not zero");
     let mut piece = vec![0; MIB];
@@ -316,7 +319,7 @@ fn bytes_are_counted_as_they_move() {
 fn a_hundred_scrapes_at_once_are_answered_under_load() {
     const SCRAPES: usize = 100;
     let echo = Stub::start(stub::echo_after_header);
-    let Setup { edge, .. } = start_with(&[(2525, echo.addr)], &[tcp("mail")], |edge| {
+    let Setup { edge, tailnet: _tailnet } = start_with(&[(2525, echo.addr)], &[tcp("mail")], |edge| {
         without_probe(edge).set("limits", "max_connections_per_client", "0")
     });
     let (mail, admin) = (edge.addr("mail"), edge.addr("admin"));

@@ -43,8 +43,7 @@ fn one_screen_has_the_right_figures_and_json_has_them_all() {
         .spawn();
     edge.wait_ready(LIMIT);
     let admin = edge.addr("admin");
-    let mut clients: Vec<TcpStream> =
-        (0..3).map(|_| client_from("127.0.0.7", edge.addr("web"))).collect();
+    let mut clients: Vec<TcpStream> = (0..3).map(|_| client_from("127.0.0.7", edge.addr("web"))).collect();
     clients.iter_mut().for_each(hears_itself);
     drop(clients.pop());
     edge.wait_log("end=C-", LIMIT);
