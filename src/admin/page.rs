@@ -25,7 +25,7 @@ const REFRESH_SECONDS: u32 = 5;
 const STYLE: &str = include_str!("page.css");
 
 /// Only the style above, known by its SHA-256, and no frame around the page.
-const POLICY: &str = "default-src 'none'; style-src 'sha256-n1INufS6vLWkCRECN+EsJmYg5zUxjqsZhqZ0WDXss+c='; \
+const POLICY: &str = "default-src 'none'; style-src 'sha256-F1UuFflyic6/E4aHoHsHXi75H8Fm37WeVh8Cti1OFWY='; \
     base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// The page.

@@ -115,7 +115,7 @@ fn has_what_happened(line: &Value, client: SocketAddr, lasted: Duration) {
         assert_eq!(&line[key], value, "{key}: {line}");
     }
     let path = line["path"].as_str().unwrap_or_default();
-    assert!(path.starts_with("direct 127.0.0.1:") || path.starts_with("relay"), "{line}");
+    assert!(path.starts_with("direct ") || path.starts_with("relay "), "{line}");
     let millis = |key: &str| line[key].as_f64().unwrap_or_else(|| panic!("no {key}: {line}"));
     let [connect, first_byte, total] = ["connect_ms", "first_byte_ms", "total_ms"].map(millis);
     let thinks = THINKS.as_secs_f64() * 1e3;
