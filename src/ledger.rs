@@ -509,6 +509,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_ends_with_a_panic_is_an_error_of_ours() {
+        let ledger = Ledger::new(0);
+        let visit = visit(&ledger, "192.0.2.7:4711");
+        let task = tokio::spawn(async move {
+            let _visit = visit;
+            panic!("as this test wants it");
+        });
+        assert!(task.await.is_err());
+        assert_eq!(ledger.counters.count("smtp", EndState::Internal), 1);
+        assert_eq!(ledger.failures()[0].why, "error inside the edge");
+    }
+
+    #[tokio::test]
     async fn failures_of_a_kind_are_one_and_the_latest_comes_first() {
         let ledger = Ledger::new(0);
         for client in 1..=5 {

@@ -318,7 +318,10 @@ impl fmt::Display for Line<'_> {
             return write!(f, ": {problem}");
         }
         let Some(finding) = finding else { return Ok(()) };
-        write!(f, ": {}", finding.greeting)?;
+        // A port where the client speaks first has no greeting.
+        if !finding.greeting.is_empty() {
+            write!(f, ": {}", finding.greeting)?;
+        }
         match &finding.certificate {
             Some(certificate) => write!(f, "; certificate until {:.0}", certificate.not_after),
             None => Ok(()),

@@ -4,6 +4,8 @@
 //! else; all text passes maud, which makes it harmless. It asks the browser to load it again, so that
 //! its figures are live.
 
+use std::fmt;
+
 use http_body_util::Full;
 use hyper::Response;
 use hyper::body::Bytes;
@@ -11,7 +13,8 @@ use hyper::header::{
     CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue, REFERRER_POLICY,
     X_CONTENT_TYPE_OPTIONS,
 };
-use maud::{DOCTYPE, Markup, PreEscaped, html};
+use jiff::Timestamp;
+use maud::{DOCTYPE, Markup, PreEscaped, Render, html};
 
 use crate::health::State;
 use crate::status::{Line, Status, bytes, lasting};
@@ -22,7 +25,7 @@ const REFRESH_SECONDS: u32 = 5;
 const STYLE: &str = include_str!("page.css");
 
 /// Only the style above, known by its SHA-256, and no frame around the page.
-const POLICY: &str = "default-src 'none'; style-src 'sha256-nTieBUJPC+bgNmhDoLF8j9QE2vgitvzAoLCP9x8VC2M='; \
+const POLICY: &str = "default-src 'none'; style-src 'sha256-F1UuFflyic6/E4aHoHsHXi75H8Fm37WeVh8Cti1OFWY='; \
     base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// The page.
@@ -74,36 +77,73 @@ fn header(status: &Status, verdict: &str) -> Markup {
     let class = if status.not_ready.is_empty() { "good" } else { "bad" };
     html! {
         header {
-            h1 { (status.node.name) " " span.(class) id="verdict" { (verdict) } }
-            @for reason in &status.not_ready { p.bad { (reason) } }
-            @for warning in &status.warnings { p.warning { (warning) } }
-            p { (status.node) }
+            h1 { (status.node.name) " " span.verdict.(class) id="verdict" { (verdict) } }
+            @for reason in &status.not_ready { p.note.bad { (reason) } }
+            @for warning in &status.warnings { p.note.warning { (warning) } }
+            p.faint { (status.node) }
             dl {
                 (figure("connections", status.open))
                 (figure("held", status.held))
                 (figure("up", lasting(status.now.duration_since(status.started).as_secs())))
-                (figure("as of", format!("{:.0}", status.now)))
+                (figure("as of", time(status.now)))
             }
         }
     }
 }
 
-fn figure(name: &str, value: impl std::fmt::Display) -> Markup {
+fn figure(name: &str, value: impl fmt::Display) -> Markup {
     html! { div { dt { (name) } dd { (value.to_string()) } } }
 }
 
-/// A section with a table; without rows it says so.
-fn section(id: &str, title: &str, heads: &[&str], rows: impl Iterator<Item = Markup>) -> Markup {
+fn time(at: Timestamp) -> String {
+    at.strftime("%F %T UTC").to_string()
+}
+
+/// What is in a table's cell, and its looks.
+struct Cell {
+    class: &'static str,
+    content: Markup,
+}
+
+fn text(content: impl fmt::Display) -> Cell {
+    marked_up(content.to_string().render())
+}
+
+fn marked_up(content: Markup) -> Cell {
+    Cell { class: "", content }
+}
+
+fn number(content: impl fmt::Display) -> Cell {
+    Cell { class: "number", content: content.to_string().render() }
+}
+
+/// A section with a table; without rows it says so. The first cell of a row names it. Heads that begin
+/// with `#` are those of numbers.
+fn section<const N: usize>(
+    id: &str,
+    title: &str,
+    heads: [&str; N],
+    rows: impl Iterator<Item = [Cell; N]>,
+) -> Markup {
     let mut rows = rows.peekable();
+    let names = heads.map(|head| head.trim_start_matches('#'));
     html! {
         section id=(id) {
             h2 { (title) }
             @if rows.peek().is_none() {
-                p { "None." }
+                p.faint { "None." }
             } @else {
                 div.scroll { table {
-                    thead { tr { @for head in heads { th scope="col" { (head) } } } }
-                    tbody { @for row in rows { (row) } }
+                    thead { tr { @for (head, name) in heads.iter().zip(names) {
+                        th.number[head.starts_with('#')] scope="col" { (name) }
+                    } } }
+                    tbody { @for row in rows { tr { @for (index, (name, cell)) in names.iter().zip(row).enumerate() {
+                        @if index == 0 {
+                            th scope="row" { (cell.content) }
+                        } @else {
+                            td.(cell.class) data-name=(name) { span { (cell.content) } }
+                        }
+                    } } } }
                 } }
             }
         }
@@ -116,28 +156,27 @@ fn listeners(status: &Status) -> Markup {
         "protocol",
         "addresses",
         "upstream",
-        "open",
-        "ended",
-        "failed",
-        "from clients",
-        "to clients",
+        "#open",
+        "#ended",
+        "#failed",
+        "#from clients",
+        "#to clients",
     ];
     let rows = status.listeners.iter().map(|listener| {
-        html! {
-            tr {
-                th scope="row" { (listener.name) }
-                td { (listener.protocol) }
-                td { @for address in &listener.addresses { span.line { (address) } } }
-                td { (listener.upstream) }
-                td.number { (listener.open) }
-                td.number { (listener.ended) }
-                td.number.bad[listener.failed > 0] { (listener.failed) }
-                td.number { (bytes(listener.sent)) }
-                td.number { (bytes(listener.received)) }
-            }
-        }
+        let failed = if listener.failed > 0 { "number bad" } else { "number" };
+        [
+            text(&listener.name),
+            text(&listener.protocol),
+            marked_up(html! { @for address in &listener.addresses { span.line { (address) } } }),
+            text(&listener.upstream),
+            number(listener.open),
+            number(listener.ended),
+            Cell { class: failed, ..number(listener.failed) },
+            number(bytes(listener.sent)),
+            number(bytes(listener.received)),
+        ]
     });
-    section("listeners", "Listeners", &heads, rows)
+    section("listeners", "Listeners", heads, rows)
 }
 
 fn upstreams(status: &Status) -> Markup {
@@ -145,73 +184,71 @@ fn upstreams(status: &Status) -> Markup {
         let class = match upstream.probe.state {
             State::Up => "good",
             State::Down => "bad",
-            State::Unknown | State::Unprobed => "unknown",
+            State::Unknown | State::Unprobed => "faint",
         };
-        html! {
-            tr {
-                th scope="row" { (upstream.upstream) }
-                td { (upstream.listener) }
-                td { (upstream.path.as_deref().unwrap_or("not known yet")) }
-                td.number { @if let Some(ms) = upstream.latency_ms { (format!("{ms:.1} ms")) } }
-                td.(class) { (Line(&upstream.probe).to_string()) }
-            }
-        }
+        let latency = upstream.latency_ms.map(|ms| format!("{ms:.1} ms"));
+        [
+            text(&upstream.upstream),
+            text(&upstream.listener),
+            text(upstream.path.as_deref().unwrap_or("not known yet")),
+            number(latency.as_deref().unwrap_or("-")),
+            Cell { class, ..text(Line(&upstream.probe).to_string()) },
+        ]
     });
-    section("upstreams", "Mailbox", &["upstream", "listener", "path", "round trip", "probe"], rows)
+    section("upstreams", "Mailbox", ["upstream", "listener", "path", "#round trip", "probe"], rows)
 }
 
 fn failures(status: &Status) -> Markup {
     let rows = status.failures.iter().map(|failure| {
-        html! {
-            tr {
-                td { (format!("{:.0}", failure.last)) }
-                td.number { (failure.count) }
-                td { (failure.listener) }
-                td { (failure.client) }
-                td { code { (failure.end) } }
-                td { (failure.why) }
-            }
-        }
+        [
+            text(time(failure.last)),
+            number(failure.count),
+            text(&failure.listener),
+            text(failure.client),
+            marked_up(html! { code { (failure.end) } }),
+            text(&failure.why),
+        ]
     });
-    section("failures", "Recent failures", &["last", "times", "listener", "last client", "end", "why"], rows)
+    let heads = ["last", "#times", "listener", "last client", "end", "why"];
+    section("failures", "Recent failures", heads, rows)
 }
 
 fn clients(status: &Status) -> Markup {
     let rows = status.clients.iter().map(|share| {
-        html! {
-            tr {
-                th scope="row" { (share.client) }
-                td.number { (share.connections) }
-                td.number { (bytes(share.sent)) }
-                td.number { (bytes(share.received)) }
-            }
-        }
+        [
+            text(share.client),
+            number(share.connections),
+            number(bytes(share.sent)),
+            number(bytes(share.received)),
+        ]
     });
-    section("clients", "Top clients", &["client", "open", "from it", "to it"], rows)
+    section("clients", "Top clients", ["client", "#open", "#from it", "#to it"], rows)
 }
 
 fn connections(status: &Status) -> Markup {
-    let heads = ["id", "client", "listener", "stage", "upstream", "path", "from client", "to client", "age"];
+    let heads =
+        ["client", "#id", "listener", "stage", "upstream", "path", "#from client", "#to client", "#age"];
     let rows = status.connections.iter().map(|connection| {
-        html! {
-            tr {
-                td.number { (connection.id) }
-                td { (connection.client) }
-                td { (connection.listener) }
-                td { (connection.stage) }
-                td { (connection.upstream.as_deref().unwrap_or("-")) }
-                td { (connection.path.as_deref().unwrap_or("-")) }
-                td.number { (bytes(connection.sent)) }
-                td.number { (bytes(connection.received)) }
-                td.number { (lasting(i64::try_from(connection.seconds).unwrap_or(i64::MAX))) }
-            }
-        }
+        [
+            text(connection.client),
+            number(connection.id),
+            text(&connection.listener),
+            Cell {
+                class: if connection.stage == "held" { "warning" } else { "" },
+                ..text(&connection.stage)
+            },
+            text(connection.upstream.as_deref().unwrap_or("-")),
+            text(connection.path.as_deref().unwrap_or("-")),
+            number(bytes(connection.sent)),
+            number(bytes(connection.received)),
+            number(lasting(i64::try_from(connection.seconds).unwrap_or(i64::MAX))),
+        ]
     });
     let title = match status.open.checked_sub(status.connections.len()) {
         Some(more @ 1..) => format!("Connections (the oldest; {more} more)"),
         _ => "Connections".to_owned(),
     };
-    section("connections", &title, &heads, rows)
+    section("connections", &title, heads, rows)
 }
 
 #[cfg(test)]
@@ -228,9 +265,9 @@ mod tests {
         let text = page(&status()).into_string();
         for part in [
             "<title>edge.ts.net: ready</title>",
-            "class=\"good\" id=\"verdict\">ready<",
-            "<td class=\"number bad\">5</td>",
-            "<td class=\"bad\">DOWN since 2026-01-02T03:04:05Z: cannot connect: refused</td>",
+            "class=\"verdict good\" id=\"verdict\">ready<",
+            "<td class=\"number bad\" data-name=\"failed\"><span>5</span></td>",
+            "<td class=\"bad\" data-name=\"probe\"><span>DOWN since 2026-01-02T03:04:05Z: cannot connect: refused</span></td>",
             "192.0.2.7:4711",
             "<code>sQ</code>",
             "relaying",

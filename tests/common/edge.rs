@@ -18,15 +18,20 @@ use super::wait::wait_for;
 
 const BOUND_LIMIT: Duration = Duration::from_secs(20);
 
-/// What the edge prints when it serves. The two functions below are all that knows the wording of
-/// its log.
+/// What the edge prints when it serves, as text or as JSON. The two functions below are all that knows
+/// the wording of its log.
 fn is_ready(line: &str) -> bool {
-    line.contains(" ready name=")
+    line.contains(" ready name=") || line.contains(r#""message":"ready","name":"#)
 }
 
 /// Reads the line about one bound listener: `… listening listener=smtp address=127.0.0.1:41234`,
 /// any order of fields.
 fn parse_listening(line: &str) -> Option<(String, SocketAddr)> {
+    if let Ok(line) = serde_json::from_str::<serde_json::Value>(line) {
+        let is_listening = line["message"] == "listening";
+        let address = line["address"].as_str()?.parse().ok()?;
+        return is_listening.then_some((line["listener"].as_str()?.to_owned(), address));
+    }
     let mut words = line.split_whitespace();
     words.find(|word| *word == "listening")?;
     let field = |name: &str| {

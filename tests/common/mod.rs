@@ -8,13 +8,14 @@
 //!
 //! [`mail::MailServer`] is the mailbox host (Postfix and Dovecot on one Maildir), [`haproxy`] and
 //! [`nginx`] are independent readers of PROXY headers, [`stub`] is a TCP server for exact bytes,
-//! [`sink`] one that takes mail, [`systemd`] plays the supervisor, [`tailnet`] the control server and the nodes, [`edge`] the program under test; [`client`] and
+//! [`sink`] one that takes mail, [`prometheus`] and [`chromium`] look at what is shown, [`systemd`] plays the supervisor, [`tailnet`] the control server and the nodes, [`edge`] the program under test; [`client`] and
 //! [`tools`] are what talks to it.
 
 // Each program that includes this tree uses a part of it.
 #![allow(dead_code)]
 
 pub mod cert;
+pub mod chromium;
 pub mod client;
 pub mod dns;
 pub mod dovecot;
@@ -29,6 +30,7 @@ pub mod netns;
 pub mod nginx;
 pub mod postfix;
 pub mod process;
+pub mod prometheus;
 pub mod proxy_header;
 pub mod sink;
 pub mod stub;
