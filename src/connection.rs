@@ -45,6 +45,10 @@ const HEADER_LIMIT: Duration = Duration::from_secs(5);
 /// How long the first attempt may take before the client counts as held.
 const HELD_AFTER: Duration = Duration::from_secs(1);
 
+/// How much longer an attempt may take once the edge is stopping: enough for WireGuard to repeat a
+/// handshake, after 5 to 5.4 seconds.
+const LAST_DIAL: Duration = Duration::from_secs(6);
+
 /// How long a client that is held pauses before it tries a server again that has
 /// closed its connection without a word: twice as long each time, since every
 /// attempt may be a line in the server's log.
@@ -260,11 +264,11 @@ async fn wait<D: Dial, T>(
     }
 }
 
-/// Completes when the edge is stopping and the mailbox is away. While it is not, whoever is being
-/// connected is served.
+/// Completes when the edge is stopping and the mailbox is away, or does not answer in time. Before
+/// that, whoever is being connected is served.
 async fn dismissed<D: Dial>(service: &Service<D>) {
     service.drain.cancelled().await;
-    service.upstream.until_away().await;
+    let _ = timeout(LAST_DIAL, service.upstream.until_away()).await;
 }
 
 async fn write_header<S: AsyncWrite + Unpin>(upstream: &mut S, header: Option<&[u8]>) -> io::Result<()> {

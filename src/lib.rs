@@ -12,7 +12,7 @@
 //! boundary, [`membership`] its life. The rest is what an operator touches: [`cli`],
 //! [`config`], [`credential`], [`secret`], [`state_dir`], [`limits`], [`sockets`],
 //! [`reload`], [`supervisor`], [`drain`], [`admin`], [`overview`], [`metrics`], [`log`],
-//! [`status`], [`doctor`].
+//! [`status`], [`healthcheck`], [`doctor`].
 //!
 //! `ARCHITECTURE.md` has the picture and the invariants.
 
@@ -77,5 +77,7 @@ pub mod log;
 pub mod wall_clock;
 
 pub mod status;
+
+pub mod healthcheck;
 
 pub mod doctor;

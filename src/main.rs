@@ -1,19 +1,20 @@
 //! The program: arguments, log output, exit codes; nothing else.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::Parser;
-use tailwart_edge::cli::{Cli, Command, ConfigArgs, DoctorArgs, EdgeArgs, StatusArgs};
+use clap::{CommandFactory, Parser};
+use clap_complete::Shell;
+use tailwart_edge::cli::{Cli, Command, ConfigArgs, DoctorArgs, EdgeArgs, HealthcheckArgs, StatusArgs};
 use tailwart_edge::config::{self, Config, ConfigError, config_path};
 use tailwart_edge::credential::Sources;
 use tailwart_edge::doctor::{self, Patient};
 use tailwart_edge::edge::{self, Start};
 use tailwart_edge::reload::Source;
 use tailwart_edge::supervisor::{Supervisor, handed_over};
-use tailwart_edge::{log, status, tailnet};
+use tailwart_edge::{healthcheck, log, status, tailnet};
 use tokio::runtime::Runtime;
 
 /// Wrong usage or configuration.
@@ -25,6 +26,8 @@ fn main() -> ExitCode {
         Command::Check(args) => check(&args),
         Command::Doctor(args) => doctor(args),
         Command::Status(args) => show_status(&args),
+        Command::Healthcheck(args) => check_health(&args),
+        Command::Completions { shell } => completions(shell),
         Command::Version => {
             println!("tailwart-edge {} (Tailscale {})", env!("CARGO_PKG_VERSION"), tailnet::linked_version());
             ExitCode::SUCCESS
@@ -131,6 +134,32 @@ fn admin_address(args: &EdgeArgs) -> Result<SocketAddr, ExitCode> {
     })
 }
 
+fn check_health(args: &HealthcheckArgs) -> ExitCode {
+    let admin = match admin_address(&args.edge) {
+        Ok(admin) => admin,
+        Err(code) => return code,
+    };
+    let runtime = match start_runtime() {
+        Ok(runtime) => runtime,
+        Err(code) => return code,
+    };
+    match runtime.block_on(healthcheck::ask(admin, args.live)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => {
+            eprintln!("{reason}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn completions(shell: Shell) -> ExitCode {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), env!("CARGO_PKG_NAME"), &mut script);
+    // Not straight to the terminal: generate panics when the reader has gone.
+    let _ = std::io::stdout().write_all(&script);
+    ExitCode::SUCCESS
+}
+
 fn show_status(args: &StatusArgs) -> ExitCode {
     let admin = match admin_address(&args.edge) {
         Ok(admin) => admin,
@@ -140,16 +169,22 @@ fn show_status(args: &StatusArgs) -> ExitCode {
         Ok(runtime) => runtime,
         Err(code) => return code,
     };
-    let text = match runtime.block_on(status::ask(admin)) {
-        Ok(status) if args.json => serde_json::json!(status).to_string() + "\n",
-        Ok(status) => status.to_string(),
+    if args.watch {
+        let mut screen = std::io::stdout();
+        let clears = !args.json && screen.is_terminal();
+        runtime.block_on(status::watch(admin, args.json, clears, &mut screen));
+        return ExitCode::SUCCESS; // nobody reads it any more
+    }
+    match runtime.block_on(status::ask(admin)) {
+        Ok(status) => {
+            let _ = write!(std::io::stdout(), "{}", status.shown(args.json));
+            ExitCode::SUCCESS
+        }
         Err(problem) => {
             eprintln!("{problem}");
-            return ExitCode::FAILURE;
+            ExitCode::FAILURE
         }
-    };
-    let _ = write!(std::io::stdout(), "{text}");
-    ExitCode::SUCCESS
+    }
 }
 
 fn run_edge(start: Start) -> ExitCode {

@@ -353,3 +353,109 @@ fn may_be_missing(listener: &Listener, address: SocketAddr, error: &BindError) -
     let is_absent = matches!(error.kind, ErrorKind::AddrNotAvailable | ErrorKind::Unsupported);
     !listener.configured && address.is_ipv6() && is_absent
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use socket2::{Socket as RawSocket, Type};
+
+    use super::*;
+
+    fn listening(address: SocketAddr, dual_stack: bool) -> (OwnedFd, SocketAddr) {
+        let socket = RawSocket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
+        if address.is_ipv6() {
+            socket.set_only_v6(!dual_stack).unwrap();
+        }
+        socket.bind(&address.into()).unwrap();
+        socket.listen(1).unwrap();
+        let local = socket.local_addr().unwrap().as_socket().unwrap();
+        (socket.into(), local)
+    }
+
+    fn local() -> SocketAddr {
+        (Ipv4Addr::LOCALHOST, 0).into()
+    }
+
+    fn handed(sockets: Vec<(&str, OwnedFd)>) -> Sockets {
+        let handed = sockets.into_iter().zip(3..);
+        Sockets::new(
+            handed
+                .map(|((name, fd), number)| Handed { name: name.to_owned(), number, socket: Some(fd) })
+                .collect(),
+        )
+    }
+
+    /// Listeners `a`, `b`, … at these addresses.
+    fn config(addresses: &[&[SocketAddr]]) -> Config {
+        let listener = |(addresses, name): (&&[SocketAddr], char)| {
+            let listen: Vec<String> = addresses.iter().map(|address| format!("'{address}'")).collect();
+            let listen = listen.join(", ");
+            format!(
+                "[[listener]]\nname = '{name}'\nprotocol = 'tcp'\nupstream_port = 25\nlisten = [{listen}]\n"
+            )
+        };
+        let listeners: String = addresses.iter().zip('a'..).map(listener).collect();
+        Config::parse(&format!("[admin]\nlisten = 'off'\n{listeners}"), Some("mailbox"), &|_| None).unwrap()
+    }
+
+    fn locals(opened: &Opened) -> Vec<Vec<SocketAddr>> {
+        let of = |(_, sockets): &(String, Vec<Socket>)| sockets.iter().filter_map(Socket::local).collect();
+        opened.listeners.iter().map(of).collect()
+    }
+
+    #[tokio::test]
+    async fn a_units_name_goes_before_the_file_and_its_address_for_no_other_listener() {
+        let (named, at) = listening(local(), false);
+        let sockets = handed(vec![("a", named)]);
+        let free = listening(local(), false).1; // closed again
+        let opened = sockets.open(&config(&[&[free]]), &Opened::default()).unwrap();
+        assert_eq!(locals(&opened), [[at]]);
+        // `b` wants the address of a's socket, which is a's as long as there is an a.
+        let error = sockets.open(&config(&[&[free], &[at]]), &Opened::default()).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::AddrInUse);
+    }
+
+    #[tokio::test]
+    async fn a_dual_stack_socket_takes_both_families_of_a_listener() {
+        let (both, at) = listening((Ipv6Addr::UNSPECIFIED, 0).into(), true);
+        let sockets = handed(vec![("edge.socket", both)]);
+        let v4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, at.port()));
+        let opened = sockets.open(&config(&[&[v4, at]]), &Opened::default()).unwrap();
+        assert_eq!(locals(&opened), [[at]]);
+    }
+
+    #[tokio::test]
+    async fn a_kept_socket_is_used_for_exactly_its_address() {
+        let (same, at) = listening(local(), false);
+        let (other, elsewhere) = listening(local(), false);
+        let mut sockets = handed(vec![("kept.a", same), ("kept.b", other)]);
+        let free = listening(local(), false).1; // closed again
+        let opened = sockets.open(&config(&[&[at], &[free]]), &Opened::default()).unwrap();
+        assert_eq!(locals(&opened), [[at], [free]]);
+        sockets.close_unused(&opened);
+        assert!(std::net::TcpListener::bind(elsewhere).is_ok(), "what is not used is closed");
+    }
+
+    #[tokio::test]
+    async fn an_open_socket_stays_whoever_has_its_address() {
+        let sockets = Sockets::default();
+        let before = config(&[&[local()], &[local()]]);
+        let opened = sockets.open(&before, &Opened::default()).unwrap();
+        let again = sockets.open(&before, &opened).unwrap();
+        assert_eq!(locals(&again), locals(&opened), "also where the kernel has chosen the port");
+    }
+
+    #[tokio::test]
+    async fn addresses_change_hands_without_being_bound_anew() {
+        let sockets = Sockets::default();
+        let [a, b] = [(); 2].map(|()| listening(local(), false).1); // closed again
+        let opened = sockets.open(&config(&[&[a], &[b]]), &Opened::default()).unwrap();
+        let swapped = sockets.open(&config(&[&[b], &[a]]), &opened).unwrap();
+        assert!(swapped.listeners[0].1[0].is(&opened.listeners[1].1[0]));
+        assert!(swapped.listeners[1].1[0].is(&opened.listeners[0].1[0]));
+        let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, a.port()));
+        let error = sockets.open(&config(&[&[any], &[b]]), &opened).unwrap_err();
+        assert!(error.reason.contains("this edge itself listens on"), "{error}");
+    }
+}

@@ -8,13 +8,14 @@
 //! `doctor.rs`).
 
 use std::fmt;
+use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::doctor::http;
 use crate::health::{Seen, State};
@@ -25,6 +26,9 @@ pub const PATH: &str = "/status";
 
 /// How long the edge may take to answer.
 const LIMIT: Duration = Duration::from_secs(5);
+
+/// Between two questions of who watches.
+const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What an edge says of itself.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -145,6 +149,26 @@ pub async fn ask(admin: SocketAddr) -> Result<Status, String> {
     }
 }
 
+/// Shows what the edge says, again and again, each time on a screen that was cleared if `clears`;
+/// an edge that cannot be asked is told and asked on. Returns when `screen` takes nothing more.
+pub async fn watch(admin: SocketAddr, json: bool, clears: bool, screen: &mut impl Write) {
+    const CLEAR: &str = "\x1b[H\x1b[2J\x1b[3J";
+    let mut ticks = interval(WATCH_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let text = match ask(admin).await {
+            Ok(status) => status.shown(json),
+            Err(problem) if json => serde_json::json!({ "error": problem }).to_string() + "\n",
+            Err(problem) => problem + "\n",
+        };
+        let before = if clears { CLEAR } else { "" };
+        if write!(screen, "{before}{text}").and_then(|()| screen.flush()).is_err() {
+            return;
+        }
+    }
+}
+
 /// How many clients and failures are shown on one screen.
 const SHOWN: usize = 5;
 
@@ -167,6 +191,11 @@ impl fmt::Display for Status {
 }
 
 impl Status {
+    /// As text, or as one line of JSON.
+    pub fn shown(&self, json: bool) -> String {
+        if json { serde_json::json!(self).to_string() + "\n" } else { self.to_string() }
+    }
+
     fn listeners(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let heads = ["LISTENER", "ADDRESSES", "OPEN", "ENDED", "FAILED", "FROM CLIENTS", "TO CLIENTS"];
         let rows = self.listeners.iter().map(|listener| {
@@ -383,6 +412,49 @@ LAST FAILURES         TIMES  LISTENER  LAST CLIENT  END  WHY
         assert_eq!(texts, ["0 B", "999 B", "1.0 kB", "999.9 kB", "1.0 MB", "12.3 GB", "18446.7 PB"]);
         let texts = [-5, 59, 60, 3599, 3600, 86_399, 90_000].map(lasting);
         assert_eq!(texts, ["0 s", "59 s", "1 min", "59 min", "1 h 0 min", "23 h 59 min", "1 d 1 h"]);
+    }
+
+    /// Takes so many bytes and no more.
+    struct Screen(Vec<u8>, usize);
+
+    impl Write for Screen {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            if self.0.len() + bytes.len() > self.1 {
+                return Err(std::io::ErrorKind::BrokenPipe.into());
+            }
+            self.0.extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn who_watches_sees_it_again_and_again_until_he_leaves() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let edge = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let admin = edge.local_addr().unwrap();
+        let answers = tokio::spawn(async move {
+            // Away at first, and back.
+            drop(edge.accept().await.unwrap());
+            let head = "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length";
+            loop {
+                let (mut stream, _) = edge.accept().await.unwrap();
+                let _ = stream.read(&mut [0; 1024]).await;
+                let answer = format!("{head}: {}\r\n\r\n{ANSWER}", ANSWER.len());
+                let _ = stream.write_all(answer.as_bytes()).await;
+            }
+        });
+        tokio::time::pause();
+        let mut screen = Screen(Vec::new(), 4000);
+        watch(admin, false, true, &mut screen).await;
+        answers.abort();
+        let text = String::from_utf8(screen.0).unwrap();
+        let screens: Vec<&str> = text.split("\x1b[H\x1b[2J\x1b[3J").collect();
+        assert!(screens.len() >= 3 && screens[1].contains("cannot ask the edge"), "{text}");
+        assert!(screens[2].starts_with("tailwart-edge 0.1.0 is ready"), "{text}");
     }
 
     #[tokio::test]

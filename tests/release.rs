@@ -1,5 +1,5 @@
 //! The release build is one static file that needs nothing else on the machine: shown by running it
-//! where nothing else is.
+//! where nothing else is, in what the Dockerfile's COPY lines make, as its user.
 //!
 //! Not part of `cargo test`, which does not build it: run `make check-release`, which also checks
 //! its size.
@@ -10,7 +10,6 @@ mod common;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -86,8 +85,8 @@ fn it_relays_where_there_is_nothing_but_itself() {
 
     let mut edge = Daemon::spawn("edge", &mut chrooted(root.path()));
     edge.wait_ready(LIMIT, None, || edge.output().text().contains(" ready name="));
-    assert_eq!(names_in(root.path()), ["config.toml", "proc", "state", "tailwart-edge"]);
-    assert_eq!(names_in(&edge_root(&edge)), ["config.toml", "proc", "state", "tailwart-edge"]);
+    assert_eq!(names_in(root.path()), ["config.toml", "proc", "tailwart-edge", "var"]);
+    assert_eq!(names_in(&edge_root(&edge)), ["config.toml", "proc", "tailwart-edge", "var"]);
     assert_eq!(names_in(&root.path().join("proc")), [""; 0], "/proc is mounted for the edge alone");
     let sent = stub::pattern(MIB);
     assert!(echo(listen, &sent) == sent, "what came back is not what was sent");
@@ -101,25 +100,53 @@ fn it_relays_where_there_is_nothing_but_itself() {
 fn config(tailnet: &TestTailnet, listen: SocketAddr) -> String {
     let smtp = Listener::new("smtp", "smtp", 25).set("listen", &format!("[\"{listen}\"]"));
     let edge = Edge::builder("").control_url(tailnet.control_url()).upstream("stalwart");
-    edge.state_dir(Path::new("/state")).listener(smtp).config()
+    edge.state_dir(Path::new("/var/lib/tailwart-edge")).listener(smtp).config()
 }
 
-/// A directory with the program and its configuration, and two empty ones: for its state, and to
-/// mount /proc on, without which Tailscale does not start.
+/// The image's last stage, as the Dockerfile has it.
+fn image_stage() -> &'static str {
+    let (_, stage) = include_str!("../Dockerfile").split_once("\nFROM scratch\n").expect("the last stage");
+    stage
+}
+
+/// The image's user and group.
+fn image_user() -> (&'static str, &'static str) {
+    let user = image_stage().lines().find_map(|line| line.strip_prefix("USER ")).expect("USER is there");
+    user.split_once(':').expect("USER names a group too")
+}
+
+/// What the image's COPY lines put together from what `make image-root` left, with a configuration,
+/// and an empty directory to mount /proc on, without which Tailscale does not start.
 fn empty_root(config: &str) -> tempfile::TempDir {
     let root = common::temp_dir("root");
-    let at = |name: &str| root.path().join(name);
-    fs::copy(release_binary(), at("tailwart-edge")).expect("the program can be copied");
-    fs::write(at("config.toml"), config).expect("the configuration can be written");
-    fs::create_dir(at("state")).and_then(|()| fs::create_dir(at("proc"))).expect("directories can be made");
-    fs::set_permissions(at("state"), fs::Permissions::from_mode(0o700)).expect("it is ours");
+    let mut copied = 0;
+    for line in image_stage().lines().filter(|line| line.starts_with("COPY ")) {
+        let words: Vec<&str> = line.split(' ').collect();
+        let [options @ .., from, to] = &words[1..] else { panic!("{line}") };
+        let from = from.strip_prefix("/src/").expect("it comes from the build stage's checkout");
+        let to = root.path().join(to.trim_start_matches('/'));
+        fs::create_dir_all(&to).expect("directories can be made");
+        // `FROM/.` is the content of FROM, as it is for COPY.
+        output(Command::new("cp").args(["--recursive", "--preserve=mode"]).arg(format!("{from}.")).arg(&to));
+        for owner in options.iter().filter_map(|option| option.strip_prefix("--chown=")) {
+            let below = fs::read_dir(&to).expect("it was copied").flatten().map(|entry| entry.path());
+            output(Command::new("chown").args(["--recursive", owner]).args(below));
+        }
+        copied += 1;
+    }
+    assert_eq!(copied, 2, "the program and the place of its state");
+    fs::write(root.path().join("config.toml"), config).expect("the configuration can be written");
+    fs::create_dir(root.path().join("proc")).expect("directories can be made");
     root
 }
 
-/// The program with `root` as its root directory, in a mount namespace of its own that ends with it.
+/// The program with `root` as its root directory and as the image's user, in a mount namespace of
+/// its own that ends with it.
 fn chrooted(root: &Path) -> Command {
+    let (user, group) = image_user();
     let mut command = Command::new("unshare");
-    command.args(["--mount", "--mount-proc=/proc"]).arg(format!("--root={}", root.display()));
+    command.args(["--mount", "--mount-proc=/proc", "--setuid", user, "--setgid", group]);
+    command.arg(format!("--root={}", root.display()));
     command.args(["/tailwart-edge", "run", "--config", "/config.toml"]);
     command.env_clear().env("TS_AUTHKEY", "tskey-auth-test");
     command

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	//lint:ignore SA1019 the types of the API that Tailscale's client for OAuth keys speaks
 	tsapi "tailscale.com/client/tailscale"
 )
 

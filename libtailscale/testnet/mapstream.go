@@ -47,6 +47,7 @@ func (c *control) serveMap(w http.ResponseWriter, r *http.Request, machine key.M
 	c.reg.mu.Lock()
 	rec := c.reg.byKeyLocked(req.NodeKey)
 	known := rec != nil && rec.node.Machine == machine && !rec.loggedOut
+	//lint:ignore SA1019 always false in the client that is linked in, not in older ones
 	if known && !req.ReadOnly && !req.Stream {
 		rec.updateFrom(&req)
 		c.reg.bumpLocked()

@@ -52,6 +52,8 @@ fn check(arguments: &[String]) -> Result<(), String> {
     match Cli::try_parse_from(line) {
         Ok(_) => Ok(()),
         Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => Ok(()),
+        // Its name alone, as in a heading.
+        Err(error) if error.kind() == ErrorKind::MissingRequiredArgument && arguments.len() == 1 => Ok(()),
         Err(error) => Err(error.to_string()),
     }
 }

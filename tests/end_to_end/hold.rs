@@ -497,7 +497,8 @@ fn who_waits_for_the_first_attempt_counts_as_held_and_is_told_when_the_edge_stop
     setup.edge.signal("TERM");
     let told = Instant::now();
     hears_last(&mut client, SMTP_REFUSAL.as_bytes());
-    assert!(told.elapsed() < Duration::from_secs(3), "after {:?}", told.elapsed());
+    // The attempt may still succeed, for six seconds.
+    assert!(told.elapsed() < Duration::from_secs(6 + 3), "after {:?}", told.elapsed());
     drop(client);
     stops(&mut setup.edge, AT_ONCE);
 }

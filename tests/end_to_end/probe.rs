@@ -114,10 +114,9 @@ fn shows_on_one_screen(edge: &Edge) {
     let screen = run(&mut status, b"", LIMIT).expect_success().stdout();
     assert!(screen.contains(" is ready; started ") && screen.contains("no client waits"), "{screen}");
     for (listener, port) in PORTS {
-        let upstream = format!(" stalwart:{port} ");
-        let mut lines = screen.lines().filter(|line| line.starts_with(&format!("{listener} ")));
-        let line = lines.find(|line| line.contains(&upstream));
-        let line = line.unwrap_or_else(|| panic!("no {listener}:\n{screen}"));
+        let server = format!(" stalwart:{port} ");
+        let is_its = |line: &&str| line.starts_with(&format!("{listener} ")) && line.contains(&server);
+        let line = screen.lines().find(is_its).unwrap_or_else(|| panic!("no {listener}:\n{screen}"));
         assert!(line.contains("  up since "), "{line}");
     }
 }
