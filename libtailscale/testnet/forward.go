@@ -36,6 +36,10 @@ type forwards struct {
 	logf        logger.Logf
 	open, total atomic.Int64 // connections
 
+	// showPeers makes connections come from an address for each peer, as on a real
+	// host: from 127.64.0.2 for 100.64.0.2. The target has to be on IPv4 loopback.
+	showPeers atomic.Bool
+
 	mu sync.Mutex
 	to map[uint16]string
 }
@@ -76,7 +80,7 @@ func (f *forwards) handle(src, dst netip.AddrPort) (handler func(net.Conn), inte
 	if !ok {
 		return nil, true
 	}
-	dial := startDial(to)
+	dial := startDial(f.source(src.Addr()), to)
 	select {
 	case <-dial.done:
 		if dial.err != nil {
@@ -90,6 +94,16 @@ func (f *forwards) handle(src, dst netip.AddrPort) (handler func(net.Conn), inte
 		abandoned.Stop()
 		f.serve(c, dial)
 	}, true
+}
+
+// source is where the connection to a target comes from; nil leaves it to the
+// kernel.
+func (f *forwards) source(peer netip.Addr) net.Addr {
+	if !f.showPeers.Load() || !peer.Is4() {
+		return nil
+	}
+	ip := peer.As4()
+	return &net.TCPAddr{IP: net.IPv4(127, ip[1], ip[2], ip[3])}
 }
 
 // serve relays one tailnet connection until both sides have ended it.
@@ -124,11 +138,12 @@ type pendingDial struct {
 	err  error
 }
 
-func startDial(to string) *pendingDial {
+func startDial(source net.Addr, to string) *pendingDial {
 	d := &pendingDial{done: make(chan struct{})}
 	go func() {
 		defer close(d.done)
-		c, err := net.DialTimeout("tcp", to, targetTimeout)
+		dialer := net.Dialer{Timeout: targetTimeout, LocalAddr: source}
+		c, err := dialer.Dial("tcp", to)
 		if err != nil {
 			d.err = err
 			return

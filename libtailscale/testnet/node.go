@@ -137,6 +137,17 @@ func (n *Net) Forward(name string, port uint16, to string) error {
 	return nil
 }
 
+// ShowPeers makes the node's forwarded connections come from 127.x.y.z for a peer
+// at 100.x.y.z, so that their target can tell peers apart.
+func (n *Net) ShowPeers(name string) error {
+	nd, err := n.nodeByName(name)
+	if err != nil {
+		return err
+	}
+	nd.forwards.showPeers.Store(true)
+	return nil
+}
+
 // Unforward closes the node's tailnet port: connecting is refused. Connections
 // that are open stay.
 func (n *Net) Unforward(name string, port uint16) error {

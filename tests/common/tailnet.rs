@@ -158,6 +158,13 @@ impl TestTailnet {
         self.command("unforward", json!({"node": node, "port": port}));
     }
 
+    /// From now on connections through the node come from 127.x.y.z for a peer at 100.x.y.z, so that
+    /// their target can tell peers apart; it has to be on 127.0.0.1.
+    #[track_caller]
+    pub fn show_peers(&self, node: &str) {
+        self.command("show_peers", json!({"name": node}));
+    }
+
     /// Turns a node off, as a process that ends: control tells its peers that it is offline.
     #[track_caller]
     pub fn stop_node(&self, name: &str) {

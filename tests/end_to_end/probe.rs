@@ -285,7 +285,7 @@ fn without_an_interval_nothing_is_probed() {
     assert_eq!(stub.accepted(), 1);
     assert_eq!(
         (is_up(&setup.edge, ("smtp", 25)), &status(&setup.edge, "smtp")["probe"]["state"]),
-        (None, &"unknown".into())
+        (None, &"unprobed".into())
     );
 }
 

@@ -498,13 +498,20 @@ fn the_quick_start_serves_the_five_default_ports() {
     // The default state directory is the host's own, so one in memory covers it.
     let covered = ["sh", "-c", r#"mount -t tmpfs none /var/lib && exec "$@""#, "sh"];
     let edge = Edge::builder(env!("CARGO_BIN_EXE_tailwart-edge")).wrapped(&host.wrapper()).wrapped(&covered);
-    let edge =
+    let builder =
         edge.auth_key("tskey-auth-quick").env("SSL_CERT_FILE", certificate.cert.to_str().expect("UTF-8"));
-    let mut edge = edge.spawn_with(&["run", "--upstream", MAILBOX]);
+    let mut edge = builder.spawn_with(&["run", "--upstream", MAILBOX]);
     edge.wait_ready(LIMIT);
     for port in DEFAULT_PORTS {
         echoes_inside(&host, "127.0.0.1", port);
         echoes_inside(&host, "::1", port);
+    }
+    // Who asks need not know the mailbox, nor have a file without mistakes.
+    let broken = dir.path().join("broken.toml");
+    std::fs::write(&broken, "[upstream]\nhost = 1\n").expect("a temporary directory takes files");
+    for arguments in [&["status"][..], &["status", "-c", broken.to_str().expect("UTF-8")]] {
+        let told = run(builder.program_alone().args(arguments), b"", LIMIT).expect_success();
+        tells(&told.stdout(), &["tailwart-edge", "node tailwart-edge.", "stalwart:4190"]);
     }
     let node = node(&tailnet);
     assert_eq!(

@@ -44,6 +44,7 @@ var commands = map[string]func(*testnet.Net, *command) (result, error){
 	"stop_node":         func(n *testnet.Net, c *command) (result, error) { return nil, n.StopNode(c.Name) },
 	"remove_node":       func(n *testnet.Net, c *command) (result, error) { return nil, n.RemoveNode(c.Name) },
 	"forward":           func(n *testnet.Net, c *command) (result, error) { return nil, n.Forward(c.Name, c.Port, c.To) },
+	"show_peers":        func(n *testnet.Net, c *command) (result, error) { return nil, n.ShowPeers(c.Name) },
 	"unforward":         func(n *testnet.Net, c *command) (result, error) { return nil, n.Unforward(c.Name, c.Port) },
 	"deny_port":         func(n *testnet.Net, c *command) (result, error) { return nil, n.DenyPort(c.Name, c.Port) },
 	"allow_port":        func(n *testnet.Net, c *command) (result, error) { return nil, n.AllowPort(c.Name, c.Port) },
