@@ -7,15 +7,16 @@
 mod common;
 
 use std::fs;
+use std::io::Read;
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use common::net::hears_itself;
 use common::netns::Namespace;
 use common::process::Daemon;
-use common::stub::{self, Stub};
+use common::stub::{Conn, Stub};
 use common::tailnet::{Options, TestTailnet};
 use common::tools::{Finished, run};
 use common::wait::eventually;
@@ -152,17 +153,62 @@ fn repository(file: &str) -> Vec<u8> {
     fs::read(common::repo_root().join(file)).unwrap_or_else(|error| panic!("{file}: {error}"))
 }
 
-/// A connection to a port of the machine that says what it hears.
+const GREETING: &[u8] = b"220 mail.example.test ready\r\n";
+
+/// A mail server as far as a probe of port 25 goes, which says what it hears.
+fn greet_and_echo(mut conn: Conn) {
+    if conn.read_proxy_header().is_none() {
+        return;
+    }
+    conn.send(GREETING);
+    let mut chunk = [0; 4096];
+    while let Ok(count @ 1..) = conn.read(&mut chunk) {
+        if &chunk[..count] == b"QUIT\r\n" {
+            return conn.send(b"221 Bye\r\n");
+        }
+        conn.send(&chunk[..count]);
+    }
+}
+
+/// A connection to a port of the machine that greets and says what it hears.
 fn is_served(host: &Namespace, port: u16) {
     let addr = SocketAddr::new(host.inside.into(), port);
     let mut client = TcpStream::connect(addr).unwrap_or_else(|error| panic!("{addr}: {error}"));
     client.set_read_timeout(Some(LIMIT)).expect("the deadline is not zero");
+    let mut greeting = [0; GREETING.len()];
+    client.read_exact(&mut greeting).unwrap_or_else(|error| panic!("{addr}: no greeting: {error}"));
+    assert_eq!(greeting, GREETING, "{addr}");
     hears_itself(&mut client);
+}
+
+/// Its figures hold the time of its start, although the sandbox hides the machine's.
+fn tells_its_start(machine: &Machine) {
+    let pid = machine.property("MainPID");
+    let hidden = [
+        "nsenter",
+        "--mount",
+        "--target",
+        &pid,
+        "test",
+        "-e",
+        "/proc/self/stat",
+        "-a",
+        "!",
+        "-e",
+        "/proc/stat",
+    ];
+    machine.run(&hidden).expect_success();
+    let metrics = machine.run(&["curl", "-qsf", "http://127.0.0.1:9464/metrics"]).expect_success().stdout();
+    let value = metrics.lines().find_map(|line| line.strip_prefix("process_start_time_seconds "));
+    let start: f64 = value.unwrap_or_else(|| panic!("{metrics}")).parse().expect("a number");
+    let now = UNIX_EPOCH.elapsed().expect("it is later").as_secs_f64();
+    // All of the test up to here, within its deadlines.
+    assert!((now - 5.0 * LIMIT.as_secs_f64()..=now + 1.0).contains(&start), "{start}, and now it is {now}");
 }
 
 #[test]
 fn the_packaged_service_serves_in_its_sandbox() {
-    let stub = Stub::start(stub::echo_after_header);
+    let stub = Stub::start(greet_and_echo);
     let host = Namespace::create();
     let tailnet = TestTailnet::start_with(&Options { host: Some(host.outside.into()), ..Options::default() });
     tailnet.add_node("stalwart", &["tag:stalwart"], &[25, 465, 587, 993, 4190].map(|port| (port, stub.addr)));
@@ -187,7 +233,9 @@ fn the_packaged_service_serves_in_its_sandbox() {
         is_served(&host, port);
     }
 
-    machine.run(&["tailwart-edge", "healthcheck"]).expect_success();
+    let is_well = || machine.run(&["tailwart-edge", "healthcheck"]).succeeded();
+    assert!(eventually(LIMIT, is_well), "{:?}", machine.run(&["tailwart-edge", "healthcheck"]));
+    tells_its_start(&machine);
 
     assert!(eventually(LIMIT, || machine.property("ActiveState") == "active"), "systemd was not told");
     assert!(
