@@ -122,6 +122,8 @@ fn prometheus_takes_both_formats_and_the_dashboard_and_alerts_find_what_they_ask
     prometheus.wait("up", LIMIT, |series| matches!(series, [(_, 1.0)]));
     assert!(prometheus.targets()[0]["lastError"] == "", "{}", prometheus.targets());
     is_as_shown(&prometheus, edge);
+    // A counter's description has this name in OpenMetrics alone.
+    assert!(!prometheus.metadata("tailwart_edge_connections").is_null());
     // Rates want something that goes on.
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -334,7 +336,7 @@ fn a_hundred_scrapes_at_once_are_answered_under_load() {
             });
         }
         let scrape = |number: usize| {
-            let headers = if number % 2 == 0 { OPEN_METRICS } else { "" };
+            let headers = if number.is_multiple_of(2) { OPEN_METRICS } else { "" };
             http::get_with(admin, "/metrics", headers)
         };
         let began = std::time::Instant::now();
@@ -345,7 +347,7 @@ fn a_hundred_scrapes_at_once_are_answered_under_load() {
         for (number, answer) in answers.into_iter().enumerate() {
             let answer = answer.expect("it is answered");
             assert!(answer.code == 200 && answer.body.contains("tailwart_edge_ready 1\n"), "{answer:?}");
-            assert_eq!(answer.body.ends_with("# EOF\n"), number % 2 == 0, "{}", answer.head);
+            assert_eq!(answer.body.ends_with("# EOF\n"), number.is_multiple_of(2), "{}", answer.head);
         }
         assert!(took < AT_ONCE, "{took:?}");
         eprintln!("{SCRAPES} scrapes at once took {took:?}");
