@@ -86,6 +86,12 @@ impl Prometheus {
         self.api("targets", None)["activeTargets"].clone()
     }
 
+    /// How a metric was described to it under this name; null if it was not.
+    #[track_caller]
+    pub fn metadata(&self, metric: &str) -> Value {
+        self.api("metadata", Some(("metric", metric)))[metric].clone()
+    }
+
     /// The alert rules, with what they are worth now.
     #[track_caller]
     pub fn rules(&self) -> Vec<Value> {

@@ -10,6 +10,7 @@
 //! | `ini,main.cf`, `ini,master.cf` | Postfix | `postconf`, which must not warn |
 //! | `ini,dovecot.conf` | Dovecot | `doveconf` |
 //! | `nginx` | what is within a `server` | `nginx -t` |
+//! | `yaml` | Prometheus | `promtool` |
 //! | `ini,systemd` | a unit or a part of one | sections and assignments |
 //! | `text` | what people or programs say | nobody |
 
@@ -32,7 +33,7 @@ const VARIABLES: [(&str, &str); 3] =
     [("STALWART_MAGIC_NAME", "stalwart"), ("TS_TAILNET", "tail1234.ts.net"), ("EDGE", "2")];
 
 /// How many blocks of each kind there must be, or the test looks in the wrong place.
-const AT_LEAST: [(&str, usize); 12] = [
+const AT_LEAST: [(&str, usize); 13] = [
     ("toml", 10),
     ("toml,fragment", 6),
     ("toml,stalwart", 1),
@@ -43,6 +44,7 @@ const AT_LEAST: [(&str, usize); 12] = [
     ("ini,master.cf", 2),
     ("ini,dovecot.conf", 1),
     ("nginx", 1),
+    ("yaml", 1),
     ("ini,systemd", 1),
     ("text", 5),
 ];
@@ -74,6 +76,7 @@ fn check(block: &Block) -> Result<(), String> {
         "ini,master.cf" => postfix("", &block.code),
         "ini,dovecot.conf" => dovecot(&block.code),
         "nginx" => nginx(&block.code),
+        "yaml" => prometheus(&block.code),
         "ini,systemd" => unit(&block.code),
         "text" => Ok(()),
         "" => Err("a block that does not say what it is".to_owned()),
@@ -96,6 +99,13 @@ fn edge(config: &str, flags: &[&str]) -> Result<(), String> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tailwart-edge"));
     command.env_clear().envs(VARIABLES).args(["check", "-c"]).arg(&file).args(flags);
     silent(run(&mut command, b"", LIMIT))
+}
+
+fn prometheus(config: &str) -> Result<(), String> {
+    let dir = temp_dir("docs-prometheus");
+    let file = dir.path().join("prometheus.yml");
+    fs::write(&file, config).expect("the file can be written");
+    silent(run(Command::new("promtool").args(["check", "config"]).arg(&file), b"", LIMIT))
 }
 
 /// `postconf` names each parameter that Postfix does not know, in either file.
