@@ -10,7 +10,6 @@
 
 mod serving;
 
-use std::collections::BTreeSet;
 use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -32,6 +31,7 @@ use crate::listener::BindError;
 use crate::log::Logging;
 use crate::membership::Membership;
 use crate::overview::Overview;
+use crate::peers::Peer;
 use crate::reload::{ReloadError, Source};
 use crate::sockets::{Opened, Sockets};
 use crate::state_dir::{self, StateDirError};
@@ -138,12 +138,11 @@ pub async fn run(start: Start) -> Result<(), RunError> {
     examiner.set_node(Arc::clone(&node));
     let membership = Arc::new(Membership::new(Arc::clone(&node), credentials, settings));
 
-    let hosts = upstream_hosts(&config);
     let parts = Parts { node: Arc::clone(&node), admin, board: board_sender, ledger, logging };
     let serving = Serving::new(config, sockets, opened, parts);
     let (supervisor, next_reload) = (Arc::new(supervisor), Instant::now());
     let mut edge = Edge { serving, source, supervisor, membership, next_reload };
-    let outcome = edge.serve(hosts, &mut signals).await;
+    let outcome = edge.serve(&mut signals).await;
     close(&node, &mut signals).await;
     outcome.map_err(RunError::Join)
 }
@@ -172,14 +171,14 @@ struct Edge {
 
 impl Edge {
     /// Joins the tailnet, and serves until a signal; then drains.
-    async fn serve(&mut self, hosts: BTreeSet<String>, signals: &mut Signals) -> Result<(), JoinError> {
+    async fn serve(&mut self, signals: &mut Signals) -> Result<(), JoinError> {
         self.serving.store(&self.supervisor);
         if self.membership.node.is_enrolled()? {
             self.serving.open_holding();
         }
         let membership = Arc::clone(&self.membership);
         let supervisor = Arc::clone(&self.supervisor);
-        let mut joining = pin!(reach_tailnet(&membership, hosts));
+        let mut joining = pin!(reach_tailnet(&membership, self.serving.peers()));
         let mut extending = pin!(supervisor.extend_start());
         let mut companions = Vec::new();
         let signal = loop {
@@ -253,11 +252,12 @@ impl Edge {
     }
 
     async fn put_in_force(&mut self, loaded: Result<Config, ReloadError>) -> Result<(), ReloadError> {
-        let known = upstream_hosts(self.serving.config());
+        let known = self.serving.peers();
         self.serving.change(loaded?).await?.tell();
         if self.serving.is_open() {
-            for host in upstream_hosts(self.serving.config()).difference(&known) {
-                tokio::spawn(greet_upstream(Arc::clone(&self.membership.node), host.clone()));
+            let is_new = |peer: &Arc<Peer>| !known.iter().any(|old| Arc::ptr_eq(old, peer));
+            for peer in self.serving.peers().into_iter().filter(is_new) {
+                tokio::spawn(greet_upstream(Arc::clone(&self.membership.node), peer));
             }
         }
         Ok(())
@@ -269,26 +269,23 @@ impl Edge {
 /// The contact comes before the first connection, because the first packets to a
 /// peer may be lost: it may not have heard of this node yet, and WireGuard asks
 /// again only after five seconds.
-async fn reach_tailnet(membership: &Membership, hosts: BTreeSet<String>) -> Result<(), JoinError> {
+async fn reach_tailnet(membership: &Membership, peers: Vec<Arc<Peer>>) -> Result<(), JoinError> {
     membership.join().await?;
     let mut greetings = JoinSet::new();
-    for host in hosts {
-        greetings.spawn(greet_upstream(Arc::clone(&membership.node), host));
+    for peer in peers {
+        greetings.spawn(greet_upstream(Arc::clone(&membership.node), peer));
     }
     greetings.join_all().await;
     Ok(())
 }
 
-/// Every upstream host, once.
-fn upstream_hosts(config: &Config) -> BTreeSet<String> {
-    config.listeners.iter().flat_map(|listener| listener.upstream.hosts.clone()).collect()
-}
-
 /// Looks at an upstream once, so that a wrong name shows at once and not with
 /// the first mail.
-async fn greet_upstream(node: Arc<Node>, host: String) {
-    match node.ping(&host, GREETING_LIMIT).await {
+async fn greet_upstream(node: Arc<Node>, peer: Arc<Peer>) {
+    let host = &peer.host;
+    match node.ping(host, GREETING_LIMIT).await {
         Ok(report) if report.answered => {
+            peer.answered(&report);
             let latency_ms = (report.latency_ms * 1e3).round() / 1e3;
             info!(upstream = host, ip = %report.ip, path = report.route().to_string(), latency_ms, "upstream reached");
         }

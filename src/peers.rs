@@ -104,7 +104,7 @@ impl Peer {
     }
 
     /// Takes the path from an answer to a ping.
-    fn answered(&self, report: &PingReport) {
+    pub fn answered(&self, report: &PingReport) {
         if report.answered && !(report.direct.is_empty() && report.relay.is_empty()) {
             let latency = Duration::try_from_secs_f64(report.latency_ms / 1e3).unwrap_or_default();
             let path = Path { route: report.route(), latency, seen: Instant::now() };

@@ -10,7 +10,7 @@
 //! `sockets.rs`).
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -33,7 +33,7 @@ use crate::limits::{ClientLimit, Permits, connection_limit};
 use crate::listener::{self, Admission, BindError};
 use crate::log::Logging;
 use crate::overview::Overview;
-use crate::peers::Peers;
+use crate::peers::{Peer, Peers};
 use crate::relay::Timeouts;
 use crate::reload::Changes;
 use crate::sockets::{ADMIN, Opened, Socket, Sockets};
@@ -199,6 +199,11 @@ impl Serving {
         serving
     }
 
+    /// The mailbox's nodes.
+    pub fn peers(&self) -> Vec<Arc<Peer>> {
+        self.peers.known().iter().filter_map(Weak::upgrade).collect()
+    }
+
     /// Whether every port accepts, as it does once the edge has been on the tailnet.
     pub fn is_open(&self) -> bool {
         self.opening == Opening::All
@@ -221,11 +226,6 @@ impl Serving {
                 port.accept(&self.admission);
             }
         }
-    }
-
-    /// The configuration in force.
-    pub fn config(&self) -> &Config {
-        &self.config
     }
 
     /// Has the supervisor keep the sockets that are open.

@@ -188,7 +188,8 @@ fn it_is_ready_while_a_mail_listener_has_a_mailbox() {
 #[test]
 fn it_is_not_ready_before_the_first_probe_has_ended() {
     let silent = Stub::start(stub::silent);
-    let Setup { edge, .. } = start_with(&[(25, silent.addr)], &listeners(&[("smtp", 25)]), probing);
+    let Setup { edge, tailnet: _tailnet } =
+        start_with(&[(25, silent.addr)], &listeners(&[("smtp", 25)]), probing);
     becomes(&edge, 503, r#""reasons":["the mailbox was not reached yet"]"#);
 }
 
