@@ -204,7 +204,7 @@ impl Edge {
                 break signal;
             }
         };
-        self.supervisor.stopping(self.serving.config().timeouts.drain);
+        self.supervisor.stopping(self.serving.drain_limit());
         drop(companions);
         self.serving.stop(signal, signals).await;
         Ok(())

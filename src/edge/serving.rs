@@ -199,6 +199,11 @@ impl Serving {
         serving
     }
 
+    /// How long a stop may take.
+    pub fn drain_limit(&self) -> Duration {
+        self.config.timeouts.drain
+    }
+
     /// The mailbox's nodes.
     pub fn peers(&self) -> Vec<Arc<Peer>> {
         self.peers.known().iter().filter_map(Weak::upgrade).collect()
