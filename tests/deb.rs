@@ -87,6 +87,56 @@ fn the_scripts_start_nothing_and_leave_nothing() {
     }
 }
 
+/// Installs, upgrades, removes and purges the package in a copy of this machine's files, where systemd
+/// seems to run: what is asked of it is written down, a step a line.
+const LIFE: &str = r#"
+set -e
+mount --make-rprivate /
+mount -t tmpfs tmpfs "$1"
+cd "$1"
+mkdir upper work root
+mount -t overlay -o lowerdir=/,upperdir=upper,workdir=work overlay root
+mount -t tmpfs tmpfs root/run
+mkdir -p root/run/systemd/system root/asked
+cp "$2" root/package.deb
+printf '#!/bin/sh\necho "$*" >>/asked/all\n' >root/asked/systemctl
+chmod +x root/asked/systemctl
+rm -f root/usr/sbin/policy-rc.d
+chroot root sh -ec '
+    left() { find /etc/systemd /var/lib/systemd -name "tailwart-edge*"; }
+    PATH=/asked:$PATH
+    dpkg --install /package.deb
+    /bin/systemctl --root=/ enable tailwart-edge-smtp.socket
+    echo upgrade >>/asked/all
+    dpkg --install /package.deb
+    echo remove >>/asked/all
+    dpkg --remove tailwart-edge
+    dpkg --purge tailwart-edge
+    echo left: $(left) >>/asked/all
+' >&2
+cat root/asked/all
+"#;
+
+/// Sockets are open before, during and after an upgrade; after a removal none is, and no client starts
+/// what is being removed.
+#[test]
+fn the_sockets_outlive_an_upgrade_and_go_with_the_package() {
+    let dir = common::temp_dir("life");
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", LIFE, "sh"]).arg(dir.path()).arg(package());
+    let asked = run(&mut command, b"", LIMIT).expect_success().stdout();
+    let (before, removal) = asked.split_once("\nremove\n").unwrap_or_else(|| panic!("{asked}"));
+    let (_, upgrade) = before.split_once("upgrade\n").unwrap_or_else(|| panic!("{asked}"));
+    assert!(upgrade.contains("restart tailwart-edge.service") && !upgrade.contains(".socket"), "{upgrade}");
+    let stop =
+        |unit: &str| removal.find(&format!("stop {unit}")).unwrap_or_else(|| panic!("{unit}: {removal}"));
+    let service = stop("tailwart-edge.service");
+    for name in ["smtp", "submission", "submissions", "imaps", "sieve"] {
+        assert!(stop(&format!("tailwart-edge-{name}.socket\n")) < service, "{removal}");
+    }
+    assert!(removal.ends_with("\nleft:\n"), "{removal}");
+}
+
 #[test]
 fn lintian_has_nothing_to_say() {
     let package = package().display().to_string();
