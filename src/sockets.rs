@@ -390,6 +390,8 @@ fn may_be_missing(listener: &Listener, address: SocketAddr, error: &BindError) -
 #[cfg(test)]
 mod tests {
     use std::net::{Ipv4Addr, Ipv6Addr};
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram};
 
     use socket2::{Socket as RawSocket, Type};
 
@@ -468,6 +470,47 @@ mod tests {
         assert_eq!(locals(&opened), [[at], [free]]);
         sockets.close_unused(&opened);
         assert!(std::net::TcpListener::bind(elsewhere).is_ok(), "what is not used is closed");
+    }
+
+    #[tokio::test]
+    async fn the_admin_listener_takes_the_socket_of_its_unit_that_has_its_address() {
+        let [(first, _), (second, at)] = [(); 2].map(|()| listening(local(), false));
+        let mut sockets = handed(vec![("admin", first), ("admin", second)]);
+        for _ in 0..2 {
+            let config = Config { admin: Some(at), ..config(&[]) };
+            let opened = sockets.open(&config, &Opened::default()).unwrap();
+            assert_eq!(opened.admin.as_ref().and_then(Socket::local), Some(at));
+            sockets.close_unused(&opened);
+            assert_eq!(sockets.units.len(), 2, "a unit's socket stays, since it cannot be bound anew");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_supervisor_did_not_hear_is_not_in_the_store() {
+        let name = format!("tailwart-test-{}-store", std::process::id());
+        let address = UnixAddr::from_abstract_name(name.as_bytes()).unwrap();
+        let supervisor =
+            Supervisor::find(&|variable| (variable == "NOTIFY_SOCKET").then(|| format!("@{name}")));
+        let addresses = [(); 2].map(|()| listening(local(), false).1); // closed again
+        let mut sockets = Sockets::default();
+        let opened = sockets.open(&config(&[&addresses]), &Opened::default()).unwrap();
+        sockets.store(&supervisor, &opened);
+        assert!(sockets.stored.values().all(BTreeSet::is_empty), "nobody listens: {:?}", sockets.stored);
+        let listener = UnixDatagram::bind_addr(&address).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let heard = || std::iter::from_fn(|| listener.recv(&mut [0; 512]).ok()).count();
+        sockets.store(&supervisor, &opened);
+        assert_eq!(heard(), 2, "the next time both go out");
+        sockets.store(&supervisor, &opened);
+        assert_eq!(heard(), 0, "and that is known");
+        drop(listener);
+        let fewer = sockets.open(&config(&[&addresses[..1]]), &opened).unwrap();
+        sockets.store(&supervisor, &fewer);
+        let listener = UnixDatagram::bind_addr(&address).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        sockets.store(&supervisor, &fewer);
+        let heard = std::iter::from_fn(|| listener.recv(&mut [0; 512]).ok()).count();
+        assert_eq!(heard, 2, "the old ones are taken out, and the one that stays is put in");
     }
 
     #[tokio::test]
