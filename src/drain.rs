@@ -2,10 +2,12 @@
 //!
 //! SIGTERM and SIGINT begin a drain: no new connections, then the rest have a
 //! limited time. A second one ends it at once. SIGHUP has the configuration read
-//! again; however many come meanwhile, once more.
+//! again; however many come meanwhile, once more. Where there is no file to read and
+//! a terminal, it is the terminal that goes away, and a stop: nobody is left who
+//! would end the edge by Ctrl-C.
 
 use std::fmt;
-use std::io;
+use std::io::{self, IsTerminal as _};
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -18,6 +20,7 @@ pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
+    hangup_stops: bool,
 }
 
 /// What a signal asks for.
@@ -32,11 +35,12 @@ pub enum Request {
 impl Signals {
     /// Installs the handlers, safe beside the Go runtime. Must be called
     /// within a tokio runtime.
-    pub fn install() -> io::Result<Signals> {
+    pub fn install(has_file: bool) -> io::Result<Signals> {
         Ok(Signals {
             terminate: handler(SignalKind::terminate())?,
             interrupt: handler(SignalKind::interrupt())?,
             hangup: handler(SignalKind::hangup())?,
+            hangup_stops: !has_file && io::stderr().is_terminal(),
         })
     }
 
@@ -46,7 +50,7 @@ impl Signals {
             biased;
             _ = self.terminate.recv() => Request::Stop("SIGTERM"),
             _ = self.interrupt.recv() => Request::Stop("SIGINT"),
-            _ = self.hangup.recv() => Request::Reload,
+            _ = self.hangup.recv() => if self.hangup_stops { Request::Stop("SIGHUP") } else { Request::Reload },
         }
     }
 

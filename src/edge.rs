@@ -106,7 +106,7 @@ pub struct Start {
 /// the drain time-out cut connections.
 pub async fn run(start: Start) -> Result<(), RunError> {
     let Start { config, source, credentials, supervisor, handed, logging } = start;
-    let mut signals = Signals::install().map_err(RunError::Signals)?;
+    let mut signals = Signals::install(source.has_file()).map_err(RunError::Signals)?;
     info!(version = env!("CARGO_PKG_VERSION"), tailscale = linked_version(), "tailwart-edge starts");
     let mut sockets = Sockets::new(handed);
     let opened = sockets.open(&config, &Opened::default())?;

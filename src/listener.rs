@@ -3,8 +3,9 @@
 //! Invariants
 //! - A permit is held before `accept`, so the kernel's backlog holds the line
 //!   at the connection limit; it goes back when the connection's task ends.
-//! - An error of `accept` never ends a listener: it backs off from 5 ms to 1 s
-//!   and goes on, so running out of descriptors costs time, not the port.
+//! - An error of `accept` never ends a listener: if it is ours to wait out, or
+//!   comes again and again, it backs off from 5 ms to 1 s and goes on, so running
+//!   out of descriptors costs time, not the port.
 //! - Accepting can be ended at any time, by dropping it, and begun again: the
 //!   socket stays open, no client is lost, and the permit goes back.
 //!
@@ -36,6 +37,10 @@ const BACKLOG: i32 = 4096;
 /// How long `accept` pauses after an error: twice as long each time.
 const BACKOFF_FIRST: Duration = Duration::from_millis(5);
 const BACKOFF_LAST: Duration = Duration::from_secs(1);
+
+/// So many clients in a row may be lost before they were accepted. After that the
+/// fault is the socket's: a supervisor has it too, and may have shut it down.
+const LOST_IN_A_ROW: u32 = 100;
 
 /// How long `accept` must have gone well before its errors count as over.
 const CALM: Duration = Duration::from_secs(5);
@@ -123,7 +128,7 @@ pub struct Admission {
 /// Accepts connections for as long as it is not dropped, each served in a task
 /// of its own.
 pub async fn accept<D: Dial>(listener: Arc<TcpListener>, service: Arc<Service<D>>, admission: Admission) {
-    let mut trouble = Trouble { backoff: BACKOFF_FIRST, last: None };
+    let mut trouble = Trouble { backoff: BACKOFF_FIRST, last: None, lost: 0 };
     loop {
         let Ok(permit) = Arc::clone(&admission.permits).acquire_owned().await else { return }; // never closed
         match listener.accept().await {
@@ -131,7 +136,8 @@ pub async fn accept<D: Dial>(listener: Arc<TcpListener>, service: Arc<Service<D>
                 trouble.over(&service.name);
                 admit(&service, &admission, permit, client, peer);
             }
-            Err(error) if !is_shortage(&error) => {
+            Err(error) if !is_shortage(&error) && trouble.lost < LOST_IN_A_ROW => {
+                trouble.lost += 1;
                 debug!(listener = service.name, "a client was lost before it was accepted: {error}");
             }
             Err(error) => {
@@ -169,16 +175,20 @@ fn is_shortage(error: &io::Error) -> bool {
 struct Trouble {
     backoff: Duration,
     last: Option<Instant>,
+    /// Clients that were lost one after the other.
+    lost: u32,
 }
 
 impl Trouble {
     /// Notes an error; returns how long to pause.
     fn with(&mut self, listener: &str, error: &io::Error) -> Duration {
         if self.last.replace(Instant::now()).is_none() {
-            warn!(
-                listener,
-                "cannot accept: {error}; trying again; raise the descriptor limit (LimitNOFILE) or lower max_connections"
-            );
+            let remedy = if is_shortage(error) {
+                "raise the descriptor limit (LimitNOFILE) or lower max_connections"
+            } else {
+                "if it stays so, restart the edge, and the socket unit if it has one"
+            };
+            warn!(listener, "cannot accept: {error}; trying again; {remedy}");
         }
         let pause = self.backoff;
         self.backoff = (pause * 2).min(BACKOFF_LAST);
@@ -187,7 +197,7 @@ impl Trouble {
 
     /// Notes a connection.
     fn over(&mut self, listener: &str) {
-        self.backoff = BACKOFF_FIRST;
+        (self.backoff, self.lost) = (BACKOFF_FIRST, 0);
         if self.last.is_some_and(|last| last.elapsed() >= CALM) {
             self.last = None;
             info!(listener, "accepting again");

@@ -72,6 +72,11 @@ impl Source {
         self.environment.get(name).cloned()
     }
 
+    /// Whether there is a file to read.
+    pub fn has_file(&self) -> bool {
+        self.path.is_some()
+    }
+
     /// Reads the configuration, which `env` may know more variables for.
     pub fn load(&self, env: Env) -> Result<Config, ConfigError> {
         match &self.path {

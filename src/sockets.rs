@@ -7,8 +7,8 @@
 //! Invariants
 //! - Everything is bound before anything is closed, and a socket whose address stays is not touched.
 //! - A socket unit's socket with a listener's name is that listener's address, whatever the file says;
-//!   another one is used where the file has exactly its address. It is never closed while it may be
-//!   wanted again, since it cannot be bound anew.
+//!   another one is used where the file has exactly its address. It is never closed, since it cannot be
+//!   bound anew: the supervisor has it open for as long as the unit is there.
 //! - A kept socket is used only where the configuration still has exactly its address.
 //! - Nothing that was handed over can prevent the start: what is no listening TCP socket is told and
 //!   left out.
@@ -17,7 +17,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -33,6 +33,10 @@ use crate::supervisor::{Handed, Supervisor};
 
 /// What the names of our own sockets in the supervisor's store begin with.
 const KEPT: &str = "kept.";
+
+/// As many sockets as the packaged unit has the supervisor keep; of more than its own limit it says
+/// nothing.
+const STORE_MAX: usize = 64;
 
 /// The admin listener's name, in the log and among socket units.
 pub const ADMIN: &str = "admin";
@@ -125,8 +129,10 @@ impl Sockets {
             opened.listeners.push((listener.name.clone(), search.of_listener(listener)?));
         }
         if let Some(address) = config.admin {
-            let mut units = search.units_named(ADMIN, &[address], true);
-            opened.admin = match units.pop() {
+            let units = search.units_named(ADMIN, &[address], true);
+            // It has one socket; `warn_of_idle_units` tells of the others.
+            let own = units.iter().find(|unit| unit.address == address).or(units.first()).cloned();
+            opened.admin = match own {
                 Some(unit) => Some(unit),
                 None => search.of_address(ADMIN, address)?,
             };
@@ -134,28 +140,27 @@ impl Sockets {
         Ok(opened)
     }
 
-    /// After the start: closes what was handed over and has no place in the configuration.
+    /// After the start: closes what was kept and has no place in the configuration.
     pub fn close_unused(&mut self, opened: &Opened) {
+        self.warn_of_idle_units(opened);
         let used: BTreeSet<SocketAddr> = opened.all().filter_map(|socket| socket.local()).collect();
-        self.units.retain(|unit| {
-            let is_used = used.contains(&unit.local);
-            if !is_used {
-                warn!("the socket unit's socket {unit} is closed: no listener has its name or its address; see FileDescriptorName= and ListenStream=");
-            }
-            is_used
-        });
         for kept in self.kept.drain(..).filter(|kept| !used.contains(&kept.local)) {
             info!("the kept socket {kept} is closed: the configuration has another address");
         }
     }
 
-    /// After a reload: a socket unit takes connections for as long as it is there, whoever wants them.
+    /// A socket unit takes connections for as long as it is there, whoever wants them.
     pub fn warn_of_idle_units(&self, opened: &Opened) {
         let used: BTreeSet<SocketAddr> = opened.all().filter_map(Socket::local).collect();
         for unit in self.units.iter().filter(|unit| !used.contains(&unit.local)) {
-            warn!(
-                "no listener has the socket unit's socket {unit} any more, and clients wait there in vain; stop the unit"
-            );
+            match opened.admin.as_ref().filter(|_| unit.name == ADMIN).and_then(Socket::local) {
+                Some(admin) => warn!(
+                    "clients of the socket unit's socket {unit} wait in vain: the admin listener has one socket, {admin}; give its unit one ListenStream="
+                ),
+                None => warn!(
+                    "clients of the socket unit's socket {unit} wait in vain: no listener has its name or its address; see FileDescriptorName= and ListenStream=, or stop the unit"
+                ),
+            }
         }
     }
 
@@ -169,21 +174,49 @@ impl Sockets {
         }
         let admin = opened.admin.as_ref().filter(|socket| socket.is_ours());
         wanted.entry(format!("{KEPT}{ADMIN}")).or_default().extend(admin);
+        let count: usize = wanted.values().map(Vec::len).sum();
+        if count > STORE_MAX {
+            warn!(
+                "{count} sockets are to be kept over a restart, and the packaged unit has room for {STORE_MAX}; raise FileDescriptorStoreMax="
+            );
+        }
+        if let Err(error) = self.store_all(supervisor, &wanted) {
+            warn!(
+                "the supervisor could not be told which sockets to keep: {error}; ports may be closed during the next restart, unless a reload goes better"
+            );
+        }
+    }
+
+    /// Up to the first message that does not go out: each may take its time to fail.
+    fn store_all(
+        &mut self,
+        supervisor: &Supervisor,
+        wanted: &BTreeMap<String, Vec<&Socket>>,
+    ) -> io::Result<()> {
         let addresses = |sockets: &[&Socket]| sockets.iter().filter_map(|socket| socket.local()).collect();
-        let now: BTreeMap<String, BTreeSet<SocketAddr>> =
-            wanted.iter().map(|(name, sockets)| (name.clone(), addresses(sockets))).collect();
-        for (name, stored) in &self.stored {
+        let now: BTreeMap<&str, BTreeSet<SocketAddr>> =
+            wanted.iter().map(|(name, sockets)| (name.as_str(), addresses(sockets))).collect();
+        let is_old = |name: &str, stored: &BTreeSet<_>| {
+            !stored.is_empty() && !now.get(name).is_some_and(|now| stored.is_subset(now))
+        };
+        let stored = self.stored.iter();
+        let old: Vec<String> =
+            stored.filter(|(name, stored)| is_old(name, stored)).map(|(name, _)| name.clone()).collect();
+        for name in old {
             // A name stands for all its sockets: to take out one is to take out all.
-            if !stored.is_empty() && now.get(name) != Some(stored) {
-                supervisor.forget(name);
-            }
+            supervisor.forget(&name)?;
+            self.stored.remove(&name);
         }
         for (name, sockets) in wanted {
-            if self.stored.get(&name) != now.get(&name) {
-                sockets.iter().for_each(|socket| supervisor.store(&name, socket.listener.as_fd()));
+            let stored = self.stored.entry(name.clone()).or_default();
+            for (socket, local) in sockets.iter().filter_map(|socket| Some((socket, socket.local()?))) {
+                if !stored.contains(&local) {
+                    supervisor.store(name, socket.listener.as_fd())?;
+                    stored.insert(local);
+                }
             }
         }
-        self.stored = now;
+        Ok(())
     }
 }
 
@@ -357,6 +390,8 @@ fn may_be_missing(listener: &Listener, address: SocketAddr, error: &BindError) -
 #[cfg(test)]
 mod tests {
     use std::net::{Ipv4Addr, Ipv6Addr};
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram};
 
     use socket2::{Socket as RawSocket, Type};
 
@@ -435,6 +470,47 @@ mod tests {
         assert_eq!(locals(&opened), [[at], [free]]);
         sockets.close_unused(&opened);
         assert!(std::net::TcpListener::bind(elsewhere).is_ok(), "what is not used is closed");
+    }
+
+    #[tokio::test]
+    async fn the_admin_listener_takes_the_socket_of_its_unit_that_has_its_address() {
+        let [(first, _), (second, at)] = [(); 2].map(|()| listening(local(), false));
+        let mut sockets = handed(vec![("admin", first), ("admin", second)]);
+        for _ in 0..2 {
+            let config = Config { admin: Some(at), ..config(&[]) };
+            let opened = sockets.open(&config, &Opened::default()).unwrap();
+            assert_eq!(opened.admin.as_ref().and_then(Socket::local), Some(at));
+            sockets.close_unused(&opened);
+            assert_eq!(sockets.units.len(), 2, "a unit's socket stays, since it cannot be bound anew");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_supervisor_did_not_hear_is_not_in_the_store() {
+        let name = format!("tailwart-test-{}-store", std::process::id());
+        let address = UnixAddr::from_abstract_name(name.as_bytes()).unwrap();
+        let supervisor =
+            Supervisor::find(&|variable| (variable == "NOTIFY_SOCKET").then(|| format!("@{name}")));
+        let addresses = [(); 2].map(|()| listening(local(), false).1); // closed again
+        let mut sockets = Sockets::default();
+        let opened = sockets.open(&config(&[&addresses]), &Opened::default()).unwrap();
+        sockets.store(&supervisor, &opened);
+        assert!(sockets.stored.values().all(BTreeSet::is_empty), "nobody listens: {:?}", sockets.stored);
+        let listener = UnixDatagram::bind_addr(&address).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let heard = || std::iter::from_fn(|| listener.recv(&mut [0; 512]).ok()).count();
+        sockets.store(&supervisor, &opened);
+        assert_eq!(heard(), 2, "the next time both go out");
+        sockets.store(&supervisor, &opened);
+        assert_eq!(heard(), 0, "and that is known");
+        drop(listener);
+        let fewer = sockets.open(&config(&[&addresses[..1]]), &opened).unwrap();
+        sockets.store(&supervisor, &fewer);
+        let listener = UnixDatagram::bind_addr(&address).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        sockets.store(&supervisor, &fewer);
+        let heard = std::iter::from_fn(|| listener.recv(&mut [0; 512]).ok()).count();
+        assert_eq!(heard, 2, "the old ones are taken out, and the one that stays is put in");
     }
 
     #[tokio::test]

@@ -3,6 +3,8 @@
 //!
 //! Invariants
 //! - Without `NOTIFY_SOCKET` nothing is said, and a message that cannot be sent is no reason to stop.
+//! - What changes the supervisor's mind waits for a moment when its queue is full (10 messages by the
+//!   kernel's default); what is said again anyway, status and signs of life, does not.
 //! - The watchdog is told only what is true: that this runtime runs, and that a call into the Go side
 //!   returns.
 //! - A message needs no descriptor that is not there yet, so that an edge that has run out of them is
@@ -10,11 +12,13 @@
 //!
 //! Deliberately not here: which sockets are used for what (see `sockets.rs`).
 
-use std::io::IoSlice;
+use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
     SocketType, sendmsg_addr, socket_with,
@@ -37,6 +41,12 @@ const EXTENSION_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Beyond the drain time-out: closing the node, and room for a busy machine.
 const AFTER_DRAIN: Duration = Duration::from_secs(20);
+
+/// How long a message that must arrive waits for a supervisor that does not read.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// More descriptors than this nobody hands over; a number that is wrong costs no more system calls.
+const HANDED_MAX: usize = 4096;
 
 /// The name of a descriptor that was given none (sd_listen_fds_with_names(3)).
 const NAMELESS: &str = "unknown";
@@ -69,10 +79,11 @@ impl Supervisor {
                 Some(name) => SocketAddrUnix::new_abstract_name(name.as_bytes()),
                 None => SocketAddrUnix::new(path.as_str()),
             };
-            // Not blocking: whatever the supervisor does, the edge does not wait for it.
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None);
-            Some((socket.ok()?, address.ok()?))
+            let socket =
+                socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None).ok()?;
+            // The kernel's own wait: poll(2) knows of the queue of a connected peer only.
+            set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE)).ok()?;
+            Some((socket, address.ok()?))
         });
         let is_ours = env("WATCHDOG_PID").is_none_or(|pid| is_own_pid(&pid));
         let limit = env("WATCHDOG_USEC").and_then(|limit| limit.parse().ok());
@@ -82,30 +93,30 @@ impl Supervisor {
 
     /// Says that the edge serves, or that it goes on after a reload.
     pub fn ready(&self) {
-        self.tell("READY=1");
+        self.insist("READY=1");
     }
 
     /// Says that the configuration is being read again, which a `ready` ends.
     pub fn reloading(&self) {
         let now = clock_gettime(ClockId::Monotonic);
         let micros = i128::from(now.tv_sec) * 1_000_000 + i128::from(now.tv_nsec) / 1000;
-        self.tell(&format!("RELOADING=1\nMONOTONIC_USEC={micros}"));
+        self.insist(&format!("RELOADING=1\nMONOTONIC_USEC={micros}"));
     }
 
     /// Says that the edge stops, and how long that may take.
     pub fn stopping(&self, drain: Duration) {
         let limit = (drain + AFTER_DRAIN).as_micros();
-        self.tell(&format!("STOPPING=1\nSTATUS=stopping\nEXTEND_TIMEOUT_USEC={limit}"));
+        self.insist(&format!("STOPPING=1\nSTATUS=stopping\nEXTEND_TIMEOUT_USEC={limit}"));
     }
 
     /// Has a listening socket kept for the next start.
-    pub fn store(&self, name: &str, socket: BorrowedFd<'_>) {
-        self.send(&format!("FDSTORE=1\nFDNAME={name}"), Some(socket));
+    pub fn store(&self, name: &str, socket: BorrowedFd<'_>) -> io::Result<()> {
+        self.send(&format!("FDSTORE=1\nFDNAME={name}"), Some(socket), SendFlags::empty())
     }
 
     /// Has every socket of this name forgotten.
-    pub fn forget(&self, name: &str) {
-        self.tell(&format!("FDSTOREREMOVE=1\nFDNAME={name}"));
+    pub fn forget(&self, name: &str) -> io::Result<()> {
+        self.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), None, SendFlags::empty())
     }
 
     /// Asks for more time, again and again, until it is dropped: a start may wait for a control
@@ -123,19 +134,21 @@ impl Supervisor {
         if self.channel.is_none() {
             return;
         }
-        tokio::join!(self.keep_watchdog(), self.keep_status(status));
+        // A call that waits for no lock of Tailscale's: its client may hold one for as long as a
+        // control server keeps silent, while mail passes.
+        let check = async || spawn_blocking(open_connections).await.is_ok();
+        tokio::join!(self.keep_watchdog(check), self.keep_status(status));
     }
 
-    async fn keep_watchdog(&self) {
+    /// Feeds the watchdog each time that `check` says in time that all is well.
+    async fn keep_watchdog(&self, check: impl AsyncFn() -> bool) {
         let Some(half) = self.watchdog.map(|limit| limit / 2) else { return };
         let mut ticks = interval(half.max(Duration::from_millis(1)));
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            // A call that waits for no lock of Tailscale's: its client may hold one for as long as a
-            // control server keeps silent, while mail passes.
-            match timeout(half, spawn_blocking(open_connections)).await {
-                Ok(Ok(_)) => self.tell("WATCHDOG=1"),
+            match timeout(half, check()).await {
+                Ok(true) => self.tell("WATCHDOG=1"),
                 _ => warn!("the tailnet library does not answer; the watchdog is not told that all is well"),
             }
         }
@@ -153,19 +166,35 @@ impl Supervisor {
         }
     }
 
+    /// Tells what is said again before long.
     fn tell(&self, message: &str) {
-        self.send(message, None);
+        if let Err(error) = self.send(message, None, SendFlags::DONTWAIT) {
+            debug!("cannot tell the supervisor {:?}: {error}", message.lines().next());
+        }
     }
 
-    fn send(&self, message: &str, descriptor: Option<BorrowedFd<'_>>) {
-        let Some((socket, address)) = &self.channel else { return };
+    /// Tells what the supervisor has to hear, and says so if it does not.
+    fn insist(&self, message: &str) {
+        if let Err(error) = self.send(message, None, SendFlags::empty()) {
+            let first = message.lines().next().unwrap_or_default();
+            warn!("cannot tell the supervisor {first}: {error}; it may take this edge for stuck");
+        }
+    }
+
+    fn send(&self, message: &str, descriptor: Option<BorrowedFd<'_>>, flags: SendFlags) -> io::Result<()> {
+        let Some((socket, address)) = &self.channel else { return Ok(()) };
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         // There is room for one.
         control.push(SendAncillaryMessage::ScmRights(descriptor.as_slice()));
-        let text = [IoSlice::new(message.as_bytes())];
-        if let Err(error) = sendmsg_addr(socket, address, &text, &mut control, SendFlags::NOSIGNAL) {
-            debug!("cannot tell the supervisor {:?}: {error}", message.lines().next());
+        let (text, began) = ([IoSlice::new(message.as_bytes())], Instant::now());
+        loop {
+            match sendmsg_addr(socket, address, &text, &mut control, SendFlags::NOSIGNAL | flags) {
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) if began.elapsed() < PATIENCE => {}
+                Err(Errno::AGAIN) => return Err(io::Error::other("it does not read its messages")),
+                Err(error) => return Err(error.into()),
+            }
         }
     }
 }
@@ -179,7 +208,7 @@ pub fn handed_over(env: Env) -> Vec<Handed> {
     }
     let announced: usize = env("LISTEN_FDS").and_then(|count| count.parse().ok()).unwrap_or(0);
     // Above it there can be none, whatever the number says.
-    let limit = getrlimit(Resource::Nofile).current.map_or(announced, |limit| limit as usize);
+    let limit = getrlimit(Resource::Nofile).current.map_or(HANDED_MAX, |limit| limit as usize);
     let names = env("LISTEN_FDNAMES").unwrap_or_default();
     let (named, rest) = (names.split(':').count(), std::iter::repeat(NAMELESS));
     if !names.is_empty() && named != announced {
@@ -189,7 +218,7 @@ pub fn handed_over(env: Env) -> Vec<Handed> {
     }
     let names =
         names.split(':').chain(rest).map(|name| if name.is_empty() { NAMELESS } else { name }.to_owned());
-    let sockets = take_inherited_sockets(announced.min(limit));
+    let sockets = take_inherited_sockets(announced.min(limit).min(HANDED_MAX));
     let handed = |((socket, name), number)| Handed { name, number, socket };
     sockets.into_iter().zip(names).zip(FIRST..).map(handed).collect()
 }
@@ -236,6 +265,77 @@ mod tests {
             assert!(micros.is_some_and(|micros| micros.parse::<u64>().is_ok()), "{reloading}");
             supervisor.stopping(Duration::from_secs(30));
             assert_eq!(heard(&socket), "STOPPING=1\nSTATUS=stopping\nEXTEND_TIMEOUT_USEC=50000000");
+        }
+    }
+
+    /// Has room for a few messages only, and has no more.
+    fn full() -> (Supervisor, UnixDatagram, usize) {
+        let name = format!("tailwart-test-{}-{:?}", std::process::id(), std::thread::current().id());
+        let address = SocketAddr::from_abstract_name(name.as_bytes()).unwrap();
+        let socket = UnixDatagram::bind_addr(&address).unwrap();
+        let supervisor = supervisor(&[("NOTIFY_SOCKET", &format!("@{name}")), ("WATCHDOG_USEC", "2000000")]);
+        let fill = || supervisor.send("STATUS=full", None, SendFlags::DONTWAIT);
+        let room = (0..100_000).take_while(|_| fill().is_ok()).count();
+        (supervisor, socket, room)
+    }
+
+    #[test]
+    fn what_must_arrive_waits_for_room_and_the_rest_does_not() {
+        let (supervisor, socket, room) = full();
+        supervisor.tell("STATUS=lost");
+        let file = tempfile::tempfile().unwrap();
+        std::thread::scope(|scope| {
+            let telling = scope.spawn(|| {
+                supervisor.ready();
+                supervisor.store("kept.mail", std::os::fd::AsFd::as_fd(&file)).unwrap();
+                supervisor.forget("kept.mail").unwrap();
+            });
+            (0..room).for_each(|_| assert_eq!(heard(&socket), "STATUS=full"));
+            assert_eq!(heard(&socket), "READY=1");
+            assert_eq!(heard(&socket), "FDSTORE=1\nFDNAME=kept.mail");
+            assert_eq!(heard(&socket), "FDSTOREREMOVE=1\nFDNAME=kept.mail");
+            telling.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_supervisor_that_reads_nothing_is_waited_for_with_a_deadline() {
+        let (supervisor, _socket, _) = full();
+        let began = Instant::now();
+        let error = supervisor.forget("kept.mail").unwrap_err();
+        assert!(began.elapsed() >= PATIENCE && began.elapsed() < PATIENCE * 10, "{:?}", began.elapsed());
+        assert_eq!(error.to_string(), "it does not read its messages");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_watchdog_is_fed_while_the_library_answers_and_no_longer() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let address = path.display().to_string();
+        let supervisor = supervisor(&[("NOTIFY_SOCKET", &address), ("WATCHDOG_USEC", "2000000")]);
+        let hangs = std::cell::Cell::new(false);
+        let check = async || {
+            if hangs.get() {
+                std::future::pending::<()>().await;
+            }
+            true
+        };
+        let messages = || std::iter::from_fn(|| socket.recv(&mut [0; 512]).ok()).count();
+        let watching = async {
+            sleep(Duration::from_millis(3500)).await;
+            assert_eq!(messages(), 4, "at once, and twice in the time that it waits");
+            hangs.set(true);
+            sleep(Duration::from_secs(60)).await;
+            assert_eq!(messages(), 0);
+            hangs.set(false);
+            sleep(Duration::from_secs(4)).await;
+            assert!(messages() >= 2);
+        };
+        tokio::select! {
+            () = supervisor.keep_watchdog(check) => panic!("it goes on for as long as it is wanted"),
+            () = watching => {}
         }
     }
 

@@ -29,7 +29,7 @@ use crate::doctor::Examiner;
 use crate::drain::{Drained, Signals};
 use crate::health::{self, Board, Listening, Monitor, Outlook, State};
 use crate::ledger::Ledger;
-use crate::limits::{ClientLimit, Permits, connection_limit};
+use crate::limits::{ClientLimit, ConnectionLimit, Permits, connection_limit};
 use crate::listener::{self, Admission, BindError};
 use crate::log::Logging;
 use crate::overview::Overview;
@@ -168,7 +168,9 @@ impl Definition {
 impl Serving {
     /// Nothing accepts yet.
     pub fn new(config: Config, sockets: Sockets, opened: Opened, parts: Parts) -> Serving {
-        let permits = Permits::new(total_limit(&config, &opened));
+        let limit = total_limit(&config, &opened);
+        tell_limit(&config, &limit);
+        let permits = Permits::new(limit.connections);
         let admission = Admission {
             permits: Arc::clone(permits.semaphore()),
             clients: ClientLimit::new(config.limits.max_connections_per_client),
@@ -216,19 +218,20 @@ impl Serving {
 
     /// Accepts where clients can be held.
     pub fn open_holding(&mut self) {
-        self.open(Opening::Holding);
+        self.open(Opening::Holding, &[]);
     }
 
     /// Accepts everywhere.
     pub fn open_all(&mut self) {
-        self.open(Opening::All);
+        self.open(Opening::All, &[]);
     }
 
-    fn open(&mut self, opening: Opening) {
+    /// Tells of each socket that begins to accept, but for the `known` ones of a listener.
+    fn open(&mut self, opening: Opening, known: &[(String, Socket)]) {
         self.opening = opening;
         for port in self.ports.iter_mut().filter(|port| port.accepting.is_empty()) {
             if opening.includes(&port.service) {
-                port.accept(&self.admission);
+                port.accept(&self.admission, known);
             }
         }
     }
@@ -251,12 +254,21 @@ impl Serving {
         new.warnings.iter().for_each(|warning| warn!("{warning}"));
         self.sockets.warn_of_idle_units(&opened);
         let is_probed_anew = self.config.probe != new.probe;
+        let limit = total_limit(&new, &opened);
+        let per_client = self.config.limits.max_connections_per_client;
+        let is_limit_told =
+            limit.connections == self.permits.size() && per_client == new.limits.max_connections_per_client;
         self.config = Config { tailnet: self.config.tailnet.clone(), ..new };
         // Clients wait in the backlog for this moment, and the permits come back.
-        for port in &mut self.ports {
+        let mut known = Vec::new();
+        for port in self.ports.iter_mut().filter(|port| !port.accepting.is_empty()) {
             port.accepting.shutdown().await;
+            known.extend(port.sockets.iter().map(|socket| (port.service.name.clone(), socket.clone())));
         }
-        self.permits.resize(total_limit(&self.config, &opened)).await;
+        if !is_limit_told {
+            tell_limit(&self.config, &limit);
+        }
+        self.permits.resize(limit.connections).await;
         self.held.resize(self.config.limits.hold_max).await;
         self.admission.clients.set_max(self.config.limits.max_connections_per_client);
         self.peers.set_limit(self.config.timeouts.dead_peer);
@@ -266,7 +278,7 @@ impl Serving {
         self.parts.admin.serve_tailnet(&self.parts.node, self.config.admin_tailnet_port);
         self.parts.admin.examiner.set_config(self.config.clone());
         self.set_ports(opened.listeners, is_probed_anew);
-        self.open(self.opening);
+        self.open(self.opening, &known);
         self.show_board();
         Ok(changes)
     }
@@ -415,9 +427,11 @@ impl Port {
         }
     }
 
-    fn accept(&mut self, admission: &Admission) {
+    fn accept(&mut self, admission: &Admission, known: &[(String, Socket)]) {
         for socket in &self.sockets {
-            announce(&self.service.name, socket);
+            if !known.iter().any(|(name, old)| *name == self.service.name && old.is(socket)) {
+                announce(&self.service.name, socket);
+            }
             let (listener, service) = (Arc::clone(&socket.listener), Arc::clone(&self.service));
             self.accepting.spawn(listener::accept(listener, service, admission.clone()));
         }
@@ -446,12 +460,14 @@ fn announce(listener: &str, socket: &Socket) {
     }
 }
 
-fn total_limit(config: &Config, opened: &Opened) -> usize {
+fn total_limit(config: &Config, opened: &Opened) -> ConnectionLimit {
     let sockets = opened.listeners.iter().map(|(_, sockets)| sockets.len()).sum();
-    let limit = connection_limit(config.limits.max_connections, sockets);
+    connection_limit(config.limits.max_connections, sockets)
+}
+
+fn tell_limit(config: &Config, limit: &ConnectionLimit) {
     let per_client = config.limits.max_connections_per_client;
     info!(max_connections = limit.connections, per_client, "{}", limit.reason);
-    limit.connections
 }
 
 fn summary(board: Option<&Board>, connections: usize) -> String {

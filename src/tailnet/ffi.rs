@@ -17,7 +17,7 @@
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Once};
 use std::task::{Context, Poll};
@@ -139,13 +139,17 @@ pub fn take_inherited_sockets(count: usize) -> Vec<Option<OwnedFd>> {
     let count = if TAKEN.swap(true, Ordering::SeqCst) { 0 } else { count };
     let numbers = (FIRST..).take(count);
     let take = |number| {
-        // SAFETY: the borrow ends before the descriptor could be closed; one that is not open is
-        // an error of the system calls, EBADF.
-        let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
-        rustix::net::sockopt::socket_type(borrowed).ok()?;
-        let flags = rustix::io::fcntl_getfd(borrowed).ok()?;
+        let mut kind: c_int = 0;
+        let mut size = size_of::<c_int>() as libc::socklen_t;
+        // SAFETY: the pointers are to variables of the right size. A number that is not open, or is
+        // no socket's, is an error of the call.
+        let failed = unsafe {
+            libc::getsockopt(number, libc::SOL_SOCKET, libc::SO_TYPE, (&raw mut kind).cast(), &raw mut size)
+        };
+        // SAFETY: no pointers; as above.
+        let flags = if failed == 0 { unsafe { libc::fcntl(number, libc::F_GETFD) } } else { -1 };
         // Rust's library and Go's set the flag on all that they open.
-        if flags.contains(rustix::io::FdFlags::CLOEXEC) {
+        if flags == -1 || flags & libc::FD_CLOEXEC != 0 {
             return None;
         }
         // SAFETY: it is open, and nobody owns it: it was there before this program began, or the

@@ -156,8 +156,7 @@ fn what_is_wrong_changes_nothing_and_is_told_in_one_line() {
     let good = scene.builder.clone();
     let mut live = on("one", mail);
 
-    std::fs::write(scene.edge.config_path(), "hostname = 1\n[limits]\nhold_max = \"many\"\n")
-        .expect("a file");
+    scene.edge.replace_config("hostname = 1\n[limits]\nhold_max = \"many\"\n");
     scene.edge.signal("HUP");
     let line = scene.edge.wait_log("was not reloaded", LIMIT);
     tells(&line, &["ERROR", ":1: hostname: ", ":3: limits.hold_max: ", "all goes on as before"]);
@@ -356,7 +355,7 @@ fn a_storm_of_reloads_refuses_and_cuts_nobody() {
         scene.builder = used.iter().cloned().fold(builder, Builder::listener);
         let count = || scene.edge.log().count("changed=[\"mail\"]");
         let before = count();
-        std::fs::write(scene.edge.config_path(), scene.builder.config()).expect("a file");
+        scene.edge.replace_config(&scene.builder.config());
         scene.edge.signal("HUP");
         assert!(
             wait_for(LIMIT, || (count() > before).then_some(())).is_some(),

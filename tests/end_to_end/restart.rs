@@ -82,30 +82,6 @@ fn the_supervisor_hears_of_each_step_of_a_life() {
 }
 
 #[test]
-fn the_watchdog_of_an_edge_that_hangs_is_not_fed() {
-    let mailbox = Stub::start(stub::echo_after_header);
-    let (_tailnet, edge, _state) = edge_for(&mailbox);
-    let systemd = Systemd::start();
-    let edge = systemd.spawn(&edge.listener(tcp("mail", "127.0.0.1:0")).env("WATCHDOG_USEC", "200000"));
-    edge.wait_ready(LIMIT);
-    systemd.wait(0, "WATCHDOG=1", LIMIT);
-    // Threads that do not run are a runtime that does not: the messages stop, and come again.
-    edge.signal("STOP");
-    let mut last = (systemd.count("WATCHDOG=1"), Instant::now());
-    let is_silent = eventually(LIMIT, || {
-        let now = systemd.count("WATCHDOG=1");
-        if now != last.0 {
-            last = (now, Instant::now());
-        }
-        last.1.elapsed() > Duration::from_secs(1)
-    });
-    assert!(is_silent);
-    edge.signal("CONT");
-    assert!(eventually(LIMIT, || systemd.count("WATCHDOG=1") > last.0));
-    stop(edge);
-}
-
-#[test]
 fn a_socket_units_name_or_address_makes_it_a_listeners() {
     let mailbox = Stub::start(stub::echo_after_header);
     let (_tailnet, edge, _state) = edge_for(&mailbox);
@@ -114,6 +90,7 @@ fn a_socket_units_name_or_address_makes_it_a_listeners() {
     let [named, other] = [systemd.listen("named", local(0)), systemd.listen("named", local(0))];
     let by_address = systemd.listen("edge.socket", local(0));
     let admin = systemd.listen("admin", local(0));
+    let second = systemd.listen("admin", local(0));
     let unwanted = systemd.listen("nobody.socket", local(0));
     let elsewhere = free_addr();
     let builder = edge
@@ -131,7 +108,8 @@ fn a_socket_units_name_or_address_makes_it_a_listeners() {
         line
     };
     tells(&warning("goes before the file's"), &["listener=\"named\"", &named.to_string()]);
-    tells(&warning("nobody.socket"), &[&unwanted.to_string(), "is closed", "FileDescriptorName="]);
+    tells(&warning("nobody.socket"), &[&unwanted.to_string(), "wait in vain", "FileDescriptorName="]);
+    tells(&warning("the admin listener has one socket"), &[&second.to_string(), &admin.to_string()]);
     assert!(systemd.stored().is_empty(), "what is a unit's need not be stored: {:?}", systemd.stored());
     // A reload leaves them where they are.
     tells(
@@ -142,13 +120,39 @@ fn a_socket_units_name_or_address_makes_it_a_listeners() {
     // Nor does one that has no use for them: they may be wanted again.
     let without = builder.clone().without_listeners().listener(tcp("named", &elsewhere.to_string()));
     tells(&edge.reload(&without, LIMIT), &["removed=[\"by-address\"]"]);
-    tells(&warning("clients wait there in vain"), &[&by_address.to_string()]);
+    tells(&warning(&format!("edge.socket at {by_address} wait in vain")), &[]);
     let waiting = connect(by_address);
     tells(&edge.reload(&builder, LIMIT), &["added=[\"by-address\"]"]);
+    crate::common::net::hears_itself(&mut { waiting });
+    // One that had no use at the start finds it with a reload, which could not bind its address.
+    let waiting = connect(unwanted);
+    let with_it = builder.clone().listener(tcp("late", &unwanted.to_string()));
+    tells(&edge.reload(&with_it, LIMIT), &["added=[\"late\"]"]);
     crate::common::net::hears_itself(&mut { waiting });
     stop(edge);
     // systemd has them still.
     [named, other, by_address].into_iter().for_each(|address| drop(connect(address)));
+}
+
+#[test]
+fn a_socket_that_was_shut_down_elsewhere_is_tried_with_pauses() {
+    let mailbox = Stub::start(stub::echo_after_header);
+    let (_tailnet, edge, _state) = edge_for(&mailbox);
+    let mut systemd = Systemd::start();
+    let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("a port is free");
+    let shared = socket2::SockRef::from(&socket).try_clone().expect("a descriptor is free");
+    systemd.hand("broken", socket.into());
+    let builder = edge.listener(tcp("broken", "127.0.0.1:0")).listener(tcp("good", "127.0.0.1:0"));
+    let edge = systemd.spawn(&builder.set("log", "level", "\"debug\""));
+    edge.wait_ready(LIMIT);
+    drop(echoes(edge.addr("broken")));
+    shared.shutdown(std::net::Shutdown::Both).expect("it listens");
+    let warning = edge.wait_log("cannot accept", LIMIT);
+    tells(&warning, &["WARN", "broken", "restart the edge, and the socket unit"]);
+    drop(echoes(edge.addr("good")));
+    assert_eq!(edge.log().count("cannot accept"), 1);
+    assert_eq!(edge.log().count("a client was lost"), 100);
+    stop(edge);
 }
 
 #[test]
@@ -304,8 +308,7 @@ impl Tally {
 const GREETING: &[u8] = b"220 mailbox\r\n";
 const BYE: &[u8] = b"221 2.0.0 bye\r\n";
 
-/// A mailbox that lets the client close first. Otherwise the stack of its node, which is no kernel's,
-/// would remember the ports of the edge before for a minute, and answer nobody who comes from one.
+/// A mailbox that lets the client close first, so that TIME_WAIT is not on the side of its node's stack.
 fn mailbox(mut conn: Conn) {
     if conn.read_proxy_header().is_some() {
         conn.send(GREETING);
@@ -374,8 +377,12 @@ fn visit_steadily(address: SocketAddr, per_second: u32, stop: &AtomicBool) -> Ta
     })
 }
 
-/// Restarts the service again and again under connections at a steady rate. Each of them is served.
-fn restarts_refuse_nobody(
+/// Restarts the service again and again under connections at a steady rate.
+///
+/// Strict: no connect is refused, no connection is reset or ends without a word, and each has its
+/// greeting or its 421 within 30 s. Not strict: up to 2 % may hear a 421 instead of the greeting. A stop
+/// tells it to those whose mailbox has not answered within the moment that an attempt has left then.
+fn restarts_refuse_and_reset_nobody(
     mut systemd: Systemd,
     unit: Option<&str>,
     restarts: usize,
@@ -423,21 +430,21 @@ fn restarts_refuse_nobody(
         longest.as_secs_f64(),
     );
     assert!(failed.is_empty(), "{} failed, such as {:?}", failed.len(), &failed[..failed.len().min(3)]);
-    // On a busy machine an attempt may take longer than a stop gives it.
+    // An attempt on a busy machine may take longer than a stop gives it.
     assert!(*served >= total && *turned_away * 50 <= *served, "{served} served, {turned_away} turned away");
     assert!(*longest < Duration::from_secs(30), "{longest:?}");
     stop(edge);
 }
 
 #[test]
-fn a_restart_with_stored_sockets_refuses_nobody() {
+fn a_restart_with_stored_sockets_refuses_and_resets_nobody() {
     let (restarts, per_second, total) = if is_soak() { (20, 200, 200_000) } else { (3, 120, 2400) };
-    restarts_refuse_nobody(Systemd::start(), None, restarts, per_second, total);
+    restarts_refuse_and_reset_nobody(Systemd::start(), None, restarts, per_second, total);
 }
 
 #[test]
-fn a_restart_with_a_socket_unit_refuses_nobody() {
-    restarts_refuse_nobody(Systemd::start(), Some("mail"), 2, 120, 900);
+fn a_restart_with_a_socket_unit_refuses_and_resets_nobody() {
+    restarts_refuse_and_reset_nobody(Systemd::start(), Some("mail"), 2, 120, 900);
 }
 
 #[test]
