@@ -288,7 +288,11 @@ async fn pass_on<D: Dial>(
     server: &Server,
 ) -> Outcome {
     let _connected = server.connected();
-    let moved = |sent, received| visit.moved(sent, received);
+    let moved = |sent, received| {
+        if visit.moved(sent, received) {
+            server.greeted(Instant::now());
+        }
+    };
     let outcome = {
         // By reference, since an idle connection would otherwise hold each
         // twice: as an argument and as what is polled.
@@ -299,10 +303,8 @@ async fn pass_on<D: Dial>(
         relay(&mut SharedTcp(client), upstream, service.timeouts, first_words, moved, drain, client_gone)
             .await
     };
-    match outcome.first_byte {
-        _ if outcome.header_taken => service.upstream.distrusted(&service.name, server),
-        Some(at) => server.greeted(at),
-        None => {}
+    if outcome.header_taken {
+        service.upstream.distrusted(&service.name, server);
     }
     match outcome.end {
         End::Failed { side: Side::Client, .. } => upstream.reset(),
@@ -409,7 +411,7 @@ impl Refusal {
                 (EndState::StoppedWaiting, "turned away because the edge is stopping".to_owned())
             }
         };
-        Ended { state, why, first_byte: None }
+        Ended { state, why }
     }
 }
 
@@ -433,7 +435,7 @@ impl Outcome {
             }
             End::Drained => (EndState::StoppedQuiet, "closed because the edge is stopping".to_owned()),
         };
-        Ended { state, why, first_byte: self.first_byte }
+        Ended { state, why }
     }
 
     fn closed_by(&self, first: Side) -> EndState {

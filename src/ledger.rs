@@ -17,7 +17,7 @@ mod repeats;
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -79,6 +79,8 @@ struct Entry {
     /// Bytes to the client.
     received: AtomicU64,
     stage: Mutex<Stage>,
+    /// When the mailbox's first byte came.
+    first_byte: OnceLock<Instant>,
     struck_out: AtomicBool,
 }
 
@@ -107,15 +109,13 @@ pub struct Ended {
     pub state: EndState,
     /// In words, without what to do about it.
     pub why: String,
-    /// When the mailbox's first byte came.
-    pub first_byte: Option<Instant>,
 }
 
 impl Ended {
     /// Of a client that has as many connections as it may.
     pub fn client_limit() -> Ended {
         let why = "refused: this client has as many connections as max_connections_per_client allows";
-        Ended { state: EndState::ClientLimit, why: why.to_owned(), first_byte: None }
+        Ended { state: EndState::ClientLimit, why: why.to_owned() }
     }
 }
 
@@ -249,7 +249,7 @@ fn cut() -> Ended {
         true => (EndState::Internal, "error inside the edge"),
         false => (EndState::StoppedCut, "cut because the edge is stopping"),
     };
-    Ended { state, why: why.to_owned(), first_byte: None }
+    Ended { state, why: why.to_owned() }
 }
 
 impl Page {
@@ -267,6 +267,7 @@ impl Page {
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             stage: Mutex::new(Stage::Connecting),
+            first_byte: OnceLock::new(),
             struck_out: AtomicBool::new(false),
         });
         let mut open = self.ledger.open.lock().unwrap_or_else(PoisonError::into_inner);
@@ -283,7 +284,7 @@ impl Page {
         if matches!(ended.state, EndState::StoppedQuiet | EndState::StoppedWaiting) {
             ledger.dismissed.fetch_add(1, Ordering::Relaxed);
         }
-        let first_byte = ended.first_byte.map(|at| at - entry.accepted);
+        let first_byte = entry.first_byte.get().map(|at| *at - entry.accepted);
         ledger.counters.ended(&self.listener, ended.state);
         first_byte.inspect(|after| self.counters.first_byte.observe(after.as_secs_f64()));
         let (stage, upstream) = (entry.stage(), self.upstream_of(entry));
@@ -368,8 +369,9 @@ impl Visit {
         self.entry.set_stage(Stage::Relaying { server: Arc::clone(server), connected });
     }
 
-    /// Notes bytes that have moved, to the mailbox and to the client.
-    pub fn moved(&self, sent: u64, received: u64) {
+    /// Notes bytes that have moved, to the mailbox and to the client. True when with them the
+    /// mailbox has said its first word.
+    pub fn moved(&self, sent: u64, received: u64) -> bool {
         let (entry, page) = (&self.entry, &self.page);
         // Mostly it is one of them, and the page's counters are shared by many.
         if sent > 0 {
@@ -380,6 +382,7 @@ impl Visit {
             entry.received.fetch_add(received, Ordering::Relaxed);
             page.counters.received.inc_by(received);
         }
+        received > 0 && entry.first_byte.get().is_none() && entry.first_byte.set(Instant::now()).is_ok()
     }
 
     /// Strikes it out.
@@ -479,7 +482,7 @@ mod tests {
     }
 
     fn ended(state: EndState) -> Ended {
-        Ended { state, why: "so it was".into(), first_byte: None }
+        Ended { state, why: "so it was".into() }
     }
 
     #[tokio::test]

@@ -263,7 +263,7 @@ pub(crate) mod tests {
         let two = [enter("[2001:db8::1]:1"), enter("[2001:db8::2]:1")];
         two[0].moved(10, 200);
         let why = "held until its time was over".to_owned();
-        enter("192.0.2.9:1").end(&Ended { state: EndState::HoldEnded, why, first_byte: None });
+        enter("192.0.2.9:1").end(&Ended { state: EndState::HoldEnded, why });
         let status = overview.status();
         let [listener] = &status.listeners[..] else { panic!("{status:?}") };
         assert_eq!((listener.open, listener.ended, listener.failed), (3, 1, 1));

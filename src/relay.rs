@@ -251,7 +251,7 @@ impl Relay {
             self.first = Some(Side::Client);
         }
         self.received.keeps_its_end = self.awaits_first_word();
-        if self.sent.first_byte.is_some() {
+        if self.sent.first_byte.is_some() || self.sent.state != State::Open {
             self.received.watch = None; // what comes now may be the answer to it
         }
         let received = self.received.poll(cx, upstream, client);

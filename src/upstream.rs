@@ -374,10 +374,19 @@ impl Server {
         !self.up.load(Ordering::Relaxed) || doubted.is_some_and(|at| at.elapsed() < DOUBT)
     }
 
+    /// Whether it has lately cost a client its time.
+    #[cfg(test)]
+    pub fn is_doubted(&self) -> bool {
+        self.comes_last()
+    }
+
     /// Notes a failure, for the probe and for the order of the next attempts.
     fn failed(&self, failure: &Failure) {
         self.suspected.notify_one();
-        if matches!(failure, Failure::Header(_) | Failure::Wordless) {
+        // One client that it does not want is no reason to spare it others.
+        let is_ill = matches!(failure, Failure::Header(_))
+            || (matches!(failure, Failure::Wordless) && !self.greeted_lately());
+        if is_ill {
             self.doubt();
         }
     }
@@ -398,6 +407,12 @@ impl Server {
     pub fn greeted_since(&self, then: Instant) -> bool {
         let greeted = *self.greeted.lock().unwrap_or_else(PoisonError::into_inner);
         greeted.is_some_and(|at| at > then)
+    }
+
+    /// Whether it has greeted somebody so short a while ago that it must be well.
+    fn greeted_lately(&self) -> bool {
+        let greeted = *self.greeted.lock().unwrap_or_else(PoisonError::into_inner);
+        greeted.is_some_and(|at| at.elapsed() < DOUBT)
     }
 
     /// Has the peer watched while there is this connection to it.
@@ -537,8 +552,11 @@ impl<D: Dial> Upstream<D> {
     /// Notes that a connection to a server failed after it was made.
     pub fn suspect(&self, server: &Server, failure: Failure) -> UpstreamError {
         server.failed(&failure);
+        let is_unwanted = failure == Failure::Wordless && server.greeted_lately();
         let error = UpstreamError { failures: vec![(server.to_string(), failure)] };
-        self.tell("was reached, but is of no use", &error);
+        if !is_unwanted {
+            self.tell("was reached, but is of no use", &error);
+        }
         error
     }
 

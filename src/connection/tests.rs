@@ -416,3 +416,26 @@ async fn that_nothing_is_probed_any_more_does_not_bring_a_mailbox_back() {
     service.upstream.unprobed(&service.upstream.servers()[0]);
     assert!(service.upstream.is_away());
 }
+
+#[tokio::test]
+async fn a_client_that_the_mailbox_does_not_want_sends_nobody_elsewhere() {
+    let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let service = Arc::new(holding(LONG, 10).await);
+    *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+    let server = Arc::clone(&service.upstream.servers()[0]);
+    let began = Instant::now();
+    let (mut welcome, accepted, peer) = client().await;
+    let session = spawn(&service, accepted, peer);
+    let (mut stream, _) = mailbox.accept().await.unwrap();
+    stream.write_all(b"220 here\r\n").await.unwrap();
+    welcome.read_exact(&mut [0; 10]).await.unwrap();
+    until(|| server.greeted_since(began)).await; // while the session goes on
+    let (unwanted, accepted, peer) = client().await;
+    let knocking = spawn(&service, accepted, peer);
+    drop(mailbox.accept().await.unwrap());
+    until(|| service.hold.places.available_permits() == 9).await;
+    assert!(!server.is_doubted());
+    drop((unwanted, welcome, stream));
+    knocking.await.unwrap();
+    session.await.unwrap();
+}

@@ -341,3 +341,15 @@ async fn a_header_that_was_taken_for_a_command_is_noticed_before_the_client_spea
         assert_eq!(relay.await.unwrap().header_taken, !client_spoke);
     }
 }
+
+#[tokio::test]
+async fn what_a_server_says_to_a_client_that_has_left_is_no_alarm() {
+    let (mut client, mut upstream, relay) = start_with_greeting();
+    upstream.write_all(b"220 mail ESMTP\r\n").await.unwrap();
+    client.read_exact(&mut [0; 16]).await.unwrap();
+    client.shutdown().await.unwrap();
+    assert_eq!(upstream.read(&mut [0]).await.unwrap(), 0);
+    upstream.write_all(b"221 2.0.0 Bye\r\n").await.unwrap();
+    drop(upstream);
+    assert!(!relay.await.unwrap().header_taken);
+}
