@@ -53,10 +53,7 @@ pub struct Ledger {
 
 /// A connection that is open.
 #[derive(Clone, Debug)]
-pub struct Open {
-    entry: Arc<Entry>,
-    page: Arc<Page>,
-}
+pub struct Open(Arc<Entry>);
 
 /// A listener's page.
 #[derive(Debug)]
@@ -72,6 +69,7 @@ pub struct Page {
 #[derive(Debug)]
 struct Entry {
     id: u64,
+    page: Arc<Page>,
     client: SocketAddr,
     accepted: Instant,
     /// Bytes to the mailbox.
@@ -98,7 +96,6 @@ enum Stage {
 /// A connection as long as it lasts. When it is dropped without an end, it was cut.
 #[derive(Debug)]
 pub struct Visit {
-    page: Arc<Page>,
     entry: Arc<Entry>,
 }
 
@@ -217,8 +214,8 @@ impl Ledger {
     /// returns how many there were.
     pub fn cut(&self) -> usize {
         let open = self.open();
-        for Open { entry, page } in &open {
-            page.strike_out(entry, &cut());
+        for Open(entry) in &open {
+            entry.page.strike_out(entry, &cut());
         }
         self.tell_repeats(true);
         open.len()
@@ -262,6 +259,7 @@ impl Page {
     pub fn enter(self: &Arc<Self>, client: SocketAddr) -> Visit {
         let entry = Arc::new(Entry {
             id: self.ledger.ids.fetch_add(1, Ordering::Relaxed),
+            page: Arc::clone(self),
             client,
             accepted: Instant::now(),
             sent: AtomicU64::new(0),
@@ -271,8 +269,8 @@ impl Page {
             struck_out: AtomicBool::new(false),
         });
         let mut open = self.ledger.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.insert(entry.id, Open { entry: Arc::clone(&entry), page: Arc::clone(self) });
-        Visit { page: Arc::clone(self), entry }
+        open.insert(entry.id, Open(Arc::clone(&entry)));
+        Visit { entry }
     }
 
     fn strike_out(&self, entry: &Entry, ended: &Ended) {
@@ -365,14 +363,14 @@ impl Visit {
     /// Notes that this server has the header; the dial that led there took so long.
     pub fn relaying(&self, server: &Arc<Server>, dial: Duration) {
         let connected = self.entry.accepted.elapsed();
-        self.page.counters.dial.observe(dial.as_secs_f64());
+        self.entry.page.counters.dial.observe(dial.as_secs_f64());
         self.entry.set_stage(Stage::Relaying { server: Arc::clone(server), connected });
     }
 
     /// Notes bytes that have moved, to the mailbox and to the client. True when with them the
     /// mailbox has said its first word.
     pub fn moved(&self, sent: u64, received: u64) -> bool {
-        let (entry, page) = (&self.entry, &self.page);
+        let (entry, page) = (&self.entry, &self.entry.page);
         // Mostly it is one of them, and the page's counters are shared by many.
         if sent > 0 {
             entry.sent.fetch_add(sent, Ordering::Relaxed);
@@ -387,14 +385,14 @@ impl Visit {
 
     /// Strikes it out.
     pub fn end(self, ended: &Ended) {
-        self.page.strike_out(&self.entry, ended);
+        self.entry.page.strike_out(&self.entry, ended);
     }
 }
 
 impl Drop for Visit {
     fn drop(&mut self) {
         if !self.entry.struck_out.load(Ordering::Relaxed) {
-            self.page.strike_out(&self.entry, &cut());
+            self.entry.page.strike_out(&self.entry, &cut());
         }
     }
 }
@@ -423,39 +421,39 @@ impl Stage {
 impl Open {
     /// The listener's name.
     pub fn listener(&self) -> &str {
-        &self.page.listener
+        &self.0.page.listener
     }
 
     /// Who connected.
     pub fn client(&self) -> SocketAddr {
-        self.entry.client
+        self.0.client
     }
 
     /// One of [`STAGES`].
     pub fn stage(&self) -> &'static str {
-        self.entry.stage().name()
+        self.0.stage().name()
     }
 
     /// Whether its client is held.
     pub fn is_held(&self) -> bool {
-        matches!(self.entry.stage(), Stage::Held)
+        matches!(self.0.stage(), Stage::Held)
     }
 
     /// Bytes to the mailbox, and to the client.
     pub fn bytes(&self) -> (u64, u64) {
-        (self.entry.sent.load(Ordering::Relaxed), self.entry.received.load(Ordering::Relaxed))
+        (self.0.sent.load(Ordering::Relaxed), self.0.received.load(Ordering::Relaxed))
     }
 
     /// As it is to be shown.
     pub fn view(&self) -> ConnectionView {
-        let (stage, (sent, received)) = (self.entry.stage(), self.bytes());
+        let (stage, (sent, received)) = (self.0.stage(), self.bytes());
         let name = stage.name().to_owned();
         let server = match stage {
             Stage::Relaying { server, .. } => Some(server),
             Stage::Connecting | Stage::Held => None,
         };
         ConnectionView {
-            id: self.entry.id,
+            id: self.0.id,
             listener: self.listener().to_owned(),
             client: self.client(),
             stage: name,
@@ -463,7 +461,7 @@ impl Open {
             upstream: server.map(|server| server.to_string()),
             sent,
             received,
-            seconds: self.entry.accepted.elapsed().as_secs(),
+            seconds: self.0.accepted.elapsed().as_secs(),
         }
     }
 }

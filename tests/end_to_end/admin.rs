@@ -22,7 +22,7 @@ const PORT: u16 = 9464;
 /// The peer that looks at the edge.
 const PROMETHEUS: &str = "prometheus";
 
-const HALF_A_REQUEST: &[u8] = b"GET /metrics HTTP/1.1\r\nHost: edge\r\nX-Slow: ";
+const HALF_A_REQUEST: &[u8] = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nX-Slow: ";
 
 /// An edge with a port on the tailnet, and a peer.
 fn tailnet_with_peer(configure: impl FnOnce(Builder) -> Builder) -> (TestTailnet, Edge) {
@@ -47,7 +47,7 @@ fn seen_by_peer(tailnet: &TestTailnet) -> Vec<SocketAddr> {
 fn try_get(server: SocketAddr, path: &str, limit: Duration) -> String {
     let mut stream = connect(server);
     stream.set_read_timeout(Some(limit)).expect("the deadline is not zero");
-    let request = format!("GET {path} HTTP/1.1\r\nHost: edge\r\nConnection: close\r\n\r\n");
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     let mut text = String::new();
     // Whatever ends it early, there is no answer then.
     let _ = stream.write_all(request.as_bytes()).and_then(|()| stream.read_to_string(&mut text));
