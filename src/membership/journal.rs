@@ -36,6 +36,8 @@ pub(super) struct Journal {
     tags: Vec<String>,
     /// Those of the last state, since when, and whether they were told.
     troubles: Vec<(Trouble, Instant, bool)>,
+    /// Whether one was told, and that all is well again has not been told since.
+    is_told: bool,
     ips: Vec<IpAddr>,
     network_changes: u64,
     wake_ups: u64,
@@ -57,6 +59,7 @@ impl Journal {
         Journal {
             tags: tags.to_vec(),
             troubles: Vec::new(),
+            is_told: false,
             ips: status.ips.clone(),
             network_changes: status.network_changes,
             wake_ups: status.wake_ups,
@@ -118,7 +121,11 @@ impl Journal {
         let is_over = |old: &Trouble| !self.troubles.iter().any(|(now, ..)| now.is_like(old));
         let over: Vec<&Trouble> =
             before.iter().filter(|(old, _, told)| *told && is_over(old)).map(|(old, ..)| old).collect();
-        if !over.is_empty() && self.troubles.is_empty() {
+        self.is_told |= self.troubles.iter().any(|(_, _, told)| *told) || !over.is_empty();
+        if self.troubles.is_empty() {
+            if !std::mem::take(&mut self.is_told) {
+                return lines;
+            }
             lines.push(Line::Info(format!("on the tailnet again, as {} {:?}", status.name, status.ips)));
         } else {
             lines.extend(over.iter().map(|trouble| Line::Info(format!("no longer so: {}", trouble.what()))));
@@ -197,6 +204,18 @@ mod tests {
         assert_eq!(journal.lines(&removed, after(0)), []);
         let again = r#"on the tailnet again, as edge.example.ts.net [100.64.0.1]"#;
         assert_eq!(journal.lines(&running(), after(0)), [Line::Info(again.into())]);
+    }
+
+    #[test]
+    fn that_all_is_well_is_told_also_after_a_moment_of_another_trouble() {
+        let mut journal = Journal::new(&[], &running());
+        let state = |state: &str| NodeStatus { state: state.into(), ..running() };
+        assert_eq!(journal.lines(&state("NeedsMachineAuth"), after(0)).len(), 1);
+        let over = format!("no longer so: {}", Trouble::NeedsApproval.what());
+        assert_eq!(journal.lines(&state("Starting"), after(0)), [Line::Info(over)]);
+        let again = r#"on the tailnet again, as edge.example.ts.net [100.64.0.1]"#;
+        assert_eq!(journal.lines(&running(), after(0)), [Line::Info(again.into())]);
+        assert_eq!(journal.lines(&running(), after(0)), []);
     }
 
     #[test]
