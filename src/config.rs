@@ -30,7 +30,7 @@ mod syntax;
 mod values;
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -49,6 +49,9 @@ pub const DEFAULT_PATH: &str = "/etc/tailwart-edge/config.toml";
 
 /// The environment variable that names the configuration file.
 pub const PATH_VARIABLE: &str = "TAILWART_CONFIG";
+
+/// Where health is served unless the configuration says otherwise.
+pub const DEFAULT_ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9464);
 
 /// Everything the program is told, checked and with defaults filled in.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -197,7 +200,8 @@ pub struct Log {
     /// `level`: how much is logged, unless `RUST_LOG` is set. Default: info.
     pub level: tracing::Level,
     /// `repeats`: of connections that came to nothing, how many lines of one client, or of one reason,
-    /// are logged a minute before the rest is only counted; 0 for no limit. Default: 10.
+    /// are logged a minute before the rest is only counted; of a client's sessions ten times as many; 0
+    /// for no limit. Default: 10.
     pub repeats: u32,
 }
 

@@ -139,7 +139,7 @@ async fn converse<D: Dial>(
         // A server that has greeted others since, and again not this client, has its reasons.
         let is_unwanted = first_wordless.is_some_and(|at| server.greeted_since(at));
         if !matches!(outcome.end, End::Wordless) || is_unwanted {
-            return Ok(outcome.ended(server.is_given_up()));
+            return Ok(outcome.ended(&server, is_unwanted));
         }
         if service.drain.is_cancelled() {
             return Err(Refusal::Stopping);
@@ -416,10 +416,11 @@ impl Refusal {
 }
 
 impl Outcome {
-    /// What the ledger is to say of it. `given_up`: whether the server's node has vanished meanwhile.
-    fn ended(&self, given_up: bool) -> Ended {
+    /// What the ledger is to say of it. `is_unwanted`: whether the server has greeted others since it
+    /// first left this client.
+    fn ended(&self, server: &Server, is_unwanted: bool) -> Ended {
         let (state, why) = match &self.end {
-            End::Failed { side: Side::Upstream, .. } if given_up => {
+            End::Failed { side: Side::Upstream, .. } if server.is_given_up() => {
                 (EndState::ServerVanished, "the mailbox's node vanished".to_owned())
             }
             End::Wordless => (EndState::ServerWordless, "upstream closed without a word".to_owned()),
@@ -435,7 +436,8 @@ impl Outcome {
             }
             End::Drained => (EndState::StoppedQuiet, "closed because the edge is stopping".to_owned()),
         };
-        Ended { state, why }
+        let is_refused = state == EndState::ServerWordless && (is_unwanted || server.greeted_lately());
+        Ended { state: if is_refused { EndState::ServerRefused } else { state }, why }
     }
 
     fn closed_by(&self, first: Side) -> EndState {

@@ -14,7 +14,8 @@ use std::fmt;
 /// The first letter: `C` client, `S` mailbox (server), small when it was waited for in vain, `P` a
 /// limit of this proxy, `R` the tailnet this edge needs (a resource), `D` the mailbox's node was found
 /// dead, `K` the edge stops (killed), `I` an error inside the edge. The second: `C` connecting, `Q` held
-/// (queued), `H` before the mailbox's first byte, `D` data, `L` after one side's end (last), `-` in order.
+/// (queued), `H` before the mailbox's first byte, `R` the same, but to this client alone (refused), `D`
+/// data, `L` after one side's end (last), `-` in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum EndState {
     /// Orderly, the client first.
@@ -41,6 +42,8 @@ pub enum EndState {
     HoldEnded,
     /// The mailbox left before it had said anything.
     ServerWordless,
+    /// The same, while it greeted others: it has banned this client, or does not like what it said.
+    ServerRefused,
     /// The mailbox's connection failed.
     ServerFailed,
     /// The client had ended its side, and the mailbox made no progress.
@@ -65,7 +68,7 @@ pub enum EndState {
 
 impl EndState {
     /// Every state, in the order the documentation lists them.
-    pub const ALL: [EndState; 22] = [
+    pub const ALL: [EndState; 23] = [
         EndState::ClientClosed,
         EndState::ServerClosed,
         EndState::ClientLeftConnecting,
@@ -78,6 +81,7 @@ impl EndState {
         EndState::ServerSilent,
         EndState::HoldEnded,
         EndState::ServerWordless,
+        EndState::ServerRefused,
         EndState::ServerFailed,
         EndState::ServerStalled,
         EndState::ServerVanished,
@@ -153,6 +157,9 @@ impl EndState {
                 ("sQ", "held until its time was over, since no mailbox would serve it; the client was told")
             }
             EndState::ServerWordless => ("SH", "the mailbox left before it had said a word"),
+            EndState::ServerRefused => {
+                ("SR", "the mailbox left this client without a word, while it greeted others")
+            }
             EndState::ServerFailed => ("SD", "the mailbox's connection failed, most often by a reset"),
             EndState::ServerStalled => (
                 "sL",
@@ -209,8 +216,8 @@ mod tests {
         for state in EndState::ALL {
             let ours = !state.code().starts_with(['C', 'c']) && state != EndState::ClientLimit;
             let in_order = state.code().ends_with('-') && state != EndState::Internal;
-            let stopped = state == EndState::StoppedWaiting;
-            assert_eq!(state.is_failure(), ours && !in_order && !stopped, "{state}");
+            let meant = matches!(state, EndState::StoppedWaiting | EndState::ServerRefused);
+            assert_eq!(state.is_failure(), ours && !in_order && !meant, "{state}");
         }
     }
 }

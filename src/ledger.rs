@@ -5,14 +5,12 @@
 //!
 //! Invariants
 //! - A connection is told and counted once, however it ends: one whose task is dropped, too.
-//! - Log lines about connections that came to nothing are held back when they repeat each other, and
-//!   then counted; a session in which the mailbox has heard the client always has its line.
+//! - Log lines that repeat each other are held back and then counted: soon about connections that came
+//!   to nothing, and late about sessions in which the mailbox has heard the client.
 //! - Nothing here grows without bound: failures of a kind are one, and the last few kinds are kept.
 //!
 //! Deliberately not here: deciding how a connection ended (see `connection.rs`), and showing any of it
 //! (see `admin.rs`).
-
-mod repeats;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -28,12 +26,17 @@ use tracing::info;
 use crate::end_state::EndState;
 use crate::limits::network_of;
 use crate::metrics::{Counters, ListenerCounters};
+use crate::repeats::Repeats;
 use crate::upstream::Server;
 use crate::wall_clock;
-pub use repeats::Repeats;
 
 /// Kinds of failures that are kept to be shown.
 const FAILURES: usize = 30;
+
+/// How many times as many lines a minute a client's sessions have as what came to nothing: who has a
+/// session has cost the mailbox something too, and is worth a line; but one byte must not be enough to
+/// fill the log.
+const OF_SESSIONS: u32 = 10;
 
 /// Between two looks for lines that were held back.
 const TELL_INTERVAL: Duration = Duration::from_secs(5);
@@ -123,6 +126,8 @@ pub struct Kind {
     state: EndState,
     /// Whose they are, unless many have the same reason.
     client: Option<IpAddr>,
+    /// Whether the mailbox has heard the client.
+    is_session: bool,
 }
 
 /// A connection to be shown.
@@ -223,7 +228,7 @@ impl Ledger {
 
     fn tell_repeats(&self, all: bool) {
         for (kind, repeats) in self.repeats.take_over(all) {
-            let Kind { listener, state: end, client } = kind;
+            let Kind { listener, state: end, client, is_session: _ } = kind;
             let client = client.map(tracing::field::display);
             info!(listener = &*listener, client, %end, repeats, "more connections like those before: {}", end.meaning());
         }
@@ -320,15 +325,14 @@ impl Page {
         );
     }
 
-    /// A session always has its line; what came to nothing, unless it repeats others. How many were
-    /// held back before is told with it.
+    /// Not when it repeats others. How many were held back before is told with it.
     fn may_tell(&self, entry: &Entry, state: EndState) -> Option<u64> {
-        if entry.sent.load(Ordering::Relaxed) > 0 {
-            return Some(0);
-        }
-        let of_many = Kind { listener: Arc::clone(&self.listener), state, client: None };
-        let client = (!state.is_failure()).then(|| network_of(entry.client.ip()));
-        self.ledger.repeats.may_tell(Kind { client, ..of_many.clone() }, of_many)
+        let is_session = entry.sent.load(Ordering::Relaxed) > 0;
+        let of_many = Kind { listener: Arc::clone(&self.listener), state, client: None, is_session };
+        let is_its_own = is_session || !state.is_failure();
+        let client = is_its_own.then(|| network_of(entry.client.ip()));
+        let times = if is_session { OF_SESSIONS } else { 1 };
+        self.ledger.repeats.may_tell(Kind { client, ..of_many.clone() }, of_many, times)
     }
 
     fn upstream_of(&self, entry: &Entry) -> String {
@@ -556,7 +560,8 @@ mod tests {
         assert!(!told("[2001:db8::2]:25", 0, EndState::ClientFailed), "of the same /64");
         assert!(told("[2001:db8::1]:25", 0, EndState::ClientClosed), "another kind");
         assert!(told("192.0.2.7:25", 0, EndState::ClientFailed), "another client");
-        assert!(told("[2001:db8::1]:25", 1, EndState::ClientFailed), "a session");
+        let sessions = (0..100).filter(|_| told("[2001:db8::1]:25", 1, EndState::ClientFailed)).count();
+        assert_eq!(sessions, 30, "they have more lines, and an end");
         let outage = (1..100).filter(|n| told(&format!("192.0.2.{n}:25"), 0, EndState::HoldEnded)).count();
         assert_eq!(outage, 3, "one reason for all");
     }

@@ -6,7 +6,7 @@
 //! accepts; [`connection`] is one client's life: [`upstream`] dials,
 //! [`proxy_header`] writes, [`relay`] moves the bytes, [`answer`] speaks when
 //! there is no mailbox that could; [`ledger`] has who is connected, and how it ended
-//! ([`end_state`]). [`trust`] recognises a mailbox that takes the
+//! ([`end_state`]), and [`repeats`] how often that is told. [`trust`] recognises a mailbox that takes the
 //! header for commands, [`probe`] looks whether one is well and [`health`] keeps
 //! looking; [`peers`] notices one that is gone. [`tailnet`] is the node and the C
 //! boundary, [`membership`] its life. The rest is what an operator touches: [`cli`],
@@ -33,6 +33,8 @@ pub mod answer;
 pub mod end_state;
 
 pub mod ledger;
+
+pub mod repeats;
 
 pub mod trust;
 

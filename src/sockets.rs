@@ -10,6 +10,8 @@
 //!   another one is used where the file has exactly its address. It is never closed, since it cannot be
 //!   bound anew: the supervisor has it open for as long as the unit is there.
 //! - A kept socket is used only where the configuration still has exactly its address.
+//! - Nobody can prevent the start by taking the admin listener's default address, which many others may
+//!   have, and which needs no privilege: the edge runs without it.
 //! - Nothing that was handed over can prevent the start: what is no listening TCP socket is told and
 //!   left out.
 //!
@@ -27,7 +29,7 @@ use socket2::{Domain, SockRef, Type};
 use tokio::net::TcpListener;
 use tracing::{info, warn};
 
-use crate::config::{Config, Listener};
+use crate::config::{Config, DEFAULT_ADMIN, Listener};
 use crate::listener::{BindError, bind};
 use crate::supervisor::{Handed, Supervisor};
 
@@ -134,7 +136,15 @@ impl Sockets {
             let own = units.iter().find(|unit| unit.address == address).or(units.first()).cloned();
             opened.admin = match own {
                 Some(unit) => Some(unit),
-                None => search.of_address(ADMIN, address)?,
+                None => match search.of_address(ADMIN, address) {
+                    Err(error) if address == DEFAULT_ADMIN => {
+                        warn!(
+                            "{error}, with admin.listen; mail is served, but nobody can ask this edge how it is"
+                        );
+                        None
+                    }
+                    found => found?,
+                },
             };
         }
         Ok(opened)
@@ -437,6 +447,21 @@ mod tests {
     fn locals(opened: &Opened) -> Vec<Vec<SocketAddr>> {
         let of = |(_, sockets): &(String, Vec<Socket>)| sockets.iter().filter_map(Socket::local).collect();
         opened.listeners.iter().map(of).collect()
+    }
+
+    #[tokio::test]
+    async fn the_default_admin_address_may_be_taken_and_another_one_may_not() {
+        let (_other, taken) = listening(local(), false);
+        let mut config = config(&[&[local()]]);
+        config.admin = Some(taken);
+        let error = Sockets::default().open(&config, &Opened::default()).unwrap_err();
+        assert_eq!((error.name.as_str(), error.kind), (ADMIN, ErrorKind::AddrInUse));
+        // It is taken now, by us or by somebody else.
+        let _taken = std::net::TcpListener::bind(DEFAULT_ADMIN);
+        config.admin = Some(DEFAULT_ADMIN);
+        let opened = Sockets::default().open(&config, &Opened::default()).unwrap();
+        assert!(opened.admin.is_none());
+        assert_eq!(opened.listeners[0].1.len(), 1);
     }
 
     #[tokio::test]

@@ -31,9 +31,9 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{info, warn};
 
 use crate::end_state::EndState;
-use crate::ledger::Repeats;
 use crate::peers::{Connected, Path, Peer};
 use crate::relay::Reset;
+use crate::repeats::Repeats;
 use crate::tailnet::{ConnectError, Node, PingReport, TailnetStream};
 use crate::trust;
 
@@ -410,7 +410,7 @@ impl Server {
     }
 
     /// Whether it has greeted somebody so short a while ago that it must be well.
-    fn greeted_lately(&self) -> bool {
+    pub fn greeted_lately(&self) -> bool {
         let greeted = *self.greeted.lock().unwrap_or_else(PoisonError::into_inner);
         greeted.is_some_and(|at| at.elapsed() < DOUBT)
     }
@@ -574,8 +574,8 @@ impl<D: Dial> Upstream<D> {
 
     /// Warns, unless that was done often enough; false then.
     fn tell(&self, what: &str, error: &UpstreamError) -> bool {
-        let kinds = error.kinds();
-        let Some(repeats) = self.told.may_tell(kinds.clone(), kinds) else { return false };
+        let kinds = error.kinds(); // of which there are few
+        let Some(repeats) = self.told.may_tell(kinds.clone(), kinds, 1) else { return false };
         warn!(upstream = %self, repeats = (repeats > 0).then_some(repeats), "{what}: {error}");
         true
     }

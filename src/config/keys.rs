@@ -246,13 +246,13 @@ pub const KEYS: &[Key] = &[
         "log.repeats",
         "a number of lines a minute (0 for no limit) from 0 to 1000000",
         Toml("10"),
-        "Of connections that came to nothing, how many lines a minute are logged of one client, or for one reason. The rest is counted.",
+        "Of connections that came to nothing, how many lines a minute are logged of one client, or for one reason; of a client's sessions, ten times as many. The rest is counted.",
     ),
     key(
         "admin.listen",
         values::ADMIN.expected,
         Toml(r#""127.0.0.1:9464""#),
-        "Where health, state and metrics are served. Whoever can reach it can read the state of the edge, so keep it on loopback.",
+        "Where health, state and metrics are served. Whoever can reach it can read the state of the edge, so keep it on loopback. Where another program has the default, the edge runs without.",
     ),
     key(
         "admin.tailnet_port",

@@ -17,8 +17,8 @@ use super::listeners::{self, Shared};
 use super::mistakes::{At, Mistakes, Place, quoted};
 use super::reader::{Found, Table};
 use super::{
-    Config, ConfigError, Limits, Listener, Log, LogFormat, Probe, ProxyProtocol, Tailnet, Timeouts, syntax,
-    values,
+    Config, ConfigError, DEFAULT_ADMIN, Limits, Listener, Log, LogFormat, Probe, ProxyProtocol, Tailnet,
+    Timeouts, syntax, values,
 };
 
 /// Everything in the file; `upstream` is the value of `--upstream`.
@@ -239,8 +239,7 @@ fn admin_address(table: &mut Table, mistakes: &mut Mistakes) -> Option<Claim> {
     let listen = table.get("listen", &values::ADMIN, mistakes);
     let owner = "admin".to_owned();
     let Some(listen) = listen else {
-        let address = ([127, 0, 0, 1], 9464).into();
-        return Some(Claim::by_default(address, default_place, owner));
+        return Some(Claim::by_default(DEFAULT_ADMIN, default_place, owner));
     };
     let address = listen.value?;
     if !address.ip().is_loopback() {

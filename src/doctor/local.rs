@@ -17,9 +17,10 @@ use rustix::fs::Access;
 use tokio::time::timeout;
 
 use super::report::{Check, Outcome};
-use crate::config::{self, Config, ConfigError};
+use crate::config::{self, Config, ConfigError, DEFAULT_ADMIN};
 use crate::credential::{Credential, CredentialError, Sources};
 use crate::listener;
+use crate::sockets::ADMIN;
 use crate::state_dir::{self, StateDir, StateDirError};
 
 /// Where Tailscale keeps a node's identity in the state directory.
@@ -171,7 +172,7 @@ pub fn ports(config: &Config, running: Running) -> Vec<Check> {
     let public = config.listeners.iter().flat_map(|listener| {
         listener.listen.iter().map(|&address| (listener.name.as_str(), address, listener.configured))
     });
-    let admin = config.admin.map(|address| ("admin", address, true));
+    let admin = config.admin.map(|address| (ADMIN, address, address != DEFAULT_ADMIN));
     public.chain(admin).map(|(name, address, configured)| port(name, address, configured, running)).collect()
 }
 
@@ -200,6 +201,7 @@ fn port(listener: &str, address: SocketAddr, configured: bool, running: Running)
             let remedy = "nothing, if no AAAA record names this machine; else enable IPv6";
             Check::warn(name, "this machine has no IPv6, so only IPv4 is served", remedy)
         }
+        Err(error) if !configured && listener == ADMIN => Check::told(name, Outcome::Warn, &error.reason),
         Err(error) => Check::told(name, Outcome::Fail, &error.reason),
     }
 }

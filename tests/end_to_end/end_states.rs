@@ -2,7 +2,7 @@
 //! the list of failures say. `I-`, an error inside the edge, has a unit test alone.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, TcpStream};
 
 use tailwart_edge::end_state::EndState;
 
@@ -39,6 +39,18 @@ fn greet_then_stall(mut conn: Conn) {
     conn.hold();
 }
 
+/// Where a client comes from that the mailbox has banned.
+const BANNED: [u8; 4] = [127, 0, 0, 67];
+
+/// Greets everybody else.
+fn ban(mut conn: Conn) {
+    let header = conn.read_proxy_header().unwrap_or_default();
+    if !header.windows(BANNED.len()).any(|bytes| bytes == BANNED) {
+        conn.send(GREETING.as_bytes());
+        conn.read_to_end();
+    }
+}
+
 /// The edge's listeners: name, protocol, port of the mailbox, settings.
 fn listeners() -> Vec<Listener> {
     let tcp = |name: &str, port: u16| Listener::new(name, "tcp", port);
@@ -50,6 +62,7 @@ fn listeners() -> Vec<Listener> {
         tcp("resets", 2504),
         tcp("refuses", 2505),
         tcp("stalls", 2506),
+        tcp("bans", 2509),
         tcp("closed", 2507),
         tcp("denied", 2508),
         tcp("vanishes", 2501).set("upstream", &format!("{OTHER:?}")),
@@ -124,6 +137,7 @@ fn each_end_is_told_and_counted() {
     let resets = Stub::start(greet_then_reset);
     let refuses = Stub::start(stub::reset_after_header);
     let stalls = Stub::start(greet_then_stall);
+    let bans = Stub::start(ban);
     let forwards = [
         (2501, greets.addr),
         (2502, leaves.addr),
@@ -132,6 +146,7 @@ fn each_end_is_told_and_counted() {
         (2505, refuses.addr),
         (2506, stalls.addr),
         (2508, greets.addr),
+        (2509, bans.addr),
     ];
     let tailnet = tailnet_with(&forwards);
     tailnet.add_node(OTHER, &["tag:stalwart"], &[(2501, greets.addr)]);
@@ -143,6 +158,7 @@ fn each_end_is_told_and_counted() {
     let vanishing = greeted(connect(edge.addr("vanishes")));
     tailnet.isolate_node(OTHER);
     in_order_and_not(&edge);
+    banned(&edge);
     unreachable(&edge);
     of_limits(&edge);
     let address = vanishing.local_addr().expect("it is connected");
@@ -188,6 +204,19 @@ fn in_order_and_not(edge: &Edge) {
         client.shutdown(Shutdown::Write).expect("it is connected");
         waits(client);
     });
+}
+
+/// A ban is no failure, as long as others are greeted.
+fn banned(edge: &Edge) {
+    let welcome = greeted(connect(edge.addr("bans")));
+    let client = client_from(&Ipv4Addr::from(BANNED).to_string(), edge.addr("bans"));
+    client.set_read_timeout(Some(LIMIT)).expect("the deadline is not zero");
+    let address = client.local_addr().expect("it is connected");
+    waits(client);
+    let line = ended(edge, "bans", address, EndState::ServerRefused);
+    tells(&line, &["upstream=stalwart:2509", "upstream closed"]);
+    counted(edge, "bans", EndState::ServerRefused, 1.0);
+    drop(welcome);
 }
 
 /// Ends of those who never reach the mailbox.
