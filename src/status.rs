@@ -14,11 +14,10 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use tokio::net::TcpStream;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{MissedTickBehavior, interval};
 
-use crate::doctor::http;
 use crate::health::{Seen, State};
+use crate::http_client::{ask_edge, cannot_ask};
 use crate::ledger::{ConnectionView, Failure};
 
 /// The path at which the admin port says it.
@@ -126,27 +125,20 @@ pub struct ClientView {
     /// An IPv4 address, or the first one of an IPv6 /64.
     pub client: IpAddr,
     /// How many connections it has.
+    #[serde(default)]
     pub connections: usize,
     /// Bytes from it.
+    #[serde(default)]
     pub sent: u64,
     /// Bytes to it.
+    #[serde(default)]
     pub received: u64,
 }
 
 /// Asks the edge that has this admin address, or says why that cannot be done.
 pub async fn ask(admin: SocketAddr) -> Result<Status, String> {
-    let asked = async {
-        let stream = TcpStream::connect(admin).await.map_err(|error| error.to_string())?;
-        let answer = http::get(stream, &admin.to_string(), PATH).await?;
-        serde_json::from_slice(answer.body()).map_err(|_| "its answer is not that of an edge".to_owned())
-    };
-    let remedy = "check that the edge runs, and that admin.listen is what it was started with";
-    match timeout(LIMIT, asked).await {
-        Ok(outcome) => {
-            outcome.map_err(|reason| format!("cannot ask the edge at {admin}: {reason}; {remedy}"))
-        }
-        Err(_) => Err(format!("cannot ask the edge at {admin}: no answer within {LIMIT:?}; {remedy}")),
-    }
+    let answer = ask_edge(admin, PATH, LIMIT).await?;
+    serde_json::from_slice(answer.body()).map_err(|_| cannot_ask(admin, "its answer is not that of an edge"))
 }
 
 /// Shows what the edge says, again and again, each time on a screen that was cleared if `clears`;
@@ -461,9 +453,18 @@ LAST FAILURES         TIMES  LISTENER  LAST CLIENT  END  WHY
     }
 
     #[tokio::test]
-    async fn an_edge_that_cannot_be_asked_is_told() {
-        let unused = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-        let error = ask(unused).await.unwrap_err();
-        assert!(error.contains(&unused.to_string()) && error.contains("check that the edge runs"), "{error}");
+    async fn another_server_is_not_taken_for_an_edge() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let other = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let admin = other.local_addr().unwrap();
+        tokio::spawn(async move {
+            let (mut stream, _) = other.accept().await.unwrap();
+            let _ = stream.read(&mut [0; 1024]).await;
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}").await;
+        });
+        let error = ask(admin).await.unwrap_err();
+        let expected =
+            format!("cannot ask the edge at {admin}: its answer is not that of an edge; check that");
+        assert!(error.starts_with(&expected), "{error}");
     }
 }
