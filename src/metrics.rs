@@ -3,11 +3,13 @@
 //! [`Counters`] count from the start of the process; everything else is looked up at the moment of the
 //! scrape. Names follow Prometheus's conventions: base units, `_total` for what only grows.
 //!
-//! Invariant: no label's values come from clients, so the number of series is bounded by the
-//! configuration.
+//! Invariants: no label's values come from clients, so the number of series is bounded by the
+//! configurations that were in force; series are in the same order in each scrape.
 //!
 //! Deliberately not here: serving it (see [`crate::admin`]).
 
+mod classic;
+mod order;
 mod process;
 
 use std::collections::HashMap;
@@ -27,6 +29,8 @@ use crate::end_state::EndState;
 use crate::health::{Board, Listening, Monitor, State};
 use crate::ledger::{Ledger, Open, STAGES};
 use crate::tailnet::{Figures, NodeStatus, Route, linked_version};
+use classic::classic;
+use order::ordered;
 
 const PREFIX: &str = "tailwart_edge";
 
@@ -292,37 +296,11 @@ pub fn text(sources: &Sources, format: Format) -> String {
         let _ = encode_registry(&mut text, registry);
     }
     let _ = encode_eof(&mut text);
+    let text = ordered(&text);
     match format {
         Format::OpenMetrics => text,
         Format::Classic => classic(&text),
     }
-}
-
-/// The classic format of a text in OpenMetrics: there a counter's name ends with `_total` in its
-/// description too, infos are gauges, and there are neither units nor an end.
-fn classic(open_metrics: &str) -> String {
-    let mut suffixes = HashMap::new();
-    for line in open_metrics.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
-        match line.split_once(' ') {
-            Some((name, "counter")) => suffixes.insert(name, "_total"),
-            Some((name, "info")) => suffixes.insert(name, "_info"),
-            _ => None,
-        };
-    }
-    let mut text = String::with_capacity(open_metrics.len());
-    for line in open_metrics.lines().filter(|line| !line.starts_with("# UNIT ") && *line != "# EOF") {
-        let mut words = line.splitn(4, ' ');
-        let described = match (words.next(), words.next(), words.next(), words.next()) {
-            (Some("#"), Some(what), Some(name), Some(rest)) => {
-                let suffix = suffixes.get(name).copied().unwrap_or_default();
-                let rest = if (what, rest) == ("TYPE", "info") { "gauge" } else { rest };
-                format!("# {what} {name}{suffix} {rest}\n")
-            }
-            _ => format!("{line}\n"),
-        };
-        text.push_str(&described);
-    }
-    text
 }
 
 fn whole(value: impl Into<i64>) -> Gauge {
@@ -537,6 +515,21 @@ mod tests {
             assert!(text.contains(&line), "{line}{text}");
         }
         assert!(text.contains("tailwart_edge_held_connections 1\n"), "{text}");
+    }
+
+    #[test]
+    fn scrapes_can_be_compared_line_by_line() {
+        let scrape = |listeners: [&str; 3]| {
+            let ledger = Ledger::new(0);
+            let _pages = listeners.map(|listener| ledger.page(listener, "stalwart:25".into()));
+            let text = text_of(&NodeStatus::default(), &ledger, Format::OpenMetrics);
+            let lines = text.lines().filter(|line| !line.starts_with("process_"));
+            lines.map(str::to_owned).collect::<Vec<_>>()
+        };
+        let lines = scrape(["smtp", "imaps", "submissions"]);
+        let of_ends = lines.iter().filter(|line| line.starts_with("tailwart_edge_connections_total{"));
+        assert!(of_ends.clone().count() >= 3 * 10 && of_ends.is_sorted(), "{lines:#?}");
+        assert_eq!(scrape(["submissions", "smtp", "imaps"]), lines);
     }
 
     #[test]
