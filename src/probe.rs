@@ -68,15 +68,16 @@ pub struct Target {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
     /// The first line of the greeting; empty for http and tcp.
+    #[serde(default)]
     pub greeting: String,
     /// The certificate, where TLS is spoken from the first byte.
     pub certificate: Option<Certificate>,
     /// How long connecting took.
-    #[serde(rename = "connect_ms", with = "millis")]
+    #[serde(rename = "connect_ms", with = "millis", default)]
     pub connect: Duration,
     /// How long it took from dialling to the end of the greeting, without what
     /// the probe waits on purpose.
-    #[serde(rename = "total_ms", with = "millis")]
+    #[serde(rename = "total_ms", with = "millis", default)]
     pub total: Duration,
 }
 
@@ -85,6 +86,7 @@ pub struct Finding {
 pub struct Certificate {
     /// The DNS names and IP addresses it is for, or else the subject's common
     /// name.
+    #[serde(default)]
     pub names: Vec<String>,
     /// The last moment at which it is valid, past or not.
     pub not_after: Timestamp,

@@ -30,40 +30,55 @@ const LIMIT: Duration = Duration::from_secs(5);
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What an edge says of itself.
+///
+/// Who reads it may be of another version: what it does not know it ignores, and what is not there is
+/// empty. Only what makes it the answer of an edge has to be there, what names a thing, and times.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Status {
     /// Its version.
     pub version: String,
     /// That of the Tailscale in it.
+    #[serde(default)]
     pub tailscale: String,
     /// When it was started, by the clock as it is now.
     pub started: Timestamp,
     /// When it said this.
     pub now: Timestamp,
     /// Its node.
+    #[serde(default)]
     pub node: NodeView,
     /// Why it is not ready; empty when it is.
+    #[serde(default)]
     pub not_ready: Vec<String>,
     /// What is wrong besides.
+    #[serde(default)]
     pub warnings: Vec<String>,
     /// How many clients wait for a mailbox that cannot be reached.
+    #[serde(default)]
     pub held: usize,
     /// Its listeners.
+    #[serde(default)]
     pub listeners: Vec<ListenerView>,
     /// Each server, as each listener uses it.
+    #[serde(default)]
     pub upstreams: Vec<UpstreamView>,
     /// How many connections there are.
+    #[serde(default)]
     pub open: usize,
     /// The clients with the most connections.
+    #[serde(default)]
     pub clients: Vec<ClientView>,
     /// The connections; of very many the oldest.
+    #[serde(default)]
     pub connections: Vec<ConnectionView>,
     /// The last failures, the latest first.
+    #[serde(default)]
     pub failures: Vec<Failure>,
 }
 
 /// The node of an edge. Its login address is left out: whoever opens it first owns the node.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct NodeView {
     /// Its MagicDNS name.
     pub name: String,
@@ -80,7 +95,8 @@ pub struct NodeView {
 }
 
 /// A listener.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ListenerView {
     /// Its name.
     pub name: String,
@@ -103,7 +119,8 @@ pub struct ListenerView {
 }
 
 /// A server as a listener uses it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct UpstreamView {
     /// The listener's name.
     pub listener: String,
@@ -323,6 +340,8 @@ impl fmt::Display for Line<'_> {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use serde_json::{Map, Value};
+
     use super::*;
 
     /// As `/status` has it.
@@ -389,6 +408,76 @@ LAST FAILURES         TIMES  LISTENER  LAST CLIENT  END  WHY
         let first =
             "tailwart-edge 0.1.0 is NOT READY: the tailnet node is not started; the edge is stopping\n";
         assert!(status.to_string().starts_with(first));
+    }
+
+    /// Each field of a value, in whatever depth, as a path.
+    fn fields(value: &Value, path: &str) -> Vec<String> {
+        let below: Vec<(String, &Value)> = match value {
+            Value::Object(object) => object.iter().map(|(name, value)| (name.clone(), value)).collect(),
+            Value::Array(list) => {
+                list.iter().enumerate().map(|(index, value)| (index.to_string(), value)).collect()
+            }
+            _ => Vec::new(),
+        };
+        let paths = below.iter().flat_map(|(name, value)| {
+            let path = format!("{path}/{name}");
+            let deeper = fields(value, &path);
+            (!is_index(name)).then_some(path).into_iter().chain(deeper)
+        });
+        paths.collect()
+    }
+
+    fn is_index(name: &str) -> bool {
+        name.parse::<usize>().is_ok()
+    }
+
+    fn parent<'a>(answer: &'a mut Value, path: &'a str) -> (&'a mut Map<String, Value>, &'a str) {
+        let (parent, name) = path.rsplit_once('/').unwrap();
+        (answer.pointer_mut(parent).and_then(Value::as_object_mut).unwrap(), name)
+    }
+
+    /// Without which there is nothing to show; of lists, in each of their items.
+    const REQUIRED: [&str; 12] = [
+        "/version",
+        "/started",
+        "/now",
+        "/upstreams/probe/state",
+        "/upstreams/probe/since",
+        "/upstreams/probe/finding/certificate/not_after",
+        "/clients/client",
+        "/connections/id",
+        "/connections/listener",
+        "/connections/client",
+        "/failures/last",
+        "/failures/client",
+    ];
+
+    fn is_required(path: &str) -> bool {
+        let names: Vec<&str> = path.split('/').filter(|name| !is_index(name)).collect();
+        REQUIRED.contains(&&*names.join("/"))
+    }
+
+    #[test]
+    fn an_edge_of_another_version_can_be_asked() {
+        let answer: Value = serde_json::from_str(ANSWER).unwrap();
+        let known = fields(&answer, "");
+        assert!(known.len() > 60 && known.iter().filter(|path| is_required(path)).count() >= REQUIRED.len());
+        for path in &known {
+            let mut older = answer.clone();
+            let (object, name) = parent(&mut older, path);
+            object.remove(name);
+            let told = serde_json::from_value::<Status>(older).map(|status| status.to_string());
+            assert_eq!(told.is_err(), is_required(path), "{path}: {told:?}");
+
+            let mut newer = answer.clone();
+            let (object, _) = parent(&mut newer, path);
+            object.insert("news".into(), serde_json::json!({"of": [1, "kind"]}));
+            let told = serde_json::from_value::<Status>(newer).map(|status| status.to_string());
+            assert!(told.is_ok(), "{path}: {told:?}");
+        }
+        let word = answer.to_string().replace(r#""state":"down""#, r#""state":"asleep""#);
+        let status: Status = serde_json::from_str(&word).unwrap();
+        assert_eq!(status.upstreams[0].probe.state, State::Unknown);
     }
 
     #[test]
