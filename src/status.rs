@@ -316,13 +316,22 @@ pub struct Line<'a>(pub &'a Seen);
 
 impl fmt::Display for Line<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Seen { state, since, finding, problem, .. } = self.0;
-        match state {
-            State::Unprobed => return write!(f, "not probed"),
-            State::Unknown => return write!(f, "not known yet"),
-            State::Up => write!(f, "up since {since:.0}")?,
-            State::Down => write!(f, "DOWN since {since:.0}")?,
+        let since = self.0.since;
+        match self.0.state {
+            State::Unprobed => write!(f, "not probed"),
+            State::Unknown => write!(f, "not known yet"),
+            State::Up => write!(f, "up since {since:.0}{}", Details(self.0)),
+            State::Down => write!(f, "DOWN since {since:.0}{}", Details(self.0)),
         }
+    }
+}
+
+/// The rest of that line, from its colon.
+pub struct Details<'a>(pub &'a Seen);
+
+impl fmt::Display for Details<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Seen { finding, problem, .. } = self.0;
         if let Some(problem) = problem {
             return write!(f, ": {problem}");
         }
