@@ -51,6 +51,7 @@ use crate::doctor::{self, Examiner, NoLook};
 use crate::health::Judgement;
 use crate::metrics::Format;
 use crate::overview::Overview;
+use crate::relay::Reset;
 use crate::status;
 use crate::tailnet::Node;
 
@@ -67,7 +68,7 @@ const CROWDED_HEAD_LIMIT: Duration = Duration::from_millis(100);
 const CROWDED_PEER_HEAD_LIMIT: Duration = Duration::from_secs(1);
 /// How long an admin connection may last: longer than a look of the doctor.
 const CONNECTION_LIMIT: Duration = Duration::from_secs(90);
-/// The same of a peer, for which nobody looks.
+/// The same of a peer, for which nobody looks, until it has the answer.
 const PEER_CONNECTION_LIMIT: Duration = Duration::from_secs(10);
 
 /// Answers requests for as long as the edge lives.
@@ -103,10 +104,24 @@ pub async fn serve_tailnet(node: Arc<Node>, port: u16, overview: Arc<Overview>) 
         let place = places.take().await;
         let Some(stream) = listener.accept().await else { return };
         let overview = Arc::clone(&overview);
-        tokio::spawn(async move {
-            let served = connection(stream, place, &overview, None);
-            let _ = timeout(PEER_CONNECTION_LIMIT, served).await;
-        });
+        tokio::spawn(async move { serve_peer(stream, place, &overview).await });
+    }
+}
+
+/// Answers a peer and waits, without a place, for it to have the answer and to end. One that does not is
+/// reset: what a peer leaves unread would stay with the stack, if the connection were only closed, for
+/// as long as that peer lives.
+async fn serve_peer<S>(mut stream: S, place: Place, overview: &Overview)
+where
+    S: AsyncRead + AsyncWrite + Reset + Unpin,
+{
+    let served = async {
+        if connection(&mut stream, place, overview, None).await {
+            let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
+        }
+    };
+    if timeout(PEER_CONNECTION_LIMIT, served).await.is_err() {
+        stream.reset();
     }
 }
 
@@ -137,12 +152,13 @@ impl Places {
 }
 
 /// Answers one request, and then gives its place back; without an examiner nobody may have the doctor look.
+/// Whether it was answered, and our side has ended.
 async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
     place: Place,
     overview: &Overview,
     examiner: Option<&Examiner>,
-) {
+) -> bool {
     let service = service_fn(|request: Request<Incoming>| async move {
         Ok::<_, Infallible>(match request.uri().path() {
             _ if !is_for_us(&request, &overview.node_name()) => misdirected(),
@@ -155,9 +171,7 @@ async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
         .keep_alive(false) // or whoever leaves connections open takes all the places
         .header_read_timeout(place.head_limit)
         .serve_connection(TokioIo::new(stream), service);
-    if let Err(error) = served.await {
-        debug!("admin connection: {error}");
-    }
+    served.await.inspect_err(|error| debug!("admin connection: {error}")).is_ok()
 }
 
 /// Whether a request was meant for this edge: it names an address, this machine or the node, and no
@@ -181,10 +195,10 @@ fn misdirected() -> Response<Full<Bytes>> {
 }
 
 fn answer(request: &Request<Incoming>, overview: &Overview) -> Response<Full<Bytes>> {
-    if !matches!(*request.method(), Method::GET | Method::HEAD) {
-        return only("GET, HEAD");
-    }
     match request.uri().path() {
+        // Whoever asks for the head alone does not want the work done.
+        doctor::PATH => only("GET"),
+        _ if !matches!(*request.method(), Method::GET | Method::HEAD) => only("GET, HEAD"),
         "/livez" => json(StatusCode::OK, &serde_json::json!({"live": true})),
         "/readyz" => {
             let Judgement { reasons, warnings } = overview.judge();
@@ -199,8 +213,6 @@ fn answer(request: &Request<Incoming>, overview: &Overview) -> Response<Full<Byt
             let format = Format::asked_for(accept.unwrap_or_default());
             body(StatusCode::OK, format.content_type(), overview.metrics(format))
         }
-        // Whoever asks for the head alone does not want the work done.
-        doctor::PATH => only("GET"),
         _ => json(
             StatusCode::NOT_FOUND,
             &serde_json::json!({"error": "there is /, /livez, /readyz, /status, /metrics and /doctor"}),
@@ -307,14 +319,36 @@ mod tests {
         assert!(!is_for_us(&whole.body(()).unwrap(), node));
     }
 
-    #[tokio::test]
-    async fn a_peer_may_not_have_the_doctor_look() {
-        let (mut client, stream) = tokio::io::duplex(1024);
-        client.write_all(b"GET /doctor HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+    /// What a peer is answered.
+    async fn answer_to(request: &str) -> String {
+        let (mut client, stream) = tokio::io::duplex(4096);
+        client.write_all(format!("{request}\r\nHost: localhost\r\n\r\n").as_bytes()).await.unwrap();
         let place = Places::new(1, CROWDED_HEAD_LIMIT).take().await;
         connection(stream, place, &overview(None, false, None), None).await;
         let mut answer = String::new();
         client.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn a_method_that_is_not_served_is_told_those_that_are() {
+        for (request, methods) in [
+            ("POST /livez HTTP/1.1", "GET, HEAD"),
+            ("DELETE / HTTP/1.1", "GET, HEAD"),
+            ("POST /doctor HTTP/1.1", "GET"),
+        ] {
+            let answer = answer_to(request).await;
+            assert!(answer.starts_with("HTTP/1.1 405 "), "{answer}");
+            assert!(answer.contains(&format!("\r\nallow: {methods}\r\n")), "{answer}");
+            assert!(answer.ends_with(&format!("{{\"error\":\"only {methods}\"}}\n")), "{answer}");
+        }
+        let head = answer_to("HEAD /doctor HTTP/1.1").await;
+        assert!(head.starts_with("HTTP/1.1 405 ") && head.contains("\r\nallow: GET\r\n"), "{head}");
+    }
+
+    #[tokio::test]
+    async fn a_peer_may_not_have_the_doctor_look() {
+        let answer = answer_to("GET /doctor HTTP/1.1").await;
         assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("ask at admin.listen"), "{answer}");
     }
 }

@@ -10,7 +10,6 @@
 
 mod clock;
 mod dns;
-pub(crate) mod http;
 mod local;
 mod mailbox;
 mod outbound;

@@ -56,12 +56,13 @@ pub const NOT_REACHED_YET: &str = "the mailbox was not reached yet";
 pub enum State {
     /// It is not probed.
     Unprobed,
-    /// Not enough is known yet.
-    Unknown,
     /// It greets as it should.
     Up,
     /// It does not.
     Down,
+    /// Not enough is known yet; or an edge of another version says what is not known here.
+    #[serde(other)]
+    Unknown,
 }
 
 /// One port of one server, as a listener uses it.
@@ -103,8 +104,9 @@ pub struct Seen {
     end_told: bool,
 }
 
-impl Seen {
-    fn nothing() -> Seen {
+impl Default for Seen {
+    /// Nothing.
+    fn default() -> Seen {
         Seen {
             state: State::Unprobed,
             since: wall_clock::now(),
@@ -132,7 +134,7 @@ impl Monitor {
             listener: service.name.clone(),
             upstream: server.to_string(),
             target,
-            seen: Mutex::new(Seen::nothing()),
+            seen: Mutex::default(),
         }
     }
 
@@ -423,7 +425,7 @@ mod tests {
 
     fn monitor() -> Monitor {
         let target = Target { host: "stalwart".into(), port: 993, protocol: Protocol::Imaps, header: true };
-        let seen = Mutex::new(Seen::nothing());
+        let seen = Mutex::default();
         let monitor = Monitor { listener: "imaps".into(), upstream: "stalwart:993".into(), target, seen };
         monitor.begin();
         monitor
@@ -464,7 +466,7 @@ mod tests {
 
     #[test]
     fn what_a_probe_has_found_is_kept_when_its_settings_change() {
-        let monitor = Monitor { seen: Mutex::new(Seen::nothing()), ..monitor() };
+        let monitor = Monitor { seen: Mutex::default(), ..monitor() };
         assert_eq!(monitor.seen().state, State::Unprobed);
         monitor.begin();
         assert_eq!(monitor.seen().state, State::Unknown);

@@ -11,10 +11,8 @@ use std::time::Duration;
 use hyper::Response;
 use hyper::body::Bytes;
 use serde::Deserialize;
-use tokio::net::TcpStream;
-use tokio::time::timeout;
 
-use crate::doctor::http;
+use crate::http_client::ask_edge;
 
 /// How long the edge may take to answer.
 const LIMIT: Duration = Duration::from_secs(3);
@@ -29,16 +27,7 @@ struct Readiness {
 /// Says why not.
 pub async fn ask(admin: SocketAddr, live: bool) -> Result<(), String> {
     let path = if live { "/livez" } else { "/readyz" };
-    let asked = async {
-        let stream = TcpStream::connect(admin).await.map_err(|error| error.to_string())?;
-        http::get(stream, &admin.to_string(), path).await
-    };
-    let remedy = "check that the edge runs, and that admin.listen is what it was started with";
-    match timeout(LIMIT, asked).await {
-        Ok(Ok(answer)) => judge(&answer),
-        Ok(Err(reason)) => Err(format!("cannot ask the edge at {admin}: {reason}; {remedy}")),
-        Err(_) => Err(format!("cannot ask the edge at {admin}: no answer within {LIMIT:?}; {remedy}")),
-    }
+    judge(&ask_edge(admin, path, LIMIT).await?)
 }
 
 fn judge(answer: &Response<Bytes>) -> Result<(), String> {
@@ -68,12 +57,5 @@ mod tests {
             judge(&answer(404, "<html>")),
             Err("what answers is not an edge (404 Not Found)".to_owned())
         );
-    }
-
-    #[tokio::test]
-    async fn an_edge_that_does_not_answer_is_not_well() {
-        let unused = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-        let error = ask(unused, true).await.unwrap_err();
-        assert!(error.contains(&unused.to_string()) && error.contains("check that the edge runs"), "{error}");
     }
 }

@@ -140,16 +140,20 @@ pub struct ConnectionView {
     /// Who connected.
     pub client: SocketAddr,
     /// `connecting`, `held` or `relaying`.
+    #[serde(default)]
     pub stage: String,
     /// The server it goes to, once that is known.
     pub upstream: Option<String>,
     /// The path that its packets take inside the tailnet, once that is known.
     pub path: Option<String>,
     /// Bytes to the mailbox.
+    #[serde(default)]
     pub sent: u64,
     /// Bytes to the client.
+    #[serde(default)]
     pub received: u64,
     /// How long it has lasted.
+    #[serde(default)]
     pub seconds: u64,
 }
 
@@ -159,16 +163,21 @@ pub struct Failure {
     /// When the last one was.
     pub last: Timestamp,
     /// How many there were in a row.
+    #[serde(default)]
     pub count: u64,
     /// The listener's name.
+    #[serde(default)]
     pub listener: String,
     /// Where the client was to go.
+    #[serde(default)]
     pub upstream: String,
     /// The last one's client.
     pub client: SocketAddr,
     /// In two letters.
+    #[serde(default)]
     pub end: String,
     /// In words.
+    #[serde(default)]
     pub why: String,
 }
 

@@ -12,7 +12,8 @@
 //! boundary, [`membership`] its life. The rest is what an operator touches: [`cli`],
 //! [`config`], [`credential`], [`secret`], [`state_dir`], [`limits`], [`sockets`],
 //! [`reload`], [`supervisor`], [`drain`], [`admin`], [`overview`], [`metrics`], [`log`],
-//! [`status`], [`healthcheck`], [`doctor`].
+//! [`status`], [`healthcheck`], [`doctor`], and what several of them need: [`wall_clock`],
+//! [`printable`], [`http_client`].
 //!
 //! `ARCHITECTURE.md` has the picture and the invariants.
 
@@ -76,10 +77,14 @@ pub mod metrics;
 
 pub mod log;
 
-pub mod wall_clock;
-
 pub mod status;
 
 pub mod healthcheck;
 
 pub mod doctor;
+
+pub mod wall_clock;
+
+pub mod printable;
+
+pub mod http_client;

@@ -1,5 +1,6 @@
 //! The program: arguments, log output, exit codes; nothing else.
 
+use std::fmt::Display;
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::process::ExitCode;
@@ -20,8 +21,11 @@ use tokio::runtime::Runtime;
 /// Wrong usage or configuration.
 const EXIT_CONFIG: u8 = 2;
 
+/// The exit code of a command; as an error that of one that got no further, which has said why.
+type Outcome = Result<ExitCode, ExitCode>;
+
 fn main() -> ExitCode {
-    match Cli::parse().command {
+    let (Ok(code) | Err(code)) = match Cli::parse().command {
         Command::Run(args) => run(&args),
         Command::Check(args) => check(&args),
         Command::Doctor(args) => doctor(args),
@@ -30,9 +34,10 @@ fn main() -> ExitCode {
         Command::Completions { shell } => completions(shell),
         Command::Version => {
             println!("tailwart-edge {} (Tailscale {})", env!("CARGO_PKG_VERSION"), tailnet::linked_version());
-            ExitCode::SUCCESS
+            Ok(ExitCode::SUCCESS)
         }
-    }
+    };
+    code
 }
 
 /// The environment as the configuration sees it. A value that is not UTF-8
@@ -48,33 +53,36 @@ fn load(args: &ConfigArgs) -> Result<Config, ConfigError> {
     }
 }
 
-fn check(args: &ConfigArgs) -> ExitCode {
-    match load(args) {
-        Ok(config) => {
-            for warning in &config.warnings {
-                eprintln!("warning: {warning}");
-            }
-            for listener in &config.listeners {
-                let addresses: Vec<String> = listener.listen.iter().map(ToString::to_string).collect();
-                println!("{}: {} -> {}", listener.name, addresses.join(", "), listener.upstream);
-            }
-            println!("the configuration is good");
-            ExitCode::SUCCESS
-        }
-        Err(mistakes) => config_mistakes(&mistakes),
-    }
-}
-
-fn config_mistakes(mistakes: &ConfigError) -> ExitCode {
+fn config_mistakes(mistakes: ConfigError) -> ExitCode {
     eprintln!("{mistakes}");
     ExitCode::from(EXIT_CONFIG)
 }
 
-fn run(args: &ConfigArgs) -> ExitCode {
-    let config = match load(args) {
-        Ok(config) => config,
-        Err(mistakes) => return config_mistakes(&mistakes),
-    };
+fn failure(problem: impl Display) -> ExitCode {
+    eprintln!("{problem}");
+    ExitCode::FAILURE
+}
+
+fn start_runtime() -> Result<Runtime, ExitCode> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    runtime.map_err(|error| failure(format!("cannot start the runtime: {error}")))
+}
+
+fn check(args: &ConfigArgs) -> Outcome {
+    let config = load(args).map_err(config_mistakes)?;
+    for warning in &config.warnings {
+        eprintln!("warning: {warning}");
+    }
+    for listener in &config.listeners {
+        let addresses: Vec<String> = listener.listen.iter().map(ToString::to_string).collect();
+        println!("{}: {} -> {}", listener.name, addresses.join(", "), listener.upstream);
+    }
+    println!("the configuration is good");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run(args: &ConfigArgs) -> Outcome {
+    let config = load(args).map_err(config_mistakes)?;
     let credentials = Sources::capture(&environment, config.tailnet.auth_key_file.clone());
     let source = Source::capture(args.config.clone(), args.upstream.clone(), std::env::vars_os());
     // Before any thread of ours exists, and the log has one.
@@ -90,15 +98,21 @@ fn run(args: &ConfigArgs) -> ExitCode {
     run_edge(Start { config, source, credentials, supervisor, handed, logging })
 }
 
-fn start_runtime() -> Result<Runtime, ExitCode> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| {
-        eprintln!("cannot start the runtime: {error}");
-        ExitCode::FAILURE
+fn run_edge(start: Start) -> Outcome {
+    let runtime = start_runtime()?;
+    // To the end: what waits to be written is written when the last one drops it.
+    let _logging = Arc::clone(&start.logging);
+    let outcome = runtime.block_on(edge::run(start));
+    // Connections that the drain time-out cut must not hold the exit up.
+    runtime.shutdown_background();
+    outcome.map(|()| ExitCode::SUCCESS).map_err(|failure| {
+        edge::report(&failure);
+        ExitCode::from(failure.exit_code())
     })
 }
 
 /// A wrong configuration is a finding here, and no reason to say nothing else.
-fn doctor(args: DoctorArgs) -> ExitCode {
+fn doctor(args: DoctorArgs) -> Outcome {
     let config = load(&args.config);
     let tailnet = config.as_ref().ok().map(|config| &config.tailnet);
     let sources = Sources::capture(&environment, tailnet.and_then(|tailnet| tailnet.auth_key_file.clone()));
@@ -108,16 +122,13 @@ fn doctor(args: DoctorArgs) -> ExitCode {
     let DoctorArgs { domain, addresses, dns_server, smtp_check, json, .. } = args;
     let sources = Arc::new(sources);
     let patient = Patient { config, sources, domain, addresses, dns_server, smtp_check };
-    let runtime = match start_runtime() {
-        Ok(runtime) => runtime,
-        Err(code) => return code,
-    };
+    let runtime = start_runtime()?;
     let report = runtime.block_on(doctor::run(patient));
     runtime.shutdown_background();
     let text = if json { report.to_json().to_string() } else { report.to_string() };
     // Not println!, which panics when the reader has gone.
     let _ = writeln!(std::io::stdout(), "{text}");
-    ExitCode::from(report.exit_code())
+    Ok(ExitCode::from(report.exit_code()))
 }
 
 /// Where a running edge can be asked.
@@ -126,82 +137,34 @@ fn admin_address(args: &EdgeArgs) -> Result<SocketAddr, ExitCode> {
         return Ok(admin);
     }
     let path = config_path(args.config.clone(), &environment);
-    let admin =
-        config::admin(path.as_deref(), &environment).map_err(|mistakes| config_mistakes(&mistakes))?;
-    admin.ok_or_else(|| {
-        eprintln!("the edge has no admin address to ask at: admin.listen is \"off\"");
-        ExitCode::FAILURE
-    })
+    let admin = config::admin(path.as_deref(), &environment).map_err(config_mistakes)?;
+    admin.ok_or_else(|| failure("the edge has no admin address to ask at: admin.listen is \"off\""))
 }
 
-fn check_health(args: &HealthcheckArgs) -> ExitCode {
-    let admin = match admin_address(&args.edge) {
-        Ok(admin) => admin,
-        Err(code) => return code,
-    };
-    let runtime = match start_runtime() {
-        Ok(runtime) => runtime,
-        Err(code) => return code,
-    };
-    match runtime.block_on(healthcheck::ask(admin, args.live)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(reason) => {
-            eprintln!("{reason}");
-            ExitCode::FAILURE
-        }
-    }
+fn check_health(args: &HealthcheckArgs) -> Outcome {
+    let admin = admin_address(&args.edge)?;
+    let asked = start_runtime()?.block_on(healthcheck::ask(admin, args.live));
+    asked.map(|()| ExitCode::SUCCESS).map_err(failure)
 }
 
-fn completions(shell: Shell) -> ExitCode {
-    let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), env!("CARGO_PKG_NAME"), &mut script);
-    // Not straight to the terminal: generate panics when the reader has gone.
-    let _ = std::io::stdout().write_all(&script);
-    ExitCode::SUCCESS
-}
-
-fn show_status(args: &StatusArgs) -> ExitCode {
-    let admin = match admin_address(&args.edge) {
-        Ok(admin) => admin,
-        Err(code) => return code,
-    };
-    let runtime = match start_runtime() {
-        Ok(runtime) => runtime,
-        Err(code) => return code,
-    };
+fn show_status(args: &StatusArgs) -> Outcome {
+    let admin = admin_address(&args.edge)?;
+    let runtime = start_runtime()?;
     if args.watch {
         let mut screen = std::io::stdout();
         let clears = !args.json && screen.is_terminal();
         runtime.block_on(status::watch(admin, args.json, clears, &mut screen));
-        return ExitCode::SUCCESS; // nobody reads it any more
+        return Ok(ExitCode::SUCCESS); // nobody reads it any more
     }
-    match runtime.block_on(status::ask(admin)) {
-        Ok(status) => {
-            let _ = write!(std::io::stdout(), "{}", status.shown(args.json));
-            ExitCode::SUCCESS
-        }
-        Err(problem) => {
-            eprintln!("{problem}");
-            ExitCode::FAILURE
-        }
-    }
+    let status = runtime.block_on(status::ask(admin)).map_err(failure)?;
+    let _ = write!(std::io::stdout(), "{}", status.shown(args.json));
+    Ok(ExitCode::SUCCESS)
 }
 
-fn run_edge(start: Start) -> ExitCode {
-    let runtime = match start_runtime() {
-        Ok(runtime) => runtime,
-        Err(code) => return code,
-    };
-    // To the end: what waits to be written is written when the last one drops it.
-    let _logging = Arc::clone(&start.logging);
-    let outcome = runtime.block_on(edge::run(start));
-    // Connections that the drain time-out cut must not hold the exit up.
-    runtime.shutdown_background();
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            edge::report(&failure);
-            ExitCode::from(failure.exit_code())
-        }
-    }
+fn completions(shell: Shell) -> Outcome {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), env!("CARGO_PKG_NAME"), &mut script);
+    // Not straight to the terminal: generate panics when the reader has gone.
+    let _ = std::io::stdout().write_all(&script);
+    Ok(ExitCode::SUCCESS)
 }

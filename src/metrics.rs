@@ -3,11 +3,14 @@
 //! [`Counters`] count from the start of the process; everything else is looked up at the moment of the
 //! scrape. Names follow Prometheus's conventions: base units, `_total` for what only grows.
 //!
-//! Invariant: no label's values come from clients, so the number of series is bounded by the
-//! configuration.
+//! Invariants: no label's values come from clients, so the number of series is bounded by the
+//! configurations that were in force; series are in the same order in each scrape.
 //!
 //! Deliberately not here: serving it (see [`crate::admin`]).
 
+mod classic;
+mod counters;
+mod order;
 mod process;
 
 use std::collections::HashMap;
@@ -19,25 +22,18 @@ use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::end_state::EndState;
 use crate::health::{Board, Listening, Monitor, State};
 use crate::ledger::{Ledger, Open, STAGES};
 use crate::tailnet::{Figures, NodeStatus, Route, linked_version};
+use classic::classic;
+use order::ordered;
+
+pub use counters::{Counters, ListenerCounters, Totals};
 
 const PREFIX: &str = "tailwart_edge";
-
-/// A dial inside the tailnet takes a round trip, or five seconds and more when WireGuard has to repeat
-/// a handshake.
-const DIAL_BUCKETS_SECONDS: [f64; 11] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 6.0, 15.0];
-
-/// Until the client hears the mailbox: the dial, the greeting (postscreen waits for six seconds), the
-/// hold.
-const FIRST_BYTE_BUCKETS_SECONDS: [f64; 11] =
-    [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 2.5, 7.5, 25.0, 60.0];
 
 /// The formats there are: Prometheus asks for OpenMetrics, `curl` and `promtool` for the classic one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,23 +60,6 @@ impl Format {
             Format::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
         }
     }
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct OfListener {
-    listener: String,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct OfEnd {
-    listener: String,
-    end: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct OfRefusal {
-    listener: String,
-    reason: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -111,140 +90,6 @@ struct OfRegion {
 struct Port {
     listener: String,
     upstream: String,
-}
-
-/// What is counted from the start of the process.
-#[derive(Debug)]
-pub struct Counters {
-    registry: Registry,
-    ended: Family<OfEnd, Counter>,
-    refused: Family<OfRefusal, Counter>,
-    sent: Family<OfListener, Counter>,
-    received: Family<OfListener, Counter>,
-    dial: Family<OfListener, Histogram, fn() -> Histogram>,
-    first_byte: Family<OfListener, Histogram, fn() -> Histogram>,
-}
-
-/// Those of one listener that are needed often.
-#[derive(Debug)]
-pub struct ListenerCounters {
-    /// Bytes to the mailbox.
-    pub sent: Counter,
-    /// Bytes to clients.
-    pub received: Counter,
-    /// Seconds that a dial took which succeeded.
-    pub dial: Histogram,
-    /// Seconds from a client's coming to the mailbox's first byte.
-    pub first_byte: Histogram,
-}
-
-/// What the connections of a listener have come to since the start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Totals {
-    /// Those that have ended.
-    pub ended: u64,
-    /// Of these, those that our side or the mailbox has failed.
-    pub failed: u64,
-    /// Bytes to the mailbox.
-    pub sent: u64,
-    /// Bytes to clients.
-    pub received: u64,
-}
-
-impl Default for Counters {
-    fn default() -> Counters {
-        let mut counters = Counters {
-            registry: Registry::with_prefix(PREFIX),
-            ended: Family::default(),
-            refused: Family::default(),
-            sent: Family::default(),
-            received: Family::default(),
-            dial: Family::new_with_constructor(|| Histogram::new(DIAL_BUCKETS_SECONDS)),
-            first_byte: Family::new_with_constructor(|| Histogram::new(FIRST_BYTE_BUCKETS_SECONDS)),
-        };
-        counters.register();
-        counters
-    }
-}
-
-impl Counters {
-    fn register(&mut self) {
-        let registry = &mut self.registry;
-        registry.register("connections", "Connections that have ended, by end state", self.ended.clone());
-        registry.register(
-            "refused_connections",
-            "Clients that were turned away, or closed where their protocol has no word for it",
-            self.refused.clone(),
-        );
-        registry.register_with_unit("sent", "Bytes to the mailbox", Unit::Bytes, self.sent.clone());
-        registry.register_with_unit("received", "Bytes to clients", Unit::Bytes, self.received.clone());
-        registry.register_with_unit(
-            "dial",
-            "How long it took to connect to the mailbox, when it succeeded",
-            Unit::Seconds,
-            self.dial.clone(),
-        );
-        registry.register_with_unit(
-            "first_byte",
-            "From a client's coming to the mailbox's first byte, the hold included",
-            Unit::Seconds,
-            self.first_byte.clone(),
-        );
-    }
-
-    /// Those of a listener; all of them are there from now on, at zero.
-    pub fn listener(&self, listener: &str) -> ListenerCounters {
-        let labels = OfListener { listener: listener.to_owned() };
-        for state in EndState::ALL {
-            self.of_end(listener, state);
-            self.of_refusal(listener, state);
-        }
-        ListenerCounters {
-            sent: self.sent.get_or_create(&labels).clone(),
-            received: self.received.get_or_create(&labels).clone(),
-            dial: self.dial.get_or_create(&labels).clone(),
-            first_byte: self.first_byte.get_or_create(&labels).clone(),
-        }
-    }
-
-    /// Counts a connection that has ended.
-    pub fn ended(&self, listener: &str, state: EndState) {
-        self.of_end(listener, state).inc();
-        self.of_refusal(listener, state).inspect(|refused| {
-            refused.inc();
-        });
-    }
-
-    /// What a listener's connections have come to.
-    pub fn totals(&self, listener: &str) -> Totals {
-        let labels = OfListener { listener: listener.to_owned() };
-        let ended = |wanted: fn(EndState) -> bool| {
-            let states = EndState::ALL.into_iter().filter(|state| wanted(*state));
-            states.map(|state| self.count(listener, state)).sum()
-        };
-        Totals {
-            ended: ended(|_| true),
-            failed: ended(EndState::is_failure),
-            sent: self.sent.get_or_create(&labels).get(),
-            received: self.received.get_or_create(&labels).get(),
-        }
-    }
-
-    /// How many connections of a listener have ended so.
-    pub fn count(&self, listener: &str, state: EndState) -> u64 {
-        self.of_end(listener, state).get()
-    }
-
-    fn of_end(&self, listener: &str, state: EndState) -> Counter {
-        let labels = OfEnd { listener: listener.to_owned(), end: state.code() };
-        self.ended.get_or_create(&labels).clone()
-    }
-
-    fn of_refusal(&self, listener: &str, state: EndState) -> Option<Counter> {
-        let reason = state.refusal()?;
-        let labels = OfRefusal { listener: listener.to_owned(), reason };
-        Some(self.refused.get_or_create(&labels).clone())
-    }
 }
 
 /// What is looked at when the metrics are asked for.
@@ -292,37 +137,11 @@ pub fn text(sources: &Sources, format: Format) -> String {
         let _ = encode_registry(&mut text, registry);
     }
     let _ = encode_eof(&mut text);
+    let text = ordered(&text);
     match format {
         Format::OpenMetrics => text,
         Format::Classic => classic(&text),
     }
-}
-
-/// The classic format of a text in OpenMetrics: there a counter's name ends with `_total` in its
-/// description too, infos are gauges, and there are neither units nor an end.
-fn classic(open_metrics: &str) -> String {
-    let mut suffixes = HashMap::new();
-    for line in open_metrics.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
-        match line.split_once(' ') {
-            Some((name, "counter")) => suffixes.insert(name, "_total"),
-            Some((name, "info")) => suffixes.insert(name, "_info"),
-            _ => None,
-        };
-    }
-    let mut text = String::with_capacity(open_metrics.len());
-    for line in open_metrics.lines().filter(|line| !line.starts_with("# UNIT ") && *line != "# EOF") {
-        let mut words = line.splitn(4, ' ');
-        let described = match (words.next(), words.next(), words.next(), words.next()) {
-            (Some("#"), Some(what), Some(name), Some(rest)) => {
-                let suffix = suffixes.get(name).copied().unwrap_or_default();
-                let rest = if (what, rest) == ("TYPE", "info") { "gauge" } else { rest };
-                format!("# {what} {name}{suffix} {rest}\n")
-            }
-            _ => format!("{line}\n"),
-        };
-        text.push_str(&described);
-    }
-    text
 }
 
 fn whole(value: impl Into<i64>) -> Gauge {
@@ -475,6 +294,7 @@ fn node_metrics(registry: &mut Registry, node: &NodeStatus) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::end_state::EndState;
 
     fn text_of(node: &NodeStatus, ledger: &Ledger, format: Format) -> String {
         let sources = Sources { node, board: None, ledger, is_ready: false, figures: None, lost_lines: 0 };
@@ -537,6 +357,21 @@ mod tests {
             assert!(text.contains(&line), "{line}{text}");
         }
         assert!(text.contains("tailwart_edge_held_connections 1\n"), "{text}");
+    }
+
+    #[test]
+    fn scrapes_can_be_compared_line_by_line() {
+        let scrape = |listeners: [&str; 3]| {
+            let ledger = Ledger::new(0);
+            let _pages = listeners.map(|listener| ledger.page(listener, "stalwart:25".into()));
+            let text = text_of(&NodeStatus::default(), &ledger, Format::OpenMetrics);
+            let lines = text.lines().filter(|line| !line.starts_with("process_"));
+            lines.map(str::to_owned).collect::<Vec<_>>()
+        };
+        let lines = scrape(["smtp", "imaps", "submissions"]);
+        let of_ends = lines.iter().filter(|line| line.starts_with("tailwart_edge_connections_total{"));
+        assert!(of_ends.clone().count() >= 3 * 10 && of_ends.is_sorted(), "{lines:#?}");
+        assert_eq!(scrape(["submissions", "smtp", "imaps"]), lines);
     }
 
     #[test]

@@ -32,6 +32,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::config::Protocol;
+use crate::printable::harmless_up_to;
 use crate::proxy_header::LOCAL;
 use crate::tailnet::ConnectError;
 use crate::trust::Language;
@@ -67,15 +68,16 @@ pub struct Target {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
     /// The first line of the greeting; empty for http and tcp.
+    #[serde(default)]
     pub greeting: String,
     /// The certificate, where TLS is spoken from the first byte.
     pub certificate: Option<Certificate>,
     /// How long connecting took.
-    #[serde(rename = "connect_ms", with = "millis")]
+    #[serde(rename = "connect_ms", with = "millis", default)]
     pub connect: Duration,
     /// How long it took from dialling to the end of the greeting, without what
     /// the probe waits on purpose.
-    #[serde(rename = "total_ms", with = "millis")]
+    #[serde(rename = "total_ms", with = "millis", default)]
     pub total: Duration,
 }
 
@@ -84,6 +86,7 @@ pub struct Finding {
 pub struct Certificate {
     /// The DNS names and IP addresses it is for, or else the subject's common
     /// name.
+    #[serde(default)]
     pub names: Vec<String>,
     /// The last moment at which it is valid, past or not.
     pub not_after: Timestamp,
@@ -256,20 +259,14 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     Ok(Heard { greeting, at })
 }
 
-/// Text of the mailbox, fit to be shown: printable ASCII, and not much of it.
+/// Text of the mailbox, fit to be shown, and not much of it.
 fn harmless(text: &[u8]) -> String {
-    let text = text.trim_ascii();
-    let shown = text.iter().take(SHOWN).map(|&byte| match byte {
-        b' '..=b'~' => char::from(byte),
-        _ => '?',
-    });
-    let rest = if text.len() > SHOWN { "..." } else { "" };
-    shown.collect::<String>() + rest
+    harmless_up_to(SHOWN, &String::from_utf8_lossy(text))
 }
 
 /// A text of a library, which may hold text of the mailbox.
 fn harmless_error(error: &dyn fmt::Display) -> String {
-    harmless(error.to_string().as_bytes())
+    harmless_up_to(SHOWN, &error.to_string())
 }
 
 /// Durations as whole milliseconds.

@@ -14,11 +14,10 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use tokio::net::TcpStream;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{MissedTickBehavior, interval};
 
-use crate::doctor::http;
 use crate::health::{Seen, State};
+use crate::http_client::{ask_edge, cannot_ask};
 use crate::ledger::{ConnectionView, Failure};
 
 /// The path at which the admin port says it.
@@ -31,40 +30,55 @@ const LIMIT: Duration = Duration::from_secs(5);
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What an edge says of itself.
+///
+/// Who reads it may be of another version: what it does not know it ignores, and what is not there is
+/// empty. Only what makes it the answer of an edge has to be there, what names a thing, and times.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Status {
     /// Its version.
     pub version: String,
     /// That of the Tailscale in it.
+    #[serde(default)]
     pub tailscale: String,
     /// When it was started, by the clock as it is now.
     pub started: Timestamp,
     /// When it said this.
     pub now: Timestamp,
     /// Its node.
+    #[serde(default)]
     pub node: NodeView,
     /// Why it is not ready; empty when it is.
+    #[serde(default)]
     pub not_ready: Vec<String>,
     /// What is wrong besides.
+    #[serde(default)]
     pub warnings: Vec<String>,
     /// How many clients wait for a mailbox that cannot be reached.
+    #[serde(default)]
     pub held: usize,
     /// Its listeners.
+    #[serde(default)]
     pub listeners: Vec<ListenerView>,
     /// Each server, as each listener uses it.
+    #[serde(default)]
     pub upstreams: Vec<UpstreamView>,
     /// How many connections there are.
+    #[serde(default)]
     pub open: usize,
     /// The clients with the most connections.
+    #[serde(default)]
     pub clients: Vec<ClientView>,
     /// The connections; of very many the oldest.
+    #[serde(default)]
     pub connections: Vec<ConnectionView>,
     /// The last failures, the latest first.
+    #[serde(default)]
     pub failures: Vec<Failure>,
 }
 
 /// The node of an edge. Its login address is left out: whoever opens it first owns the node.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct NodeView {
     /// Its MagicDNS name.
     pub name: String,
@@ -81,7 +95,8 @@ pub struct NodeView {
 }
 
 /// A listener.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ListenerView {
     /// Its name.
     pub name: String,
@@ -104,7 +119,8 @@ pub struct ListenerView {
 }
 
 /// A server as a listener uses it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct UpstreamView {
     /// The listener's name.
     pub listener: String,
@@ -126,27 +142,20 @@ pub struct ClientView {
     /// An IPv4 address, or the first one of an IPv6 /64.
     pub client: IpAddr,
     /// How many connections it has.
+    #[serde(default)]
     pub connections: usize,
     /// Bytes from it.
+    #[serde(default)]
     pub sent: u64,
     /// Bytes to it.
+    #[serde(default)]
     pub received: u64,
 }
 
 /// Asks the edge that has this admin address, or says why that cannot be done.
 pub async fn ask(admin: SocketAddr) -> Result<Status, String> {
-    let asked = async {
-        let stream = TcpStream::connect(admin).await.map_err(|error| error.to_string())?;
-        let answer = http::get(stream, &admin.to_string(), PATH).await?;
-        serde_json::from_slice(answer.body()).map_err(|_| "its answer is not that of an edge".to_owned())
-    };
-    let remedy = "check that the edge runs, and that admin.listen is what it was started with";
-    match timeout(LIMIT, asked).await {
-        Ok(outcome) => {
-            outcome.map_err(|reason| format!("cannot ask the edge at {admin}: {reason}; {remedy}"))
-        }
-        Err(_) => Err(format!("cannot ask the edge at {admin}: no answer within {LIMIT:?}; {remedy}")),
-    }
+    let answer = ask_edge(admin, PATH, LIMIT).await?;
+    serde_json::from_slice(answer.body()).map_err(|_| cannot_ask(admin, "its answer is not that of an edge"))
 }
 
 /// Shows what the edge says, again and again, each time on a screen that was cleared if `clears`;
@@ -307,13 +316,22 @@ pub struct Line<'a>(pub &'a Seen);
 
 impl fmt::Display for Line<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Seen { state, since, finding, problem, .. } = self.0;
-        match state {
-            State::Unprobed => return write!(f, "not probed"),
-            State::Unknown => return write!(f, "not known yet"),
-            State::Up => write!(f, "up since {since:.0}")?,
-            State::Down => write!(f, "DOWN since {since:.0}")?,
+        let since = self.0.since;
+        match self.0.state {
+            State::Unprobed => write!(f, "not probed"),
+            State::Unknown => write!(f, "not known yet"),
+            State::Up => write!(f, "up since {since:.0}{}", Details(self.0)),
+            State::Down => write!(f, "DOWN since {since:.0}{}", Details(self.0)),
         }
+    }
+}
+
+/// The rest of that line, from its colon.
+pub struct Details<'a>(pub &'a Seen);
+
+impl fmt::Display for Details<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Seen { finding, problem, .. } = self.0;
         if let Some(problem) = problem {
             return write!(f, ": {problem}");
         }
@@ -331,6 +349,8 @@ impl fmt::Display for Line<'_> {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use serde_json::{Map, Value};
+
     use super::*;
 
     /// As `/status` has it.
@@ -399,6 +419,76 @@ LAST FAILURES         TIMES  LISTENER  LAST CLIENT  END  WHY
         assert!(status.to_string().starts_with(first));
     }
 
+    /// Each field of a value, in whatever depth, as a path.
+    fn fields(value: &Value, path: &str) -> Vec<String> {
+        let below: Vec<(String, &Value)> = match value {
+            Value::Object(object) => object.iter().map(|(name, value)| (name.clone(), value)).collect(),
+            Value::Array(list) => {
+                list.iter().enumerate().map(|(index, value)| (index.to_string(), value)).collect()
+            }
+            _ => Vec::new(),
+        };
+        let paths = below.iter().flat_map(|(name, value)| {
+            let path = format!("{path}/{name}");
+            let deeper = fields(value, &path);
+            (!is_index(name)).then_some(path).into_iter().chain(deeper)
+        });
+        paths.collect()
+    }
+
+    fn is_index(name: &str) -> bool {
+        name.parse::<usize>().is_ok()
+    }
+
+    fn parent<'a>(answer: &'a mut Value, path: &'a str) -> (&'a mut Map<String, Value>, &'a str) {
+        let (parent, name) = path.rsplit_once('/').unwrap();
+        (answer.pointer_mut(parent).and_then(Value::as_object_mut).unwrap(), name)
+    }
+
+    /// Without which there is nothing to show; of lists, in each of their items.
+    const REQUIRED: [&str; 12] = [
+        "/version",
+        "/started",
+        "/now",
+        "/upstreams/probe/state",
+        "/upstreams/probe/since",
+        "/upstreams/probe/finding/certificate/not_after",
+        "/clients/client",
+        "/connections/id",
+        "/connections/listener",
+        "/connections/client",
+        "/failures/last",
+        "/failures/client",
+    ];
+
+    fn is_required(path: &str) -> bool {
+        let names: Vec<&str> = path.split('/').filter(|name| !is_index(name)).collect();
+        REQUIRED.contains(&&*names.join("/"))
+    }
+
+    #[test]
+    fn an_edge_of_another_version_can_be_asked() {
+        let answer: Value = serde_json::from_str(ANSWER).unwrap();
+        let known = fields(&answer, "");
+        assert!(known.len() > 60 && known.iter().filter(|path| is_required(path)).count() >= REQUIRED.len());
+        for path in &known {
+            let mut older = answer.clone();
+            let (object, name) = parent(&mut older, path);
+            object.remove(name);
+            let told = serde_json::from_value::<Status>(older).map(|status| status.to_string());
+            assert_eq!(told.is_err(), is_required(path), "{path}: {told:?}");
+
+            let mut newer = answer.clone();
+            let (object, _) = parent(&mut newer, path);
+            object.insert("news".into(), serde_json::json!({"of": [1, "kind"]}));
+            let told = serde_json::from_value::<Status>(newer).map(|status| status.to_string());
+            assert!(told.is_ok(), "{path}: {told:?}");
+        }
+        let word = answer.to_string().replace(r#""state":"down""#, r#""state":"asleep""#);
+        let status: Status = serde_json::from_str(&word).unwrap();
+        assert_eq!(status.upstreams[0].probe.state, State::Unknown);
+    }
+
     #[test]
     fn what_is_not_probed_is_not_awaited() {
         let seen = |state: &str| {
@@ -461,9 +551,18 @@ LAST FAILURES         TIMES  LISTENER  LAST CLIENT  END  WHY
     }
 
     #[tokio::test]
-    async fn an_edge_that_cannot_be_asked_is_told() {
-        let unused = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-        let error = ask(unused).await.unwrap_err();
-        assert!(error.contains(&unused.to_string()) && error.contains("check that the edge runs"), "{error}");
+    async fn another_server_is_not_taken_for_an_edge() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let other = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let admin = other.local_addr().unwrap();
+        tokio::spawn(async move {
+            let (mut stream, _) = other.accept().await.unwrap();
+            let _ = stream.read(&mut [0; 1024]).await;
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}").await;
+        });
+        let error = ask(admin).await.unwrap_err();
+        let expected =
+            format!("cannot ask the edge at {admin}: its answer is not that of an edge; check that");
+        assert!(error.starts_with(&expected), "{error}");
     }
 }

@@ -16,8 +16,8 @@ use hyper::header::{
 use jiff::Timestamp;
 use maud::{DOCTYPE, Markup, PreEscaped, Render, html};
 
-use crate::health::State;
-use crate::status::{Line, Status, bytes, lasting};
+use crate::health::{Seen, State};
+use crate::status::{Details, Line, Status, bytes, lasting};
 
 /// Between two loads.
 const REFRESH_SECONDS: u32 = 5;
@@ -25,7 +25,7 @@ const REFRESH_SECONDS: u32 = 5;
 const STYLE: &str = include_str!("page.css");
 
 /// Only the style above, known by its SHA-256, and no frame around the page.
-const POLICY: &str = "default-src 'none'; style-src 'sha256-F1UuFflyic6/E4aHoHsHXi75H8Fm37WeVh8Cti1OFWY='; \
+const POLICY: &str = "default-src 'none'; style-src 'sha256-KxmMhGWPvjl8sDU4IgwQ3AyHyIhtpWP4urSAjFcoX+E='; \
     base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// The page.
@@ -99,6 +99,11 @@ fn time(at: Timestamp) -> String {
     at.strftime("%F %T UTC").to_string()
 }
 
+/// How long ago something was, with the time itself for whoever points at it.
+fn age(now: Timestamp, at: Timestamp) -> Markup {
+    html! { time title=(time(at)) { (lasting(now.duration_since(at).as_secs())) } }
+}
+
 /// What is in a table's cell, and its looks.
 struct Cell {
     class: &'static str,
@@ -111,6 +116,11 @@ fn text(content: impl fmt::Display) -> Cell {
 
 fn marked_up(content: Markup) -> Cell {
     Cell { class: "", content }
+}
+
+/// An address or two words that belong together.
+fn path(content: &str) -> Cell {
+    Cell { class: "whole", ..text(content) }
 }
 
 fn number(content: impl fmt::Display) -> Cell {
@@ -190,18 +200,28 @@ fn upstreams(status: &Status) -> Markup {
         [
             text(&upstream.upstream),
             text(&upstream.listener),
-            text(upstream.path.as_deref().unwrap_or("not known yet")),
+            path(upstream.path.as_deref().unwrap_or("not known yet")),
             number(latency.as_deref().unwrap_or("-")),
-            Cell { class, ..text(Line(&upstream.probe).to_string()) },
+            Cell { class, content: probe(status.now, &upstream.probe) },
         ]
     });
     section("upstreams", "Mailbox", ["upstream", "listener", "path", "#round trip", "probe"], rows)
 }
 
+/// As [`Line`], with how long it has been so.
+fn probe(now: Timestamp, seen: &Seen) -> Markup {
+    let word = match seen.state {
+        State::Up => "up",
+        State::Down => "DOWN",
+        State::Unknown | State::Unprobed => return Line(seen).to_string().render(),
+    };
+    html! { (word) " for " (age(now, seen.since)) (Details(seen).to_string()) }
+}
+
 fn failures(status: &Status) -> Markup {
     let rows = status.failures.iter().map(|failure| {
         [
-            text(time(failure.last)),
+            marked_up(html! { (age(status.now, failure.last)) " ago" }),
             number(failure.count),
             text(&failure.listener),
             text(failure.client),
@@ -238,7 +258,7 @@ fn connections(status: &Status) -> Markup {
                 ..text(&connection.stage)
             },
             text(connection.upstream.as_deref().unwrap_or("-")),
-            text(connection.path.as_deref().unwrap_or("-")),
+            path(connection.path.as_deref().unwrap_or("-")),
             number(bytes(connection.sent)),
             number(bytes(connection.received)),
             number(lasting(i64::try_from(connection.seconds).unwrap_or(i64::MAX))),
@@ -267,7 +287,8 @@ mod tests {
             "<title>edge.ts.net: ready</title>",
             "class=\"verdict good\" id=\"verdict\">ready<",
             "<td class=\"number bad\" data-name=\"failed\"><span>5</span></td>",
-            "<td class=\"bad\" data-name=\"probe\"><span>DOWN since 2026-01-02T03:04:05Z: cannot connect: refused</span></td>",
+            "<td class=\"bad\" data-name=\"probe\"><span>DOWN for <time title=\"2026-01-02 03:04:05 UTC\">1 d 1 h</time>: cannot connect: refused</span></td>",
+            "><time title=\"2026-01-03 04:00:00 UTC\">5 min</time> ago</th>",
             "192.0.2.7:4711",
             "<code>sQ</code>",
             "relaying",

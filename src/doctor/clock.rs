@@ -12,9 +12,10 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
-use super::http;
-use super::report::{Check, harmless};
+use super::report::Check;
 use super::resolver::{Resolver, connect};
+use crate::http_client;
+use crate::printable::harmless;
 use crate::probe::tls;
 use crate::wall_clock;
 
@@ -91,7 +92,7 @@ async fn date(
     uri: &Uri,
 ) -> Result<Timestamp, String> {
     let host = uri.authority().map_or("", |authority| authority.as_str());
-    let answer = http::get(stream, host, PATH).await?;
+    let answer = http_client::get(stream, host, PATH).await?;
     let date = answer.headers().get(DATE).and_then(|date| date.to_str().ok());
     let date = date.ok_or("its answer has no Date")?;
     jiff::fmt::rfc2822::DateTimeParser::new()

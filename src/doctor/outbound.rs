@@ -10,8 +10,9 @@ use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::report::{Check, harmless};
+use super::report::Check;
 use super::resolver::{Resolver, connect};
+use crate::printable::harmless;
 
 /// A mail server that has taken connections from anywhere for decades.
 pub const DEFAULT_SERVER: &str = "gmail-smtp-in.l.google.com:25";

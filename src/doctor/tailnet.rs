@@ -13,19 +13,17 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use hyper::StatusCode;
-use hyper::body::Bytes;
 use jiff::{SignedDuration, Timestamp};
 use serde::Deserialize;
-use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use super::http;
 use super::local::{Place, Running, is_enrolled};
 use super::mailbox::{self, Visit};
 use super::report::{Check, Outcome};
 use crate::config::{self, Config};
+use crate::http_client::get_from;
 use crate::tailnet::{ConnectError, JoinError, Node, NodeStatus, PingReport, Trouble};
 use crate::upstream::Silence;
 use crate::wall_clock;
@@ -298,14 +296,8 @@ async fn as_the_node(config: &Config, can_enrol: bool) -> Vec<Check> {
 
 /// Whether an edge answers on this admin address.
 pub async fn is_live(admin: SocketAddr) -> bool {
-    let answer = timeout(LIVE_LIMIT, get(admin, "/livez")).await;
-    matches!(answer, Ok(Ok((StatusCode::OK, body))) if body.trim_ascii() == br#"{"live":true}"#)
-}
-
-async fn get(admin: SocketAddr, path: &str) -> Result<(StatusCode, Bytes), String> {
-    let stream = TcpStream::connect(admin).await.map_err(|error| error.to_string())?;
-    let answer = http::get(stream, &admin.to_string(), path).await?;
-    Ok((answer.status(), answer.into_body()))
+    let Ok(Ok(answer)) = timeout(LIVE_LIMIT, get_from(admin, "/livez")).await else { return false };
+    answer.status() == StatusCode::OK && answer.body().trim_ascii() == br#"{"live":true}"#
 }
 
 #[derive(Deserialize)]
@@ -322,24 +314,27 @@ async fn through_the_edge(admin: SocketAddr) -> Vec<Check> {
             "check that admin.listen is what the edge was started with, and its log; restart it if it hangs";
         vec![Check::fail(NAME, finding, remedy)]
     };
-    let asked = match timeout(ADMIN_LIMIT, get(admin, PATH)).await {
+    let asked = match timeout(ADMIN_LIMIT, get_from(admin, PATH)).await {
         Ok(asked) => asked,
         Err(_) => Err(format!("no answer within {} s", ADMIN_LIMIT.as_secs())),
     };
-    match asked {
-        Err(reason) => failed(format!("the edge runs, and cannot be asked at {admin}: {reason}")),
-        Ok((StatusCode::OK, body)) => match serde_json::from_slice::<Answer>(&body) {
+    let (status, body) = match asked {
+        Ok(answer) => (answer.status(), answer.into_body()),
+        Err(reason) => return failed(format!("the edge runs, and cannot be asked at {admin}: {reason}")),
+    };
+    match status {
+        StatusCode::OK => match serde_json::from_slice::<Answer>(&body) {
             // It may be another program after all.
             Ok(answer) => answer.checks.into_iter().map(Check::made_harmless).collect(),
             Err(_) => failed(format!("{admin}{PATH} answers with something else than checks")),
         },
-        Ok((StatusCode::TOO_MANY_REQUESTS, _)) => {
+        StatusCode::TOO_MANY_REQUESTS => {
             vec![Check::warn(NAME, "not looked at: the edge is looking for another doctor", RETRY)]
         }
-        Ok((StatusCode::SERVICE_UNAVAILABLE, _)) => {
+        StatusCode::SERVICE_UNAVAILABLE => {
             vec![Check::warn(NAME, "not looked at: the edge has not started its node yet", RETRY)]
         }
-        Ok((status, _)) => failed(format!("{admin}{PATH} answers {status}")),
+        _ => failed(format!("{admin}{PATH} answers {status}")),
     }
 }
 

@@ -464,7 +464,7 @@ async fn silence_after_the_handshake_has_a_text_of_its_own() {
 
 #[test]
 fn text_of_the_mailbox_is_made_harmless() {
-    assert_eq!(harmless(b"  220 \x1b[2J\0\xff\ttext\r\n"), "220 ?[2J???text");
+    assert_eq!(harmless(b"  220 \x1b[2J\0\xff\ttext\r\n"), "220 ?[2J?? text");
     assert_eq!(harmless(&[b'x'; 9000]).len(), SHOWN + 3);
     assert_eq!(harmless(b""), "");
 }

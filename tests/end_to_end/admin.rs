@@ -1,7 +1,7 @@
 //! The admin listener: what peers of the tailnet are told and who of them, that nobody can keep others
 //! from being answered, and that it says "ready" exactly while the mailbox can be reached.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::common::tailnet::TestTailnet;
 use crate::common::wait::{eventually, wait_for};
 use crate::common::{http, private_dir};
 use crate::setup::{
-    AT_ONCE, EDGE, LIMIT, MAILBOX, Setup, becomes, edge_on, hears, no_crash, node, start_with, stops,
+    AT_ONCE, EDGE, LIMIT, MAILBOX, Setup, becomes, edge_on, hears, metric, no_crash, node, start_with, stops,
     tailnet_with, tcp, without_probe,
 };
 
@@ -125,6 +125,38 @@ fn half_requests_of_peers_take_no_place_of_this_machine() {
     }
     answers_peer(peer, &edge);
     drop(slow);
+    no_crash(edge.log());
+}
+
+#[test]
+fn a_peer_that_does_not_take_its_answer_leaves_nothing_with_the_stack() {
+    /// What is left of a connection that was only closed stays for a minute, or for as long as the peer.
+    const SOONER: Duration = Duration::from_secs(30);
+    let (tailnet, edge) = tailnet_with_peer(|edge| edge);
+    let peer = seen_by_peer(&tailnet)[0];
+    answers_peer(peer, &edge);
+    let endpoints = || metric(&edge, "tailwart_edge_stack_endpoints").expect("it is measured");
+    let handles = || metric(&edge, "tailwart_edge_stack_handles").expect("it is measured");
+    assert!(eventually(SOONER, || handles() == 0.0), "{}", edge.log().tail());
+    let before = endpoints();
+    let deaf: Vec<TcpStream> = (0..20)
+        .map(|_| {
+            let mut stream = connect(peer);
+            stream
+                .write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                .expect("the kernel takes it");
+            stream
+        })
+        .collect();
+    assert!(eventually(LIMIT, || endpoints() >= before + 20.0), "{} of {before}", endpoints());
+    answers_peer(peer, &edge);
+    assert!(eventually(SOONER, || endpoints() <= before && handles() == 0.0), "{} of {before}", endpoints());
+    // Reset, and not only closed: nothing that a peer does ends its side.
+    for mut stream in deaf {
+        stream.set_read_timeout(Some(LIMIT)).expect("the deadline is not zero");
+        let end = stream.read_to_end(&mut Vec::new()).map_err(|error| error.kind());
+        assert!(!matches!(end, Err(ErrorKind::WouldBlock)), "{end:?}");
+    }
     no_crash(edge.log());
 }
 

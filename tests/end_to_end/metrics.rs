@@ -213,6 +213,18 @@ fn the_alerts_are_raised_when_they_should_be() {
     let path = |name: &str| repo_root().join("contrib").join(name).display().to_string();
     promtool(&["check", "rules", &path("alerts.yml")], b"").expect_success();
     promtool(&["test", "rules", &path("alerts_test.yml")], b"").expect_success();
+    let [alerts, tests] =
+        ["alerts.yml", "alerts_test.yml"].map(|name| fs::read_to_string(path(name)).expect("text"));
+    let alerts: Vec<&str> = alerts.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
+    assert!(alerts.len() >= 10, "{alerts:?}");
+    for alert in alerts {
+        let times = |expected: &str| {
+            let test = format!("alertname: {alert}");
+            tests.split("eval_time:").filter(|part| part.contains(&test) && part.contains(expected)).count()
+        };
+        assert!(times("exp_alerts: []") > 0, "{alert} is not tested to be silent");
+        assert!(times("exp_labels:") > 0, "{alert} is not tested to be raised");
+    }
 }
 
 #[test]
