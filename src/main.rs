@@ -71,6 +71,10 @@ fn config_mistakes(mistakes: &ConfigError) -> ExitCode {
 }
 
 fn run(args: &ConfigArgs) -> ExitCode {
+    if let Err(error) = tailnet::expect_signals() {
+        eprintln!("cannot install signal handlers: {error}");
+        return ExitCode::FAILURE;
+    }
     let config = match load(args) {
         Ok(config) => config,
         Err(mistakes) => return config_mistakes(&mistakes),
