@@ -229,6 +229,9 @@ fn what_cannot_work_is_warned_about() {
         let warned = warnings(&format!("upstream.host = {elsewhere:?}"));
         assert!(warned.len() == 1 && warned[0].contains("is no address of a tailnet"), "{warned:?}");
     }
+    let flag = Config::without_file(Some("192.168.1.1"), &|_| None).unwrap().warnings;
+    let words = "--upstream: \"192.168.1.1\" is no address of a tailnet";
+    assert!(flag.len() == 1 && flag[0].starts_with(words) && flag[0].contains("subnet router"), "{flag:?}");
     let short = warnings("upstream.host = [\"a\", \"b\"]\ntimeouts.hold = \"8s\"");
     assert!(short.len() == 1 && short[0].contains("second server may come too late"), "{short:?}");
     assert_eq!(warnings("upstream.host = [\"a\"]\ntimeouts.hold = \"8s\""), [""; 0]);
