@@ -29,6 +29,7 @@ use tracing::{info, warn};
 
 use crate::config::{Config, Listener};
 use crate::listener::{BindError, bind};
+use crate::log::list;
 use crate::supervisor::{Handed, Supervisor};
 
 /// What the names of our own sockets in the supervisor's store begin with.
@@ -322,12 +323,9 @@ impl Search<'_> {
         let units: Vec<&Inherited> = self.sockets.units.iter().filter(|unit| unit.name == name).collect();
         let is_told = |unit: &&Inherited| addresses.iter().any(|&address| unit.is_for(address));
         if configured && !units.is_empty() && !units.iter().all(is_told) {
-            let local: Vec<String> = units.iter().map(|unit| unit.local.to_string()).collect();
-            warn!(
-                listener = name,
-                "its socket unit has {}, which goes before the file's {addresses:?}",
-                local.join(", ")
-            );
+            let local: Vec<SocketAddr> = units.iter().map(|unit| unit.local).collect();
+            let [local, told] = [&local[..], addresses].map(|addresses| list(addresses).unwrap_or_default());
+            warn!(listener = name, "its socket unit has {local}, which goes before the file's {told}");
         }
         self.used.extend(units.iter().map(|unit| unit.local));
         units

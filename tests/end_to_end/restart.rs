@@ -114,20 +114,20 @@ fn a_socket_units_name_or_address_makes_it_a_listeners() {
     // A reload leaves them where they are.
     tells(
         &edge.reload(&builder.clone().set("timeouts", "drain", "\"5s\""), LIMIT),
-        &["settings=[\"timeouts\"]"],
+        &["settings=\"timeouts\""],
     );
     [named, other, by_address].into_iter().for_each(|address| drop(echoes(address)));
     // Nor does one that has no use for them: they may be wanted again.
     let without = builder.clone().without_listeners().listener(tcp("named", &elsewhere.to_string()));
-    tells(&edge.reload(&without, LIMIT), &["removed=[\"by-address\"]"]);
+    tells(&edge.reload(&without, LIMIT), &["removed=\"by-address\""]);
     tells(&warning(&format!("edge.socket at {by_address} wait in vain")), &[]);
     let waiting = connect(by_address);
-    tells(&edge.reload(&builder, LIMIT), &["added=[\"by-address\"]"]);
+    tells(&edge.reload(&builder, LIMIT), &["added=\"by-address\""]);
     crate::common::net::hears_itself(&mut { waiting });
     // One that had no use at the start finds it with a reload, which could not bind its address.
     let waiting = connect(unwanted);
     let with_it = builder.clone().listener(tcp("late", &unwanted.to_string()));
-    tells(&edge.reload(&with_it, LIMIT), &["added=[\"late\"]"]);
+    tells(&edge.reload(&with_it, LIMIT), &["added=\"late\""]);
     crate::common::net::hears_itself(&mut { waiting });
     stop(edge);
     // systemd has them still.
