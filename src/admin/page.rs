@@ -167,7 +167,10 @@ fn listeners(status: &Status) -> Markup {
         [
             text(&listener.name),
             text(&listener.protocol),
-            marked_up(html! { @for address in &listener.addresses { span.line { (address) } } }),
+            marked_up(html! {
+                @if listener.removed { "removed" }
+                @for address in &listener.addresses { span.line { (address) } }
+            }),
             text(&listener.upstream),
             number(listener.open),
             number(listener.ended),
@@ -268,6 +271,7 @@ mod tests {
             "class=\"verdict good\" id=\"verdict\">ready<",
             "<td class=\"number bad\" data-name=\"failed\"><span>5</span></td>",
             "<td class=\"bad\" data-name=\"probe\"><span>DOWN since 2026-01-02T03:04:05Z: cannot connect: refused</span></td>",
+            "<td class=\"\" data-name=\"addresses\"><span>removed</span></td>",
             "192.0.2.7:4711",
             "<code>sQ</code>",
             "relaying",
