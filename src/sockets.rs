@@ -176,7 +176,7 @@ impl Sockets {
         let admin = opened.admin.as_ref().filter(|socket| socket.is_ours());
         wanted.entry(format!("{KEPT}{ADMIN}")).or_default().extend(admin);
         let count: usize = wanted.values().map(Vec::len).sum();
-        if count > STORE_MAX {
+        if count > STORE_MAX && supervisor.is_there() {
             warn!(
                 "{count} sockets are to be kept over a restart, and the packaged unit has room for {STORE_MAX}; raise FileDescriptorStoreMax="
             );

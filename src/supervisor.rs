@@ -113,6 +113,11 @@ impl Supervisor {
         self.insist(&format!("STOPPING=1\nSTATUS=stopping\nEXTEND_TIMEOUT_USEC={limit}"));
     }
 
+    /// Whether there is anybody to be told.
+    pub fn is_there(&self) -> bool {
+        self.channel.is_some()
+    }
+
     /// Has a listening socket kept for the next start.
     pub fn store(&self, name: &str, socket: BorrowedFd<'_>) -> io::Result<()> {
         self.send(&format!("FDSTORE=1\nFDNAME={name}"), Some(socket), SendFlags::empty())

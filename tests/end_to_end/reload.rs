@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use tailwart_edge::status::{ListenerView, Status};
 use tempfile::TempDir;
 
 use crate::common::client::LineClient;
@@ -102,6 +103,18 @@ fn on(name: &str, address: SocketAddr) -> TcpStream {
     client
 }
 
+/// The listeners that `/status` has; of one that was removed also how many are connected through it.
+fn shown(scene: &Scene) -> Vec<String> {
+    let body = http::get(scene.edge.addr("admin"), "/status").body;
+    let status: Status = serde_json::from_str(&body).unwrap_or_else(|error| panic!("{error}: {body}"));
+    let shown = |listener: ListenerView| match (listener.removed, listener.addresses.is_empty()) {
+        (true, true) => format!("{} removed {}", listener.name, listener.open),
+        (false, false) => listener.name,
+        _ => panic!("{listener:?}"),
+    };
+    status.listeners.into_iter().map(shown).collect()
+}
+
 #[test]
 fn listeners_come_go_and_change_under_live_connections() {
     let (one, two) = (named("one"), named("two"));
@@ -114,6 +127,8 @@ fn listeners_come_go_and_change_under_live_connections() {
     tells(&told, &["added=\"comes\"", "removed=\"goes\"", "changed=\"stays, moves\""]);
     live.iter_mut().for_each(hears_itself);
     drop([on("two", stays), on("two", comes), on("one", moved)]);
+    // What is gone is shown as long as somebody is connected through it.
+    assert_eq!(shown(&scene), ["stays", "comes", "moves", "goes removed 1"]);
     [goes, moves].into_iter().for_each(refuses);
     live.iter_mut().for_each(hears_itself);
 
@@ -122,7 +137,10 @@ fn listeners_come_go_and_change_under_live_connections() {
     tells(&told, &["added=\"goes\"", "removed=\"comes, moves\"", "changed=\"stays\""]);
     drop([on("one", stays), on("one", goes)]);
     live.iter_mut().for_each(hears_itself);
+    assert_eq!(shown(&scene), ["goes", "stays", "moves removed 1"]);
     drop(live);
+    let has_left = || shown(&scene) == ["goes", "stays"];
+    assert!(eventually(LIMIT, has_left), "{:?}", shown(&scene));
     scene.edge.signal("TERM");
     stops(&mut scene.edge, LIMIT);
 }
@@ -237,6 +255,73 @@ fn a_reload_does_not_wait_for_the_tailnet() {
     edge.wait_ready(LIMIT);
     edge.signal("TERM");
     stops(&mut edge, LIMIT);
+}
+
+#[test]
+fn only_what_is_new_is_announced() {
+    let mailbox = named("one");
+    let [mail, more] = [free_addr(), free_addr()];
+    let mut scene = start(&[(1, mailbox.addr)], &[tcp("mail", mail, 1)], |edge| {
+        edge.set("limits", "max_connections", "100")
+    });
+    let announced = |scene: &Scene| {
+        let log = scene.edge.log();
+        [" listening ", " max_connections=", "listener=\"more\""].map(|words| log.count(words))
+    };
+    assert_eq!(announced(&scene), [2, 1, 0], "the admin listener and the other\n{}", scene.edge.log().tail());
+    tells(&scene.set("timeouts", "drain", "\"5s\""), &["settings=\"timeouts\""]);
+    let told = scene.listeners(&[tcp("mail", mail, 1).set("idle_timeout", "\"7m\"")]);
+    tells(&told, &["changed=\"mail\""]);
+    assert_eq!(announced(&scene), [2, 1, 0], "{}", scene.edge.log().tail());
+    tells(&scene.listeners(&[tcp("mail", mail, 1), tcp("more", more, 1)]), &["added=\"more\""]);
+    assert_eq!(announced(&scene), [3, 1, 1], "{}", scene.edge.log().tail());
+    tells(&scene.set("limits", "max_connections", "200"), &["settings=\"limits\""]);
+    assert_eq!(announced(&scene), [3, 2, 1], "{}", scene.edge.log().tail());
+    drop([on("one", mail), on("one", more)]);
+}
+
+#[test]
+fn without_probes_a_reload_makes_nobody_ready() {
+    let mailbox = named("one");
+    let [mail, more] = [free_addr(), free_addr()];
+    let mut scene = start(&[], &[tcp("mail", mail, 1)], |edge| edge);
+    let ready = |scene: &Scene| http::get(scene.edge.addr("admin"), "/readyz");
+    assert_eq!(ready(&scene).code, 200, "nothing speaks against it");
+    hears_last(&mut connect(mail), b"");
+    assert_eq!(ready(&scene).code, 503, "{}", scene.edge.log().tail());
+    let changed = tcp("mail", mail, 1).set("idle_timeout", "\"7m\"");
+    let untried = tcp("more", more, 2);
+    for listeners in [&[changed.clone()][..], &[changed, untried]] {
+        tells(&scene.listeners(listeners), &["configuration reloaded"]);
+        let told = ready(&scene);
+        assert_eq!(told.code, 503, "{}", told.body);
+        tells(&told.body, &["listener mail: no upstream answers"]);
+    }
+    scene.tailnet.forward(crate::setup::MAILBOX, 1, mailbox.addr);
+    drop(on("one", mail));
+    assert_eq!(ready(&scene).code, 200, "{}", ready(&scene).body);
+}
+
+#[test]
+fn a_port_that_never_opened_takes_nobody_in_when_it_goes() {
+    let mailbox = named("one");
+    let [mail, goes] = [free_addr(), free_addr()];
+    let tailnet = tailnet_with(&[(1, mailbox.addr)]);
+    let state = private_dir("state");
+    let builder = edge_on(&tailnet).state_dir(state.path()).set("tailnet", "join_timeout", "\"5m\"");
+    let builder = builder.listener(tcp("mail", mail, 1));
+    tailnet.stop_control();
+    let edge = builder.clone().listener(tcp("goes", goes, 1)).spawn();
+    edge.addr("admin");
+    let mut waiting = [connect(mail), connect(goes)];
+    tells(&edge.reload(&builder, LIMIT), &["removed=\"goes\""]);
+    waiting[1].set_read_timeout(Some(LIMIT)).expect("the deadline is not zero");
+    let end = waiting[1].read(&mut [0]).map_err(|error| error.kind());
+    assert_eq!(end, Err(std::io::ErrorKind::ConnectionReset), "nobody was there");
+    refuses(goes);
+    tailnet.start_control();
+    crate::setup::hears(&mut waiting[0], b"one");
+    assert_eq!(edge.log().count("listener=\"goes\""), 0, "{}", edge.log().tail());
 }
 
 #[test]

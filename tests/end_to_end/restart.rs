@@ -218,6 +218,31 @@ fn the_store_follows_the_configuration() {
 }
 
 #[test]
+fn more_sockets_than_the_store_holds_are_warned_about() {
+    let mailbox = Stub::start(stub::echo_after_header);
+    let (_tailnet, edge, _state) = edge_for(&mailbox);
+    let at = |count: u8| {
+        let port = free_addr().port();
+        let addresses = (1..=count).map(|host| format!("\"127.0.0.{host}:{port}\""));
+        let listen = format!("[{}]", addresses.collect::<Vec<_>>().join(", "));
+        edge.clone().listener(Listener::new("mail", "tcp", 2525).set("listen", &listen))
+    };
+    let words = "raise FileDescriptorStoreMax=";
+    let systemd = Systemd::start();
+    for (count, warnings) in [(64, 0), (65, 1)] {
+        let edge = systemd.spawn(&at(count));
+        edge.wait_ready(LIMIT);
+        assert_eq!(edge.log().count(words), warnings, "{}", edge.log().tail());
+        stop(edge);
+    }
+    // Nobody keeps any.
+    let edge = at(65).spawn();
+    edge.wait_ready(LIMIT);
+    assert_eq!(edge.log().count(words), 0, "{}", edge.log().tail());
+    stop(edge);
+}
+
+#[test]
 fn whatever_is_handed_over_does_not_prevent_the_start() {
     let mailbox = Stub::start(stub::echo_after_header);
     let (_tailnet, edge, _state) = edge_for(&mailbox);
