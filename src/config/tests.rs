@@ -222,6 +222,19 @@ fn every_key_of_listeners_is_read() {
 }
 
 #[test]
+fn a_protocol_in_capitals_is_told_from_one_that_is_none() {
+    let told = |protocol: &str| {
+        let text = format!("[[listener]]\nprotocol = {protocol:?}\n");
+        Config::parse(&text, Some("stalwart"), &|_| None).unwrap_err().to_string()
+    };
+    assert!(
+        told("SMTP")
+            .contains("\"SMTP\" is not a protocol, whose names are in small letters; expected one of smtp,")
+    );
+    assert!(told("smpt").contains("\"smpt\" is not a protocol; expected one of smtp,"));
+}
+
+#[test]
 fn what_cannot_work_is_warned_about() {
     let warnings = |text: &str| parse(text).warnings;
     assert_eq!(warnings("upstream.host = [\"100.64.0.1\", \"100.127.9.9\", \"fd7a:115c:a1e0::1\"]"), [""; 0]);

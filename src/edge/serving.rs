@@ -133,7 +133,7 @@ struct Port {
     definition: Definition,
     service: Arc<Service<Node>>,
     sockets: Vec<Socket>,
-    /// A task for each socket, or none while it does not accept.
+    /// A task for each socket, or none while it does not accept. A reload leaves them be if nothing changes here.
     accepting: JoinSet<()>,
     monitors: Vec<Arc<Monitor>>,
     /// A task for each monitor, or none without probes.
@@ -265,7 +265,7 @@ impl Serving {
         let stays = |port: &Port| {
             limit.connections == self.permits.size() && port.stays(&self.config, &opened.listeners)
         };
-        // Clients wait in the backlog for this moment, and the permits come back.
+        // Where accepting ends, clients wait in the backlog for this moment, and the permits come back.
         let mut known = Vec::new();
         for port in self.ports.iter_mut().filter(|port| !port.accepting.is_empty() && !stays(port)) {
             port.accepting.shutdown().await;
