@@ -128,7 +128,7 @@ pub struct EdgeArgs {
     #[arg(short, long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Ask at this address, and read no file [default: admin.listen]
-    #[arg(long, value_name = "IP:PORT")]
+    #[arg(long, value_name = "IP:PORT", value_parser = admin_address)]
     pub admin: Option<SocketAddr>,
 }
 
@@ -181,6 +181,10 @@ pub struct DoctorArgs {
     /// Print JSON instead of a table
     #[arg(long)]
     pub json: bool,
+}
+
+fn admin_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "expected an IP address and a port, such as 127.0.0.1:9464".to_owned())
 }
 
 /// An address, with DNS's own port unless another is named.
@@ -262,6 +266,15 @@ mod tests {
         let given = ["healthcheck", "--live", "--admin", "127.0.0.1:1"];
         let Ok(Command::Healthcheck(args)) = parse(&given) else { panic!("not taken") };
         assert!(args.live && args.edge.admin.is_some());
+    }
+
+    #[test]
+    fn an_admin_address_that_is_none_is_answered_with_one() {
+        for command in ["status", "healthcheck"] {
+            let error = parse(&[command, "--admin", "localhost:9464"]).expect_err("a name");
+            let told = error.to_string();
+            assert!(told.contains("such as 127.0.0.1:9464") && error.exit_code() == 2, "{told}");
+        }
     }
 
     #[test]

@@ -5,6 +5,9 @@
 //! again; however many come meanwhile, once more. Where there is no file to read and
 //! a terminal, it is the terminal that goes away, and a stop: nobody is left who
 //! would end the edge by Ctrl-C.
+//!
+//! Until the handlers are there, from the first line of `main` on, a stop ends the process in order at once,
+//! and SIGHUP does nothing ([`crate::tailnet::expect_signals`]).
 
 use std::fmt;
 use std::io::{self, IsTerminal as _};
@@ -12,7 +15,7 @@ use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::tailnet::run_on_alternate_stack;
+use crate::tailnet::{run_on_alternate_stack, signals_are_heard};
 
 /// The signals of the process. Only one should exist at a time.
 #[derive(Debug)]
@@ -36,12 +39,14 @@ impl Signals {
     /// Installs the handlers, safe beside the Go runtime. Must be called
     /// within a tokio runtime.
     pub fn install(has_file: bool) -> io::Result<Signals> {
-        Ok(Signals {
+        let signals = Signals {
             terminate: handler(SignalKind::terminate())?,
             interrupt: handler(SignalKind::interrupt())?,
             hangup: handler(SignalKind::hangup())?,
             hangup_stops: !has_file && io::stderr().is_terminal(),
-        })
+        };
+        signals_are_heard();
+        Ok(signals)
     }
 
     /// Waits for the next request; a stop goes first.

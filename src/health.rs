@@ -15,6 +15,7 @@
 
 use std::mem::Discriminant;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -215,12 +216,16 @@ pub struct Outlook {
     monitors: Vec<Arc<Monitor>>,
     /// Why no server could be reached at the last attempt.
     away: watch::Receiver<Option<UpstreamError>>,
+    /// How often one was reached.
+    successes: Arc<AtomicU64>,
 }
 
 /// Whether a listener can serve its clients.
 #[derive(Debug, PartialEq, Eq)]
 enum Verdict {
     Yes,
+    /// Nobody has tried, and nobody probes.
+    Untried,
     /// No server is known to be up, and not all are known to be down.
     NotYetKnown,
     /// Why not.
@@ -236,6 +241,7 @@ impl Outlook {
             is_mail: service.protocol.is_mail(),
             monitors: monitors.cloned().collect(),
             away: service.upstream.watch_away(),
+            successes: service.upstream.watch_successes(),
         }
     }
 
@@ -243,7 +249,8 @@ impl Outlook {
         if self.monitors.is_empty() {
             return match &*self.away.borrow() {
                 Some(error) if error.blames_a_server() => Verdict::No(error.to_string()),
-                _ => Verdict::Yes,
+                None if self.successes.load(Ordering::Relaxed) > 0 => Verdict::Yes,
+                _ => Verdict::Untried,
             };
         }
         let seen: Vec<(&Monitor, Seen)> =
@@ -283,6 +290,8 @@ pub struct Listening {
     pub addresses: Vec<SocketAddr>,
     /// Where its connections go.
     pub upstream: String,
+    /// Whether it is gone, and only its connections may be left.
+    pub removed: bool,
 }
 
 /// Every server that is probed, and how many clients wait for one.
@@ -290,7 +299,7 @@ pub struct Listening {
 pub struct Board {
     /// One for each listener and server.
     pub monitors: Vec<Arc<Monitor>>,
-    /// The ports as they are served.
+    /// The ports as they are served, and after them those that are gone.
     pub listeners: Vec<Listening>,
     /// One for each listener.
     pub outlooks: Vec<Outlook>,
@@ -306,7 +315,8 @@ impl Board {
     }
 
     /// Whether mail can be passed on: as long as one mail listener has a server that answers, what is
-    /// wrong with others is a warning. Without a mail listener, all listeners count.
+    /// wrong with others is a warning. Without a mail listener, all listeners count. One that is not probed
+    /// and that nobody has tried yet speaks neither for nor against it.
     pub fn judge(&self) -> Judgement {
         let any_mail = self.outlooks.iter().any(|outlook| outlook.is_mail);
         let (counting, others): (Vec<&Outlook>, Vec<&Outlook>) =
@@ -529,6 +539,7 @@ mod tests {
             is_mail,
             monitors: states.iter().map(in_state).collect(),
             away: away_for(ConnectError::Refused),
+            successes: Arc::default(),
         }
     }
 
@@ -582,7 +593,16 @@ mod tests {
         assert_eq!(judge(vec![away()]), judgement(&[&why], &[]));
         // That this edge had no tailnet then is not the mailbox's fault.
         for away_since in [watch::channel(None).1, away_for(ConnectError::NotRunning)] {
-            assert_eq!(judge(vec![Outlook { away: away_since, ..away() }]), judgement(&[], &[]));
+            assert_eq!(judge(vec![Outlook { away: away_since.clone(), ..away() }]), judgement(&[], &[]));
+            let untried = Outlook { away: away_since, ..outlook("imaps", true, &[]) };
+            assert_eq!(
+                judge(vec![away(), untried]),
+                judgement(&[&why], &[]),
+                "it says nothing for the other"
+            );
         }
+        let reached = Arc::new(AtomicU64::new(1));
+        let reached = Outlook { away: watch::channel(None).1, successes: reached, ..away() };
+        assert_eq!(judge(vec![away(), reached]), judgement(&[], &[&why]));
     }
 }

@@ -95,8 +95,12 @@ impl Permits {
     }
 
     /// Changes their number. Those that are out and too many are taken out of use as they come back,
-    /// before anybody who begins to wait after this call gets one.
+    /// before anybody who begins to wait after this call gets one. The same number again changes nothing:
+    /// what is owed keeps its place ahead of those who wait by now.
     pub async fn resize(&mut self, size: usize) {
+        if size == self.size {
+            return;
+        }
         let mut existing = self.size;
         if let Some((short, waiting)) = self.owed.take() {
             waiting.abort();
@@ -286,6 +290,8 @@ mod tests {
             let semaphore = Arc::clone(&semaphore);
             async move { semaphore.acquire_owned().await.unwrap() }
         });
+        tokio::task::yield_now().await;
+        permits.resize(2).await;
         out.truncate(2);
         tokio::task::yield_now().await;
         assert!(!later.is_finished(), "two are out, and two there may be");

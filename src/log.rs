@@ -75,6 +75,12 @@ impl Logging {
     }
 }
 
+/// Several values of one field, as people write them; none is no field.
+pub fn list<T: fmt::Display>(items: &[T]) -> Option<String> {
+    let items: Vec<String> = items.iter().map(ToString::to_string).collect();
+    (!items.is_empty()).then(|| items.join(", "))
+}
+
 fn format(settings: Log, writer: &NonBlocking, colour: bool) -> Formatter {
     let layer = tracing_subscriber::fmt::layer().with_target(false).with_writer(writer.clone());
     match settings.format {
@@ -89,4 +95,15 @@ fn choose(settings: Log, directives: Option<&str>) -> EnvFilter {
     EnvFilter::builder()
         .with_default_directive(settings.level.into())
         .parse_lossy(directives.unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn several_values_are_one_text_and_none_is_nothing() {
+        assert_eq!(list(&["tag:a", "tag:b"]).as_deref(), Some("tag:a, tag:b"));
+        assert_eq!(list::<String>(&[]), None);
+    }
 }

@@ -82,6 +82,8 @@ fn check(args: &ConfigArgs) -> Outcome {
 }
 
 fn run(args: &ConfigArgs) -> Outcome {
+    let installed = tailnet::expect_signals();
+    installed.map_err(|error| failure(format!("cannot install signal handlers: {error}")))?;
     let config = load(args).map_err(config_mistakes)?;
     let credentials = Sources::capture(&environment, config.tailnet.auth_key_file.clone());
     let source = Source::capture(args.config.clone(), args.upstream.clone(), std::env::vars_os());

@@ -21,6 +21,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::config;
 use crate::credential::{Credential, Sources};
+use crate::log::list;
 use crate::tailnet::{JoinError, Node, NodeStatus, Trouble};
 use journal::{Journal, Moment};
 use pace::{LOOK, Pace};
@@ -136,7 +137,7 @@ impl Membership {
     /// Says that the node is there, and as what.
     pub fn announce(&self) {
         let status = self.node.status().borrow().clone();
-        info!(name = status.name, ips = ?status.ips, tags = ?status.tags, "ready");
+        info!(name = status.name, ips = list(&status.ips), tags = list(&status.tags), "ready");
         let wanted = &self.settings.hostname;
         let name = status.name.split('.').next().unwrap_or_default();
         if is_numbered(name, wanted) {

@@ -338,6 +338,7 @@ mod tests {
     #[test]
     fn what_a_listener_has_none_of_is_zero() {
         let listener = Listening {
+            removed: false,
             name: "smtp".into(),
             protocol: crate::config::Protocol::Smtp,
             addresses: vec![],

@@ -6,7 +6,9 @@
 //!
 //! Whether the mailbox answers is for the probe to say, and nobody is ready before the first one has
 //! ended. Where probing is off, the last attempt of a client says it, so that an edge that was away is
-//! ready again only when somebody has come through: a load balancer in front wants the probe. With
+//! ready again only when somebody has come through: a load balancer in front wants the probe. A listener
+//! that nobody has tried yet says nothing: alone it is ready, beside one that has failed it is no help. A
+//! reload changes nothing of that where the servers stay the same. With
 //! several listeners one that has a server is enough, and what is wrong with the others is a warning: a
 //! load balancer takes the whole machine out, and would take away port 993 because of port 4190.
 //! Listeners for mail count, others only where there is none.
@@ -107,8 +109,9 @@ impl Overview {
         let open = self.ledger.open();
         let mut by_listener: HashMap<&str, usize> = HashMap::new();
         open.iter().for_each(|connection| *by_listener.entry(connection.listener()).or_default() += 1);
-        let listening = board.iter().flat_map(|board| &board.listeners);
         let here = |name: &str| by_listener.get(name).copied().unwrap_or(0);
+        let is_there = |listening: &&Listening| !listening.removed || here(&listening.name) > 0;
+        let listening = board.iter().flat_map(|board| &board.listeners).filter(is_there);
         let listeners = listening.map(|listening| self.listener(listening, here(&listening.name))).collect();
         let monitors = board.iter().flat_map(|board| &board.monitors);
         Status {
@@ -144,6 +147,7 @@ impl Overview {
             name: listening.name.clone(),
             protocol: listening.protocol.name().to_owned(),
             addresses: listening.addresses.clone(),
+            removed: listening.removed,
             upstream: listening.upstream.clone(),
             open,
             ended: totals.ended,
@@ -255,7 +259,15 @@ pub(crate) mod tests {
             protocol: crate::config::Protocol::Smtp,
             addresses: vec!["0.0.0.0:25".parse().unwrap()],
             upstream: "stalwart:25".into(),
+            removed: false,
         }];
+        let gone = ["left", "empty"].map(|name| Listening {
+            name: name.into(),
+            addresses: Vec::new(),
+            removed: true,
+            ..listeners[0].clone()
+        });
+        let listeners = [listeners, gone.into()].concat();
         let overview = overview(Some(ready_node()), false, Some(Board { listeners, ..Board::empty() }));
         let page = overview.ledger.page("smtp", "stalwart:25".into());
         let enter = |client: &str| page.enter(client.parse().unwrap());
@@ -264,6 +276,11 @@ pub(crate) mod tests {
         two[0].moved(10, 200);
         let why = "held until its time was over".to_owned();
         enter("192.0.2.9:1").end(&Ended { state: EndState::HoldEnded, why });
+        let left = overview.ledger.page("left", "stalwart:25".into()).enter("192.0.2.8:1".parse().unwrap());
+        let [listener, gone] = &overview.status().listeners[..] else { panic!("{:?}", overview.status()) };
+        assert_eq!((&*listener.name, listener.removed), ("smtp", false));
+        assert_eq!((&*gone.name, gone.removed, gone.open), ("left", true, 1));
+        drop(left);
         let status = overview.status();
         let [listener] = &status.listeners[..] else { panic!("{status:?}") };
         assert_eq!((listener.open, listener.ended, listener.failed), (3, 1, 1));
@@ -271,6 +288,6 @@ pub(crate) mod tests {
         let clients: Vec<_> =
             status.clients.iter().map(|share| (share.client.to_string(), share.connections)).collect();
         assert_eq!(clients, [("2001:db8::".to_owned(), 2), ("192.0.2.7".to_owned(), 1)]);
-        assert_eq!(status.failures.len(), 1);
+        assert_eq!(status.failures.len(), 2, "{:?}", status.failures);
     }
 }

@@ -179,7 +179,7 @@ where
             return Poll::Ready(end);
         }
         if let Poll::Ready(error) = client_gone.as_mut().poll(cx) {
-            return Poll::Ready(End::Failed { side: Side::Client, error });
+            return Poll::Ready(End::failed(Side::Client, error));
         }
         draining = draining || drain.as_mut().poll(cx).is_ready();
         let (limit, end) = match relay.first {
@@ -194,6 +194,10 @@ where
 }
 
 impl End {
+    fn failed(side: Side, error: io::Error) -> End {
+        End::Failed { side, error: cause(error) }
+    }
+
     fn into_outcome(self, relay: Relay) -> Outcome {
         Outcome {
             sent: relay.sent.bytes,
@@ -261,10 +265,10 @@ impl Relay {
         match (sent, received) {
             (_, Poll::Ready(Err(Fault::Source(_)))) if self.awaits_first_word() => Poll::Ready(End::Wordless),
             (Poll::Ready(Err(Fault::Source(error))), _) | (_, Poll::Ready(Err(Fault::Sink(error)))) => {
-                Poll::Ready(End::Failed { side: Side::Client, error })
+                Poll::Ready(End::failed(Side::Client, error))
             }
             (Poll::Ready(Err(Fault::Sink(error))), _) | (_, Poll::Ready(Err(Fault::Source(error)))) => {
-                Poll::Ready(End::Failed { side: Side::Upstream, error })
+                Poll::Ready(End::failed(Side::Upstream, error))
             }
             (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => {
                 // Both ended, so one was noted first.
@@ -272,6 +276,21 @@ impl Relay {
             }
             _ => Poll::Pending,
         }
+    }
+}
+
+/// Why a connection failed, where the error only says what we could not do any more. The kernel tells of a
+/// reset once; if that was not seen, writing and half-closing fail in their own words. Neither is tried
+/// after we have ended a direction ourselves.
+fn cause(error: io::Error) -> io::Error {
+    match (error.kind(), error.raw_os_error()) {
+        (io::ErrorKind::NotConnected | io::ErrorKind::BrokenPipe, Some(_)) => {
+            io::Error::from_raw_os_error(libc::ECONNRESET)
+        }
+        (io::ErrorKind::NotConnected | io::ErrorKind::BrokenPipe, None) => {
+            io::ErrorKind::ConnectionReset.into()
+        }
+        _ => error,
     }
 }
 

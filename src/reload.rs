@@ -18,6 +18,7 @@ use tracing::{info, warn};
 use crate::config::{Config, ConfigError, Env, Listener, config_path};
 use crate::credential::VARIABLES;
 use crate::listener::BindError;
+use crate::log::list;
 
 /// How long reading the file may take. Only a network file system takes any time.
 const READ_LIMIT: Duration = Duration::from_secs(10);
@@ -38,6 +39,12 @@ pub enum ReloadError {
         "the edge was started without a configuration file, so there is none to read; restart it to give it one"
     )]
     NoFile,
+    /// A pipe has nothing more to say, which would read as an empty file.
+    #[error(
+        "{} is no regular file, so it cannot be read again; restart the edge, and name a regular file to have it reloaded",
+        .0.display()
+    )]
+    NoRegularFile(PathBuf),
     /// It could not be read in time.
     #[error(
         "the configuration file could not be read within {READ_LIMIT:?}; check the file system that it is on"
@@ -87,13 +94,16 @@ impl Source {
 
     /// Reads the file again.
     pub async fn load_again(&self) -> Result<Config, ReloadError> {
-        if self.path.is_none() {
-            return Err(ReloadError::NoFile);
-        }
+        let Some(path) = self.path.clone() else { return Err(ReloadError::NoFile) };
         let source = self.clone();
-        let read = tokio::task::spawn_blocking(move || source.load(&|name| source.variable(name)));
+        let read = tokio::task::spawn_blocking(move || {
+            if path.metadata().is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir()) {
+                return Err(ReloadError::NoRegularFile(path));
+            }
+            Ok(source.load(&|name| source.variable(name))?)
+        });
         match timeout(READ_LIMIT, read).await {
-            Ok(Ok(config)) => Ok(config?),
+            Ok(Ok(config)) => config,
             _ => Err(ReloadError::Slow),
         }
     }
@@ -157,7 +167,13 @@ impl Changes {
         match (self.is_empty(), self.restart.is_empty()) {
             (true, true) => info!("configuration reloaded: nothing has changed"),
             (true, false) => info!("configuration reloaded: nothing else has changed"),
-            _ => info!(?added, ?removed, ?changed, ?settings, "configuration reloaded"),
+            _ => info!(
+                added = list(added),
+                removed = list(removed),
+                changed = list(changed),
+                settings = list(settings),
+                "configuration reloaded"
+            ),
         }
     }
 }
@@ -233,6 +249,17 @@ mod tests {
         let source = Source::capture(Some("/nowhere.toml".into()), None, variables.into_iter());
         assert_eq!(source.environment.keys().collect::<Vec<_>>(), ["NAME"]);
         assert!(!format!("{source:?}").contains("tskey"));
+    }
+
+    #[tokio::test]
+    async fn a_pipe_is_not_read_a_second_time() {
+        use rustix::fs::{CWD, FileType, Mode, mknodat};
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        let source = Source::capture(Some(path), Some("mailbox".into()), [].into_iter());
+        let problem = source.load_again().await.unwrap_err();
+        assert!(matches!(problem, ReloadError::NoRegularFile(_)), "{problem}");
     }
 
     #[tokio::test]

@@ -31,6 +31,7 @@ use tracing::{info, warn};
 
 use crate::config::{Config, DEFAULT_ADMIN, Listener};
 use crate::listener::{BindError, bind};
+use crate::log::list;
 use crate::supervisor::{Handed, Supervisor};
 
 /// What the names of our own sockets in the supervisor's store begin with.
@@ -185,7 +186,7 @@ impl Sockets {
         let admin = opened.admin.as_ref().filter(|socket| socket.is_ours());
         wanted.entry(format!("{KEPT}{ADMIN}")).or_default().extend(admin);
         let count: usize = wanted.values().map(Vec::len).sum();
-        if count > STORE_MAX {
+        if count > STORE_MAX && supervisor.is_there() {
             warn!(
                 "{count} sockets are to be kept over a restart, and the packaged unit has room for {STORE_MAX}; raise FileDescriptorStoreMax="
             );
@@ -332,12 +333,9 @@ impl Search<'_> {
         let units: Vec<&Inherited> = self.sockets.units.iter().filter(|unit| unit.name == name).collect();
         let is_told = |unit: &&Inherited| addresses.iter().any(|&address| unit.is_for(address));
         if configured && !units.is_empty() && !units.iter().all(is_told) {
-            let local: Vec<String> = units.iter().map(|unit| unit.local.to_string()).collect();
-            warn!(
-                listener = name,
-                "its socket unit has {}, which goes before the file's {addresses:?}",
-                local.join(", ")
-            );
+            let local: Vec<SocketAddr> = units.iter().map(|unit| unit.local).collect();
+            let [local, told] = [&local[..], addresses].map(|addresses| list(addresses).unwrap_or_default());
+            warn!(listener = name, "its socket unit has {local}, which goes before the file's {told}");
         }
         self.used.extend(units.iter().map(|unit| unit.local));
         units

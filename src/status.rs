@@ -102,8 +102,11 @@ pub struct ListenerView {
     pub name: String,
     /// What is spoken there.
     pub protocol: String,
-    /// Where clients come in.
+    /// Where clients come in; nowhere, once it was removed.
     pub addresses: Vec<SocketAddr>,
+    /// Whether a reload has removed it: it is here for as long as it has connections.
+    #[serde(default)]
+    pub removed: bool,
     /// Where its connections go.
     pub upstream: String,
     /// Connections there are.
@@ -211,7 +214,7 @@ impl Status {
             let addresses: Vec<String> = listener.addresses.iter().map(ToString::to_string).collect();
             vec![
                 listener.name.clone(),
-                addresses.join(" "),
+                if listener.removed { "removed".to_owned() } else { addresses.join(" ") },
                 listener.open.to_string(),
                 listener.ended.to_string(),
                 listener.failed.to_string(),
@@ -365,7 +368,9 @@ pub(crate) mod tests {
             {"name": "smtp", "protocol": "smtp", "addresses": ["0.0.0.0:25", "[::]:25"],
              "upstream": "stalwart:25", "open": 1, "ended": 1234, "failed": 5, "sent": 999, "received": 12345678},
             {"name": "imaps", "protocol": "imaps", "addresses": ["0.0.0.0:993"],
-             "upstream": "stalwart:993", "open": 0, "ended": 0, "failed": 0, "sent": 0, "received": 0}
+             "upstream": "stalwart:993", "open": 0, "ended": 0, "failed": 0, "sent": 0, "received": 0},
+            {"name": "old", "protocol": "imap", "addresses": [], "removed": true,
+             "upstream": "stalwart:143", "open": 1, "ended": 2, "failed": 0, "sent": 3, "received": 4}
         ],
         "upstreams": [
             {"listener": "smtp", "upstream": "stalwart:25", "protocol": "smtp", "path": "direct 192.0.2.1:41641",
@@ -401,6 +406,7 @@ node edge.ts.net (Running), 100.64.0.2, tag:reverse-proxy, home relay fra
 LISTENER  ADDRESSES           OPEN  ENDED  FAILED  FROM CLIENTS  TO CLIENTS
 smtp      0.0.0.0:25 [::]:25  1     1234   5       999 B         12.3 MB
 imaps     0.0.0.0:993         0     0      0       0 B           0 B
+old       removed             1     2      0       3 B           4 B
 
 LISTENER  UPSTREAM      PATH                             PROBE
 smtp      stalwart:25   direct 192.0.2.1:41641, 12.3 ms  DOWN since 2026-01-02T03:04:05Z: cannot connect: refused

@@ -45,6 +45,10 @@ const AFTER_DRAIN: Duration = Duration::from_secs(20);
 /// How long a message that must arrive waits for a supervisor that does not read.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// The watchdog is not fed more often than this, whatever it asks for: a sign of life within a millisecond
+/// is no sign of anything, and looking for one would be all that this process does.
+const WATCHDOG_FASTEST: Duration = Duration::from_millis(10);
+
 /// More descriptors than this nobody hands over; a number that is wrong costs no more system calls.
 const HANDED_MAX: usize = 4096;
 
@@ -74,7 +78,7 @@ pub struct Supervisor {
 impl Supervisor {
     /// The supervisor that the environment tells of.
     pub fn find(env: Env) -> Supervisor {
-        let channel = env("NOTIFY_SOCKET").and_then(|path| {
+        let channel = env("NOTIFY_SOCKET").filter(|path| !path.is_empty()).and_then(|path| {
             let address = match path.strip_prefix('@') {
                 Some(name) => SocketAddrUnix::new_abstract_name(name.as_bytes()),
                 None => SocketAddrUnix::new(path.as_str()),
@@ -107,6 +111,11 @@ impl Supervisor {
     pub fn stopping(&self, drain: Duration) {
         let limit = (drain + AFTER_DRAIN).as_micros();
         self.insist(&format!("STOPPING=1\nSTATUS=stopping\nEXTEND_TIMEOUT_USEC={limit}"));
+    }
+
+    /// Whether there is anybody to be told.
+    pub fn is_there(&self) -> bool {
+        self.channel.is_some()
     }
 
     /// Has a listening socket kept for the next start.
@@ -142,8 +151,8 @@ impl Supervisor {
 
     /// Feeds the watchdog each time that `check` says in time that all is well.
     async fn keep_watchdog(&self, check: impl AsyncFn() -> bool) {
-        let Some(half) = self.watchdog.map(|limit| limit / 2) else { return };
-        let mut ticks = interval(half.max(Duration::from_millis(1)));
+        let Some(half) = self.watchdog.map(|limit| (limit / 2).max(WATCHDOG_FASTEST)) else { return };
+        let mut ticks = interval(half);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
@@ -339,14 +348,29 @@ mod tests {
         }
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn a_watchdog_that_wants_to_be_fed_all_the_time_is_fed_at_a_sane_pace() {
+        let supervisor = supervisor(&[("WATCHDOG_USEC", "1")]);
+        let checks = std::cell::Cell::new(0);
+        let check = async || {
+            checks.set(checks.get() + 1);
+            sleep(Duration::from_millis(5)).await; // longer than it asks for
+            true
+        };
+        let _ = timeout(Duration::from_secs(1), supervisor.keep_watchdog(check)).await;
+        assert!((50..=101).contains(&checks.get()), "{} checks in a second", checks.get());
+    }
+
     #[test]
     fn nobody_is_told_without_a_supervisor_and_one_that_is_gone_is_no_trouble() {
-        for address in ["", "relative", "/nowhere/at/all", "@tailwart-nobody-listens-here"] {
+        for address in ["relative", "/nowhere/at/all", "@tailwart-nobody-listens-here"] {
             supervisor(&[("NOTIFY_SOCKET", address)]).ready();
         }
-        let none = supervisor(&[]);
-        none.ready();
-        assert!(none.channel.is_none() && none.watchdog.is_none());
+        for unset in [&[][..], &[("NOTIFY_SOCKET", "")]] {
+            let none = supervisor(unset);
+            none.ready();
+            assert!(none.channel.is_none() && none.watchdog.is_none());
+        }
     }
 
     #[test]

@@ -33,8 +33,8 @@ use ffi::{Conn, LineSink, Listener, NodeHandle, Setting};
 
 pub use error::{ConnectError, JoinError};
 pub use ffi::{
-    Code, forget_environment, linked_version, open_connections, run_on_alternate_stack, set_log_upload,
-    take_inherited_sockets,
+    Code, expect_signals, forget_environment, linked_version, open_connections, run_on_alternate_stack,
+    set_log_upload, signals_are_heard, take_inherited_sockets,
 };
 pub use status::{NodeStatus, Trouble};
 

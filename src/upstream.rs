@@ -134,7 +134,7 @@ pub struct Upstream<D> {
     told: Repeats<Vec<FailureKind>>,
     is_told: AtomicBool,
     /// How often a server was reached: a failure that began before the last success is old news.
-    successes: AtomicU64,
+    successes: Arc<AtomicU64>,
     /// Held by the one who tries for all that wait.
     turn: Mutex<Turn>,
     returning: Semaphore,
@@ -456,7 +456,7 @@ impl<D: Dial> Upstream<D> {
             away: watch::Sender::new(None),
             told: Repeats::new(TOLD_PER_MINUTE),
             is_told: AtomicBool::new(false),
-            successes: AtomicU64::new(0),
+            successes: Arc::default(),
             turn: Mutex::new(Turn::new(0)),
             returning: Semaphore::new(RETURNING),
         }
@@ -486,6 +486,17 @@ impl<D: Dial> Upstream<D> {
     /// As [`Upstream::away`], for somebody who does not know how it is dialled.
     pub fn watch_away(&self) -> watch::Receiver<Option<UpstreamError>> {
         self.away.subscribe()
+    }
+
+    /// How often a server was reached, for the same.
+    pub fn watch_successes(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.successes)
+    }
+
+    /// Takes over what came of the last attempt to reach the same servers.
+    pub fn continues(&self, before: &Upstream<D>) {
+        self.successes.store(before.successes.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.away.send_replace(before.away());
     }
 
     /// Completes when no server could be reached at the last attempt.

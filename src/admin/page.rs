@@ -177,7 +177,10 @@ fn listeners(status: &Status) -> Markup {
         [
             text(&listener.name),
             text(&listener.protocol),
-            marked_up(html! { @for address in &listener.addresses { span.line { (address) } } }),
+            marked_up(html! {
+                @if listener.removed { "removed" }
+                @for address in &listener.addresses { span.line { (address) } }
+            }),
             text(&listener.upstream),
             number(listener.open),
             number(listener.ended),
@@ -289,6 +292,7 @@ mod tests {
             "<td class=\"number bad\" data-name=\"failed\"><span>5</span></td>",
             "<td class=\"bad\" data-name=\"probe\"><span>DOWN for <time title=\"2026-01-02 03:04:05 UTC\">1 d 1 h</time>: cannot connect: refused</span></td>",
             "><time title=\"2026-01-03 04:00:00 UTC\">5 min</time> ago</th>",
+            "<td class=\"\" data-name=\"addresses\"><span>removed</span></td>",
             "192.0.2.7:4711",
             "<code>sQ</code>",
             "relaying",

@@ -1,12 +1,20 @@
 //! Reads the file, or says in one sentence why not.
 //!
-//! Invariant: however large the file is, at most 64 KiB of it are held.
+//! Invariants
+//! - However large the file is, at most 64 KiB of it are held.
+//! - Whatever is in the file's place, reading it has a deadline. A pipe is read, since `--config <(...)`
+//!   and `/dev/stdin` are pipes; one that nobody writes to is given up.
 //!
 //! Deliberately not here: anything about the text.
 
 use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use super::mistakes::At;
 
@@ -14,9 +22,13 @@ use super::mistakes::At;
 /// file.
 const MAX_BYTES: u64 = 64 * 1024;
 
+/// How long what is no regular file may take to give all it has: a program that decrypts the configuration
+/// may have to ask for a key.
+const PIPE_LIMIT: Duration = Duration::from_secs(10);
+
 /// The text of the file, or what is wrong with it and where.
 pub(super) fn read(path: &Path) -> Result<String, (At, String)> {
-    let bytes = read_bytes(path).map_err(|problem| (At::File, problem))?;
+    let bytes = read_bytes(path, PIPE_LIMIT).map_err(|problem| (At::File, problem))?;
     String::from_utf8(bytes).map_err(|error| {
         let offset = error.utf8_error().valid_up_to();
         let line = 1 + error.as_bytes()[..offset].iter().filter(|byte| **byte == b'\n').count();
@@ -25,8 +37,10 @@ pub(super) fn read(path: &Path) -> Result<String, (At, String)> {
     })
 }
 
-fn read_bytes(path: &Path) -> Result<Vec<u8>, String> {
-    let file = File::open(path).map_err(|error| match error.kind() {
+fn read_bytes(path: &Path, limit: Duration) -> Result<Vec<u8>, String> {
+    // Opening a pipe would wait for somebody who writes to it; a regular file does not know the flag.
+    let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path);
+    let file = opened.map_err(|error| match error.kind() {
         ErrorKind::NotFound => {
             "no such file; check --config or TAILWART_CONFIG, or leave both out".to_owned()
         }
@@ -39,14 +53,84 @@ fn read_bytes(path: &Path) -> Result<Vec<u8>, String> {
     if metadata.len() > MAX_BYTES {
         return Err(format!("has {} bytes; expected at most {MAX_BYTES} (64 KiB)", metadata.len()));
     }
-    // The length of a pipe (`--config <(...)`) or a device is not known beforehand, so reading is
-    // bounded as well.
+    // The length of a pipe or a device is not known beforehand, so reading is bounded as well.
     let mut bytes = Vec::new();
-    file.take(MAX_BYTES + 1)
-        .read_to_end(&mut bytes)
-        .map_err(|error| format!("cannot read the file: {error}"))?;
+    let patient = Patient { file: &file, until: Instant::now() + limit };
+    patient.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|error| match error.kind() {
+        ErrorKind::TimedOut => format!(
+            "is no regular file, and did not come to its end within {limit:?}; \
+             check what writes to it, or name a regular file"
+        ),
+        _ => format!("cannot read the file: {error}"),
+    })?;
     if bytes.len() as u64 > MAX_BYTES {
         return Err(format!("has more than {MAX_BYTES} bytes; expected at most that (64 KiB)"));
     }
     Ok(bytes)
+}
+
+/// A file that may be a pipe, and is waited for until then.
+struct Patient<'a> {
+    file: &'a File,
+    until: Instant,
+}
+
+impl Read for Patient<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        loop {
+            // A pipe that nobody has written to yet is not readable; it would read as if it were at its end.
+            let left = self.until.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).map_err(io::Error::other)?;
+            match poll(&mut [PollFd::new(self.file, PollFlags::IN)], Some(&left)) {
+                Ok(0) => return Err(ErrorKind::TimedOut.into()),
+                Ok(_) => {}
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
+            }
+            match self.file.read(bytes) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {} // somebody else was faster
+                read => return read,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+    use super::*;
+
+    fn pipe() -> (tempfile::TempDir, std::path::PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        (dir, path)
+    }
+
+    #[test]
+    fn a_pipe_is_read_to_its_end_whoever_comes_first() {
+        let (_dir, path) = pipe();
+        std::thread::scope(|scope| {
+            let reading = scope.spawn(|| read(&path).map_err(|(_, problem)| problem));
+            // It opens once there is a reader.
+            let mut writer = File::options().write(true).open(&path).unwrap();
+            writer.write_all(b"[log]\n").unwrap();
+            writer.write_all(b"level = 'info'\n").unwrap();
+            drop(writer);
+            assert_eq!(reading.join().unwrap().as_deref(), Ok("[log]\nlevel = 'info'\n"));
+        });
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_writes_to_is_given_up() {
+        let (_dir, path) = pipe();
+        let began = Instant::now();
+        let limit = Duration::from_millis(50);
+        let problem = read_bytes(&path, limit).unwrap_err();
+        assert!(problem.contains("is no regular file") && problem.contains("within 50ms"), "{problem}");
+        assert!(began.elapsed() >= limit && began.elapsed() < limit * 100, "{:?}", began.elapsed());
+    }
 }

@@ -54,10 +54,7 @@ pub(super) fn hosts(table: &mut Table, key: &'static str, mistakes: &mut Mistake
     };
     let mut hosts: Vec<String> = Vec::new();
     for host in found {
-        if values::is_elsewhere(&host.value) {
-            let problem = "is no address of a tailnet (100.64.0.0/10, fd7a:115c:a1e0::/48), so nothing is reached there";
-            mistakes.warn(&host.place, &format!("{} {problem}", host.shown));
-        }
+        warn_of_elsewhere(&host.value, &host.shown, &host.place, mistakes);
         if hosts.contains(&host.value) {
             let problem = format!("{} is named twice; expected each host once", host.shown);
             mistakes.value(&host.place, &problem);
@@ -65,6 +62,15 @@ pub(super) fn hosts(table: &mut Table, key: &'static str, mistakes: &mut Mistake
         hosts.push(host.value);
     }
     (!hosts.is_empty()).then_some(hosts)
+}
+
+/// Warns of an address that no node of a tailnet has; `shown` is the host as it was given.
+pub(super) fn warn_of_elsewhere(host: &str, shown: &str, place: &Place, mistakes: &mut Mistakes) {
+    const PROBLEM: &str = "is no address of a tailnet (100.64.0.0/10, fd7a:115c:a1e0::/48), so nothing is reached there, \
+                           nor through a subnet router; name the mailbox's own node";
+    if values::is_elsewhere(host) {
+        mistakes.warn(place, &format!("{shown} {PROBLEM}"));
+    }
 }
 
 /// A listener as far as its table goes; `None` is what is absent, or wrong and reported.

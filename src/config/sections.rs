@@ -131,10 +131,13 @@ fn shared(mut table: Table, flag: Option<&str>, hold: Duration, mistakes: &mut M
 }
 
 fn host_flag(flag: &str, mistakes: &mut Mistakes) -> Option<String> {
+    let (place, shown) = (Place { at: At::Flag, key: "--upstream".to_owned() }, quoted(flag));
     let parsed = (values::HOST.parse)(flag);
-    if let Err(problem) = parsed {
-        let place = Place { at: At::Flag, key: "--upstream".to_owned() };
-        mistakes.value(&place, &format!("{} {problem}; expected {}", quoted(flag), values::HOST.expected));
+    match &parsed {
+        Ok(host) => listeners::warn_of_elsewhere(host, &shown, &place, mistakes),
+        Err(problem) => {
+            mistakes.value(&place, &format!("{shown} {problem}; expected {}", values::HOST.expected))
+        }
     }
     parsed.ok()
 }

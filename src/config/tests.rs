@@ -222,6 +222,19 @@ fn every_key_of_listeners_is_read() {
 }
 
 #[test]
+fn a_protocol_in_capitals_is_told_from_one_that_is_none() {
+    let told = |protocol: &str| {
+        let text = format!("[[listener]]\nprotocol = {protocol:?}\n");
+        Config::parse(&text, Some("stalwart"), &|_| None).unwrap_err().to_string()
+    };
+    assert!(
+        told("SMTP")
+            .contains("\"SMTP\" is not a protocol, whose names are in small letters; expected one of smtp,")
+    );
+    assert!(told("smpt").contains("\"smpt\" is not a protocol; expected one of smtp,"));
+}
+
+#[test]
 fn what_cannot_work_is_warned_about() {
     let warnings = |text: &str| parse(text).warnings;
     assert_eq!(warnings("upstream.host = [\"100.64.0.1\", \"100.127.9.9\", \"fd7a:115c:a1e0::1\"]"), [""; 0]);
@@ -229,6 +242,9 @@ fn what_cannot_work_is_warned_about() {
         let warned = warnings(&format!("upstream.host = {elsewhere:?}"));
         assert!(warned.len() == 1 && warned[0].contains("is no address of a tailnet"), "{warned:?}");
     }
+    let flag = Config::without_file(Some("192.168.1.1"), &|_| None).unwrap().warnings;
+    let words = "--upstream: \"192.168.1.1\" is no address of a tailnet";
+    assert!(flag.len() == 1 && flag[0].starts_with(words) && flag[0].contains("subnet router"), "{flag:?}");
     let short = warnings("upstream.host = [\"a\", \"b\"]\ntimeouts.hold = \"8s\"");
     assert!(short.len() == 1 && short[0].contains("second server may come too late"), "{short:?}");
     assert_eq!(warnings("upstream.host = [\"a\"]\ntimeouts.hold = \"8s\""), [""; 0]);

@@ -112,7 +112,13 @@ pub(super) const NAME: Kind<String> = Kind {
 
 pub(super) const PROTOCOL: Kind<Protocol> = Kind {
     expected: "one of smtp, submission, submissions, imap, imaps, pop3, pop3s, sieve, http, tcp",
-    parse: |text| Protocol::ALL.into_iter().find(|p| p.name() == text).ok_or("is not a protocol"),
+    parse: |text| {
+        let find = |is: fn(&str, &str) -> bool| Protocol::ALL.into_iter().find(|p| is(p.name(), text));
+        find(|name, text| name == text).ok_or_else(|| match find(str::eq_ignore_ascii_case) {
+            Some(_) => "is not a protocol, whose names are in small letters",
+            None => "is not a protocol",
+        })
+    },
 };
 
 pub(super) const PROXY_PROTOCOL: Kind<ProxyProtocol> = Kind {

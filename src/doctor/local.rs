@@ -7,6 +7,7 @@
 //!
 //! Deliberately not here: reading the identity; that there is one is all that is looked at.
 
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::Path;
@@ -101,12 +102,23 @@ fn missing(name: &str, dir: &Path) -> Check {
 
 /// Whether there is an identity in the state directory.
 pub fn is_enrolled(settings: &config::Tailnet) -> bool {
-    !settings.ephemeral && settings.state_dir.join(IDENTITY).metadata().is_ok_and(|file| file.len() > 0)
+    !settings.ephemeral
+        && std::fs::read(settings.state_dir.join(IDENTITY)).is_ok_and(|file| has_profile(&file))
+}
+
+/// Whether the file of a state directory holds a profile, as that of an enrolled node does: a node that
+/// has only been started has a machine key there and nothing else. A file that cannot be understood
+/// counts: starting the node says what is wrong with it.
+fn has_profile(file: &[u8]) -> bool {
+    // The name of the profile in use (ipn.CurrentProfileStateKey), which has its node key under that name.
+    const CURRENT: &str = "_current-profile";
+    let Ok(entries) = serde_json::from_slice::<BTreeMap<String, String>>(file) else { return true };
+    entries.get(CURRENT).is_some_and(|name| !name.is_empty())
 }
 
 /// Whether this user may not look into the state directory.
 fn is_closed_to_us(dir: &Path) -> bool {
-    let identity = dir.join(IDENTITY).metadata();
+    let identity = std::fs::File::open(dir.join(IDENTITY));
     identity.is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
 }
 
@@ -365,7 +377,17 @@ mod tests {
         assert!(!format!("{key:?}").contains("s3cret"));
         let bad = credential(&sources(Some("tskey-auth-s3cret and more")), &settings, Running::No).await.0;
         assert!(bad.outcome == Outcome::Fail && !format!("{bad:?}").contains("s3cret"), "{bad:?}");
-        std::fs::write(dir.path().join(IDENTITY), "{}").unwrap();
+        let identity = |text| std::fs::write(dir.path().join(IDENTITY), text).unwrap();
+        for never_enrolled in [
+            "{}",
+            r#"{"_machinekey": "cHJpdmtleTow"}"#,
+            r#"{"_machinekey": "cHJpdmtleTow", "_current-profile": ""}"#,
+        ] {
+            identity(never_enrolled);
+            let check = credential(&sources(None), &settings, Running::No).await.0;
+            assert_eq!(check.outcome, Outcome::Fail, "{never_enrolled}: {check:?}");
+        }
+        identity(r#"{"_current-profile": "cHJvZmlsZS0xMjM0", "profile-1234": "e30="}"#);
         assert_eq!(credential(&sources(None), &settings, Running::No).await.0.outcome, Outcome::Pass);
         let bad = credential(&sources(Some("tskey-auth-s3cret and more")), &settings, Running::No).await.0;
         assert_eq!(bad.outcome, Outcome::Warn);

@@ -106,6 +106,8 @@ pub(super) struct Serving {
     config: Config,
     parts: Parts,
     ports: Vec<Port>,
+    /// Listeners of configurations before this one, whose connections may be left.
+    removed: Vec<Listening>,
     /// Which of them accept.
     opening: Opening,
     sockets: Sockets,
@@ -131,7 +133,7 @@ struct Port {
     definition: Definition,
     service: Arc<Service<Node>>,
     sockets: Vec<Socket>,
-    /// A task for each socket, or none while it does not accept.
+    /// A task for each socket, or none while it does not accept. A reload leaves them be if nothing changes here.
     accepting: JoinSet<()>,
     monitors: Vec<Arc<Monitor>>,
     /// A task for each monitor, or none without probes.
@@ -181,11 +183,12 @@ impl Serving {
         let drain = parts.admin.overview.drain.clone();
         let ledger = Arc::clone(&parts.ledger);
         let telling = tokio::spawn(async move { ledger.keep_telling().await });
-        let (ports, opening) = (Vec::new(), Opening::None);
+        let (ports, removed, opening) = (Vec::new(), Vec::new(), Opening::None);
         let mut serving = Serving {
             config,
             parts,
             ports,
+            removed,
             opening,
             sockets,
             admission,
@@ -259,9 +262,12 @@ impl Serving {
         let is_limit_told =
             limit.connections == self.permits.size() && per_client == new.limits.max_connections_per_client;
         self.config = Config { tailnet: self.config.tailnet.clone(), ..new };
-        // Clients wait in the backlog for this moment, and the permits come back.
+        let stays = |port: &Port| {
+            limit.connections == self.permits.size() && port.stays(&self.config, &opened.listeners)
+        };
+        // Where accepting ends, clients wait in the backlog for this moment, and the permits come back.
         let mut known = Vec::new();
-        for port in self.ports.iter_mut().filter(|port| !port.accepting.is_empty()) {
+        for port in self.ports.iter_mut().filter(|port| !port.accepting.is_empty() && !stays(port)) {
             port.accepting.shutdown().await;
             known.extend(port.sockets.iter().map(|socket| (port.service.name.clone(), socket.clone())));
         }
@@ -277,10 +283,21 @@ impl Serving {
         self.parts.admin.serve(opened.admin);
         self.parts.admin.serve_tailnet(&self.parts.node, self.config.admin_tailnet_port);
         self.parts.admin.examiner.set_config(self.config.clone());
+        self.remember_removed();
         self.set_ports(opened.listeners, is_probed_anew);
         self.open(self.opening, &known);
         self.show_board();
         Ok(changes)
+    }
+
+    /// Keeps in mind the listeners that the configuration has no more, for as long as they have connections.
+    fn remember_removed(&mut self) {
+        let open = self.parts.ledger.open();
+        self.removed.retain(|removed| open.iter().any(|connection| connection.listener() == removed.name));
+        let gone = self.ports.iter().map(Port::listening);
+        self.removed.extend(gone.map(|gone| Listening { addresses: Vec::new(), removed: true, ..gone }));
+        let is_there = |name: &str| self.config.listeners.iter().any(|listener| listener.name == name);
+        self.removed.retain(|removed| !is_there(&removed.name));
     }
 
     /// The ports of the configuration, with what means the same as before.
@@ -301,6 +318,10 @@ impl Serving {
                 Some(old) => (Port { sockets, ..old }, false),
                 None => (self.new_port(definition, sockets), true),
             };
+            let goes_there = |old: &&Port| old.definition.listener.upstream == listener.upstream;
+            if let Some(old) = before.iter().find(goes_there).filter(|_| is_new) {
+                port.service.upstream.continues(&old.service.upstream);
+            }
             if is_new || is_probed_anew {
                 port.probe(&self.parts.node, config.probe);
             }
@@ -339,7 +360,7 @@ impl Serving {
         let monitors: Vec<_> = self.ports.iter().flat_map(|port| port.monitors.clone()).collect();
         let probed = if self.config.probe.interval.is_zero() { &[][..] } else { &monitors[..] };
         let outlooks = self.ports.iter().map(|port| Outlook::new(&port.service, probed)).collect();
-        let listeners = self.ports.iter().map(Port::listening).collect();
+        let listeners = self.ports.iter().map(Port::listening).chain(self.removed.iter().cloned()).collect();
         let board = Board { monitors, listeners, outlooks, peers: self.peers.known() };
         self.parts.board.send_replace(Some(Arc::new(board)));
     }
@@ -426,7 +447,20 @@ impl Port {
             protocol: self.service.protocol,
             addresses: self.sockets.iter().filter_map(Socket::local).collect(),
             upstream: self.service.upstream.to_string(),
+            removed: false,
         }
+    }
+
+    /// Whether it is the same with this configuration and its sockets.
+    fn stays(&self, config: &Config, opened: &[(String, Vec<Socket>)]) -> bool {
+        let has_these = |sockets: &[Socket]| {
+            sockets.len() == self.sockets.len()
+                && sockets.iter().zip(&self.sockets).all(|(new, old)| new.is(old))
+        };
+        let mut listeners = config.listeners.iter().zip(opened);
+        listeners.any(|(listener, (_, sockets))| {
+            Definition::of(config, listener) == self.definition && has_these(sockets)
+        })
     }
 
     fn accept(&mut self, admission: &Admission, known: &[(String, Socket)]) {

@@ -8,6 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
+use crate::log::list;
 use crate::tailnet::{NodeStatus, Trouble};
 use crate::wall_clock;
 
@@ -72,8 +73,8 @@ impl Journal {
         for line in self.lines(status, now) {
             match line {
                 Line::Info(text) => info!("{text}"),
-                Line::Warn(text) => warn!(tailscale = ?status.health, "{text}"),
-                Line::Error(text) => error!(tailscale = ?status.health, "{text}"),
+                Line::Warn(text) => warn!(tailscale = list(&status.health), "{text}"),
+                Line::Error(text) => error!(tailscale = list(&status.health), "{text}"),
             }
         }
     }

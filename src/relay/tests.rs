@@ -1,7 +1,7 @@
 use std::future::pending;
 use std::io;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, Interest, duplex};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 use tokio::time::{advance, sleep};
@@ -247,6 +247,27 @@ async fn a_reset_names_its_side() {
         let End::Failed { side, error } = outcome.end else { panic!("{outcome:?}") };
         assert_eq!((side, error.kind()), (expected, io::ErrorKind::ConnectionReset));
     }
+}
+
+#[tokio::test]
+async fn a_reset_that_was_told_before_is_still_called_one() {
+    const TOLD: &str = "Connection reset by peer (os error 104)";
+    let (client, mut near_client) = socket_pair().await;
+    let (mut upstream, mut near_upstream) = socket_pair().await;
+    { client }.reset();
+    near_client.ready(Interest::ERROR).await.unwrap();
+    assert!(near_client.take_error().unwrap().is_some(), "the kernel tells it once");
+    upstream.write_all(b"too late").await.unwrap();
+    let first_words = FirstWords::default();
+    let outcome =
+        relay(&mut near_client, &mut near_upstream, TIMEOUTS, first_words, |_, _| {}, pending(), pending())
+            .await;
+    let End::Failed { side, error } = outcome.end else { panic!("{outcome:?}") };
+    assert_eq!((side, &*error.to_string()), (Side::Client, TOLD));
+    // Without a last word it is the half-close that fails.
+    assert_eq!(cause(io::Error::from_raw_os_error(libc::ENOTCONN)).to_string(), TOLD);
+    assert_eq!(cause(io::ErrorKind::BrokenPipe.into()).to_string(), "connection reset");
+    assert_eq!(cause(io::Error::from_raw_os_error(libc::ETIMEDOUT)).kind(), io::ErrorKind::TimedOut);
 }
 
 #[tokio::test]

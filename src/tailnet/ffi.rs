@@ -501,6 +501,44 @@ fn ready(outcome: i64) -> Poll<Result<usize, Code>> {
     }
 }
 
+/// Whether somebody listens to signals.
+static IS_HEARD: AtomicBool = AtomicBool::new(false);
+
+/// What a signal means before anybody listens to it, instead of the kernel's default, which is to kill the
+/// process: SIGTERM and SIGINT end it in order, since nothing has begun; SIGHUP has the configuration read,
+/// which happens anyway. To be called first; [`signals_are_heard`] ends it.
+pub fn expect_signals() -> io::Result<()> {
+    extern "C" fn stop(_: c_int) {
+        if !IS_HEARD.load(Ordering::SeqCst) {
+            // SAFETY: it may be called in a signal handler, and does not return.
+            unsafe { libc::_exit(0) }
+        }
+    }
+    let stop: extern "C" fn(c_int) = stop;
+    for (signal, handler) in
+        [(libc::SIGTERM, stop as usize), (libc::SIGINT, stop as usize), (libc::SIGHUP, libc::SIG_IGN)]
+    {
+        // SAFETY: `action` is a plain C struct for which zero is a valid value: no flags, an empty mask.
+        // The handler does nothing but what a handler may, and the alternate stack is Go's where there
+        // is one.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = handler;
+            action.sa_flags = libc::SA_ONSTACK | libc::SA_RESTART;
+            if libc::sigaction(signal, &action, std::ptr::null_mut()) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// From now on the handlers that were installed since decide. They call those before them, too, which
+/// do nothing any more.
+pub fn signals_are_heard() {
+    IS_HEARD.store(true, Ordering::SeqCst);
+}
+
 /// Makes the installed handler of a signal run on the alternate stack.
 ///
 /// In a process with a Go runtime a signal may arrive on a Go thread, whose

@@ -19,7 +19,9 @@ use crate::common::tailnet::TestTailnet;
 use crate::common::tools::{self, Finished};
 use crate::common::wait::eventually;
 use crate::common::{private_dir, temp_dir};
-use crate::setup::{EDGE, LIMIT, MAILBOX, closed_tailnet, edge_on, enrol, stops, tailnet_with};
+use crate::setup::{
+    AT_ONCE, EDGE, LIMIT, MAILBOX, closed_tailnet, edge_on, enrol, fails, stops, tailnet_with,
+};
 
 /// The port of the mailbox's node.
 const PORT: u16 = 2525;
@@ -176,6 +178,18 @@ fn nothing_is_wrong_with_a_healthy_edge_whether_it_runs_or_not() {
 /// The same edge with its one listener elsewhere.
 fn with_listener(patient: &Patient, listen: &str) -> Builder {
     patient.edge.clone().without_listeners().listener(smtp(listen))
+}
+
+#[test]
+fn an_edge_that_was_started_in_vain_is_not_enrolled() {
+    let (_tailnet, edge) = closed_tailnet();
+    let state = private_dir("state");
+    let edge = edge.state_dir(state.path());
+    fails(edge.spawn(), 3, AT_ONCE);
+    assert!(state.path().join("tailscaled.state").metadata().is_ok_and(|file| file.len() > 2));
+    let report = doctor(&edge);
+    report.says("credential", "fail", &["not enrolled", "set TS_AUTHKEY"]);
+    report.says("tailnet", "warn", &["not enrolled"]);
 }
 
 #[test]

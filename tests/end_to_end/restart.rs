@@ -114,20 +114,20 @@ fn a_socket_units_name_or_address_makes_it_a_listeners() {
     // A reload leaves them where they are.
     tells(
         &edge.reload(&builder.clone().set("timeouts", "drain", "\"5s\""), LIMIT),
-        &["settings=[\"timeouts\"]"],
+        &["settings=\"timeouts\""],
     );
     [named, other, by_address].into_iter().for_each(|address| drop(echoes(address)));
     // Nor does one that has no use for them: they may be wanted again.
     let without = builder.clone().without_listeners().listener(tcp("named", &elsewhere.to_string()));
-    tells(&edge.reload(&without, LIMIT), &["removed=[\"by-address\"]"]);
+    tells(&edge.reload(&without, LIMIT), &["removed=\"by-address\""]);
     tells(&warning(&format!("edge.socket at {by_address} wait in vain")), &[]);
     let waiting = connect(by_address);
-    tells(&edge.reload(&builder, LIMIT), &["added=[\"by-address\"]"]);
+    tells(&edge.reload(&builder, LIMIT), &["added=\"by-address\""]);
     crate::common::net::hears_itself(&mut { waiting });
     // One that had no use at the start finds it with a reload, which could not bind its address.
     let waiting = connect(unwanted);
     let with_it = builder.clone().listener(tcp("late", &unwanted.to_string()));
-    tells(&edge.reload(&with_it, LIMIT), &["added=[\"late\"]"]);
+    tells(&edge.reload(&with_it, LIMIT), &["added=\"late\""]);
     crate::common::net::hears_itself(&mut { waiting });
     stop(edge);
     // systemd has them still.
@@ -214,6 +214,31 @@ fn the_store_follows_the_configuration() {
     let edge = systemd.spawn(&any.clone().without_listeners().listener(tcp("other", &mail.to_string())));
     edge.wait_ready(LIMIT);
     crate::common::net::hears_itself(&mut { waiting });
+    stop(edge);
+}
+
+#[test]
+fn more_sockets_than_the_store_holds_are_warned_about() {
+    let mailbox = Stub::start(stub::echo_after_header);
+    let (_tailnet, edge, _state) = edge_for(&mailbox);
+    let at = |count: u8| {
+        let port = free_addr().port();
+        let addresses = (1..=count).map(|host| format!("\"127.0.0.{host}:{port}\""));
+        let listen = format!("[{}]", addresses.collect::<Vec<_>>().join(", "));
+        edge.clone().listener(Listener::new("mail", "tcp", 2525).set("listen", &listen))
+    };
+    let words = "raise FileDescriptorStoreMax=";
+    let systemd = Systemd::start();
+    for (count, warnings) in [(64, 0), (65, 1)] {
+        let edge = systemd.spawn(&at(count));
+        edge.wait_ready(LIMIT);
+        assert_eq!(edge.log().count(words), warnings, "{}", edge.log().tail());
+        stop(edge);
+    }
+    // Nobody keeps any.
+    let edge = at(65).spawn();
+    edge.wait_ready(LIMIT);
+    assert_eq!(edge.log().count(words), 0, "{}", edge.log().tail());
     stop(edge);
 }
 

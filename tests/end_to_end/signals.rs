@@ -1,5 +1,6 @@
 //! Stopping, and signals at any other time.
 
+use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::process::Command;
@@ -8,13 +9,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::common::edge::{Builder, Listener};
-use crate::common::net::connect;
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use tempfile::TempDir;
+
+use crate::common::edge::{Builder, Edge, Listener};
+use crate::common::net::{connect, echoes};
 use crate::common::process::Daemon;
 use crate::common::stub::{self, MIB, Stub, pattern};
 use crate::common::wait::{eventually, wait_for};
-use crate::common::{http, proxy_header};
-use crate::setup::{LIMIT, Setup, start_with, stops, tells};
+use crate::common::{http, private_dir, proxy_header, temp_dir};
+use crate::setup::{LIMIT, Setup, edge_on, start_with, stops, tailnet_with, tells};
 
 /// The answer that the mailbox gives at the end of an upload.
 const ANSWER: usize = 1000;
@@ -184,6 +188,51 @@ fn relayed_until(edge: SocketAddr, finish: &AtomicBool) -> usize {
         assert!(received == bytes, "round {round} came back changed");
     }
     unreachable!("the rounds do not run out")
+}
+
+/// Starts an edge that is about to read its configuration, from a pipe that the configuration can be written
+/// to.
+fn starting(builder: &Builder) -> (Edge, File, TempDir) {
+    let dir = temp_dir("starting");
+    let path = dir.path().join("config.toml");
+    mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).expect("a directory of our own");
+    let edge = builder.spawn_with(&["run", "--config", path.to_str().expect("UTF-8")]);
+    // It can be opened once the edge has, and there it waits.
+    let pipe = File::options().write(true).open(&path).expect("it is a pipe");
+    (edge, pipe, dir)
+}
+
+#[test]
+fn a_signal_during_the_start_is_as_good_as_a_later_one() {
+    let stub = Stub::start(stub::echo_after_header);
+    let (tailnet, state) = (tailnet_with(&[(2525, stub.addr)]), private_dir("state"));
+    let builder = edge_on(&tailnet).state_dir(state.path()).listener(Listener::new("mail", "tcp", 2525));
+    for signal in ["TERM", "INT"] {
+        let (mut edge, _pipe, _dir) = starting(&builder);
+        edge.signal(signal);
+        stops(&mut edge, LIMIT);
+    }
+    for _ in 0..3 {
+        let (mut edge, mut pipe, _dir) = starting(&builder);
+        edge.signal("HUP");
+        pipe.write_all(builder.config().as_bytes()).expect("the edge reads it");
+        drop(pipe);
+        // From here on to readiness, wherever the start is just then.
+        let is_ready = || edge.log().count(" ready ") > 0;
+        let ready = eventually(LIMIT, || {
+            edge.signal("HUP");
+            is_ready() || !edge.is_running()
+        });
+        assert!(ready && is_ready() && edge.is_running(), "{}", edge.log().tail());
+        drop(echoes(edge.addr("mail")));
+        // A pipe has nothing more to say: that is no empty configuration.
+        let before = edge.log().count("was not reloaded");
+        edge.signal("HUP");
+        assert!(eventually(LIMIT, || edge.log().count("was not reloaded") > before), "{}", edge.log().tail());
+        tells(&edge.wait_log("was not reloaded", LIMIT), &["is no regular file"]);
+        edge.signal("TERM");
+        assert_eq!(edge.wait_exit(LIMIT).code(), Some(0), "{}", edge.log().tail());
+    }
 }
 
 #[test]

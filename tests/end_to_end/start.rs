@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use crate::common::cert::Certificate;
 use crate::common::edge::Edge;
+use crate::common::log::Log;
 use crate::common::net::{connect, echoes, free_port};
 use crate::common::netns::Namespace;
 use crate::common::process::Daemon;
@@ -525,6 +526,26 @@ fn the_quick_start_serves_the_five_default_ports() {
     echoes_inside(&host, "127.0.0.1", DEFAULT_PORTS[0]);
     edge.signal("TERM");
     assert_eq!(edge.wait_exit(LIMIT).code(), Some(0));
+
+    // On a terminal it is the terminal that goes.
+    let (terminal, onto_terminal) = terminal();
+    let mut edge =
+        builder.wrapped(&["sh", "-c", &onto_terminal, "sh"]).spawn_with(&["run", "--upstream", MAILBOX]);
+    terminal.wait(" ready ", LIMIT);
+    edge.signal("HUP");
+    assert_eq!(edge.wait_exit(LIMIT).code(), Some(0), "{}", terminal.tail());
+    tells(&terminal.wait(" stopping ", LIMIT), &["SIGHUP"]);
+}
+
+/// A terminal, as the log of what is shown there, and a script that runs a program with its errors there.
+fn terminal() -> (Log, String) {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a terminal is free");
+    grantpt(&ours).and_then(|()| unlockpt(&ours)).expect("it is ours");
+    let path = ptsname(&ours, Vec::new()).expect("it has a name").into_string().expect("UTF-8");
+    let log = Log::memory("the terminal");
+    log.collect(std::fs::File::from(ours));
+    (log, format!(r#"exec "$@" 2>{path}"#))
 }
 
 /// Takes IPv6 away from a process as a kernel started with `ipv6.disable=1`
