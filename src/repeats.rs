@@ -1,7 +1,7 @@
 //! Lines that repeat each other, held back when they come too often.
 //!
 //! Invariants: of each kind a number of lines a minute is told, and of all kinds together not many more
-//! than [`MAX_LINES`]; what was held back is counted, for the next line of its kind or for whoever asks
+//! than 6,000; what was held back is counted, for the next line of its kind or for whoever asks
 //! when the minute is over; the memory for it is bounded.
 //!
 //! Deliberately not here: what makes two lines one kind (see `ledger.rs` and `upstream.rs`).
