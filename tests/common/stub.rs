@@ -80,20 +80,28 @@ impl Stub {
         connections.get(index).map(|connection| lock(&connection.record).clone())
     }
 
-    /// The record of the first connection whose bytes begin with this PROXY header, as soon as
-    /// `wanted` holds for it; panics at the deadline.
+    /// The record of a connection whose bytes begin with this PROXY header, as soon as `wanted` holds for
+    /// it; panics at the deadline. There may be several: the kernel gives a client's port to another one
+    /// when it is free again.
     #[track_caller]
     pub fn wait_client(&self, header: &[u8], deadline: Duration, wanted: impl Fn(&Record) -> bool) -> Record {
-        let begins =
-            |index: &usize| self.record(*index).is_some_and(|record| record.bytes.starts_with(header));
-        match wait_for(deadline, || (0..self.accepted()).find(begins)) {
-            Some(index) => self.wait_record(index, deadline, wanted),
-            None => panic!(
-                "none of the stub's {} connections began with {} within {deadline:?}",
+        // Looks without copying: a record may be many megabytes.
+        let find = |wanted: &dyn Fn(&Record) -> bool| {
+            let connections = lock(&self.shared.connections);
+            connections.iter().position(|connection| {
+                let record = lock(&connection.record);
+                record.bytes.starts_with(header) && wanted(&record)
+            })
+        };
+        let found = wait_for(deadline, || find(&wanted));
+        found.and_then(|index| self.record(index)).unwrap_or_else(|| {
+            panic!(
+                "of the stub's {} connections, none that begins with {} has come that far within {deadline:?}; the first: {:?}",
                 self.accepted(),
-                header.escape_ascii()
-            ),
-        }
+                header.escape_ascii(),
+                find(&|_| true).and_then(|index| self.record(index)),
+            )
+        })
     }
 
     /// The record of a connection as soon as `wanted` holds for it; panics at the deadline.
