@@ -60,6 +60,8 @@ const PLACES: usize = 64;
 /// The same for peers of the tailnet, and how many of them may wait; more are refused.
 const PEER_PLACES: usize = 32;
 const PEER_BACKLOG: u16 = 32;
+/// How many peers that were answered may be waited for, to take the answer.
+const PEER_LEAVING: usize = 128;
 /// How long a request's head may take while there is room, and when half of the places are taken. A
 /// client that waited in the backlog has sent its own long since.
 const HEAD_LIMIT: Duration = Duration::from_secs(5);
@@ -100,27 +102,30 @@ pub async fn serve_tailnet(node: Arc<Node>, port: u16, overview: Arc<Overview>) 
     };
     info!(port, "the admin listener serves the tailnet");
     let places = Places::new(PEER_PLACES, CROWDED_PEER_HEAD_LIMIT);
+    let leaving = Arc::new(Semaphore::new(PEER_LEAVING));
     loop {
         let place = places.take().await;
         let Some(stream) = listener.accept().await else { return };
-        let overview = Arc::clone(&overview);
-        tokio::spawn(async move { serve_peer(stream, place, &overview).await });
+        let (overview, leaving) = (Arc::clone(&overview), Arc::clone(&leaving));
+        tokio::spawn(async move { serve_peer(stream, place, &overview, &leaving).await });
     }
 }
 
-/// Answers a peer and waits, without a place, for it to have the answer and to end. One that does not is
-/// reset: what a peer leaves unread would stay with the stack, if the connection were only closed, for
-/// as long as that peer lives.
-async fn serve_peer<S>(mut stream: S, place: Place, overview: &Overview)
+/// Answers a peer and waits, as one of those who are `leaving`, for it to have the answer and to end. One
+/// that does not, or for which there is no room, is reset: what a peer leaves unread would stay with the
+/// stack, if the connection were only closed, for as long as that peer lives.
+async fn serve_peer<S>(mut stream: S, place: Place, overview: &Overview, leaving: &Semaphore)
 where
     S: AsyncRead + AsyncWrite + Reset + Unpin,
 {
     let served = async {
-        if connection(&mut stream, place, overview, None).await {
-            let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
+        if !connection(&mut stream, place, overview, None).await {
+            return false;
         }
+        let Ok(_room) = leaving.try_acquire() else { return false };
+        tokio::io::copy(&mut stream, &mut tokio::io::sink()).await.is_ok()
     };
-    if timeout(PEER_CONNECTION_LIMIT, served).await.is_err() {
+    if !timeout(PEER_CONNECTION_LIMIT, served).await.unwrap_or(false) {
         stream.reset();
     }
 }

@@ -136,10 +136,14 @@ async fn converse<D: Dial>(
         let opening = Box::pin(open(service, client, visit, local, failed.take(), &mut tries));
         let (mut upstream, server) = opening.await?;
         let outcome = pass_on(service, client, visit, &mut upstream, &server).await;
-        // A server that has greeted others since, and again not this client, has its reasons.
-        let is_unwanted = first_wordless.is_some_and(|at| server.greeted_since(at));
+        // A server that has greeted others since, and again not this client, has its reasons; where
+        // nobody is held, others before it must do.
+        let is_unwanted = match first_wordless {
+            Some(at) => server.greeted_since(at),
+            None => service.hold.limit.is_zero() && server.greeted_lately(),
+        };
         if !matches!(outcome.end, End::Wordless) || is_unwanted {
-            return Ok(outcome.ended(&server, is_unwanted));
+            return Ok(outcome.ended(&server));
         }
         if service.drain.is_cancelled() {
             return Err(Refusal::Stopping);
@@ -290,7 +294,7 @@ async fn pass_on<D: Dial>(
     let _connected = server.connected();
     let moved = |sent, received| {
         if visit.moved(sent, received) {
-            server.greeted(Instant::now());
+            server.greets_client();
         }
     };
     let outcome = {
@@ -416,9 +420,8 @@ impl Refusal {
 }
 
 impl Outcome {
-    /// What the ledger is to say of it. `is_unwanted`: whether the server has greeted others since it
-    /// first left this client.
-    fn ended(&self, server: &Server, is_unwanted: bool) -> Ended {
+    /// What the ledger is to say of it.
+    fn ended(&self, server: &Server) -> Ended {
         let (state, why) = match &self.end {
             End::Failed { side: Side::Upstream, .. } if server.is_given_up() => {
                 (EndState::ServerVanished, "the mailbox's node vanished".to_owned())
@@ -436,7 +439,7 @@ impl Outcome {
             }
             End::Drained => (EndState::StoppedQuiet, "closed because the edge is stopping".to_owned()),
         };
-        let is_refused = state == EndState::ServerWordless && (is_unwanted || server.greeted_lately());
+        let is_refused = state == EndState::ServerWordless && server.serves_clients();
         Ended { state: if is_refused { EndState::ServerRefused } else { state }, why }
     }
 

@@ -6,8 +6,8 @@
 //! a terminal, it is the terminal that goes away, and a stop: nobody is left who
 //! would end the edge by Ctrl-C.
 //!
-//! Until the handlers are there, from the first line of `main` on, a stop ends the process in order at once,
-//! and SIGHUP does nothing ([`crate::tailnet::expect_signals`]).
+//! Until the handlers are there a stop ends the process in order at once, and SIGHUP is put off until they
+//! are ([`crate::tailnet::expect_signals`], which `run` begins with).
 
 use std::fmt;
 use std::io::{self, IsTerminal as _};
@@ -24,6 +24,8 @@ pub struct Signals {
     interrupt: Signal,
     hangup: Signal,
     hangup_stops: bool,
+    /// A SIGHUP that came before the handlers were there.
+    early_hangup: bool,
 }
 
 /// What a signal asks for.
@@ -39,13 +41,14 @@ impl Signals {
     /// Installs the handlers, safe beside the Go runtime. Must be called
     /// within a tokio runtime.
     pub fn install(has_file: bool) -> io::Result<Signals> {
-        let signals = Signals {
+        let mut signals = Signals {
             terminate: handler(SignalKind::terminate())?,
             interrupt: handler(SignalKind::interrupt())?,
             hangup: handler(SignalKind::hangup())?,
             hangup_stops: !has_file && io::stderr().is_terminal(),
+            early_hangup: false,
         };
-        signals_are_heard();
+        signals.early_hangup = signals_are_heard();
         Ok(signals)
     }
 
@@ -55,7 +58,9 @@ impl Signals {
             biased;
             _ = self.terminate.recv() => Request::Stop("SIGTERM"),
             _ = self.interrupt.recv() => Request::Stop("SIGINT"),
-            _ = self.hangup.recv() => if self.hangup_stops { Request::Stop("SIGHUP") } else { Request::Reload },
+            () = hung_up(&mut self.hangup, &mut self.early_hangup) => {
+                if self.hangup_stops { Request::Stop("SIGHUP") } else { Request::Reload }
+            }
         }
     }
 
@@ -65,6 +70,13 @@ impl Signals {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
         }
+    }
+}
+
+/// Waits for a SIGHUP, or takes the early one.
+async fn hung_up(hangup: &mut Signal, early: &mut bool) {
+    if !std::mem::take(early) {
+        hangup.recv().await;
     }
 }
 

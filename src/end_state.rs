@@ -42,7 +42,7 @@ pub enum EndState {
     HoldEnded,
     /// The mailbox left before it had said anything.
     ServerWordless,
-    /// The same, while it greeted others: it has banned this client, or does not like what it said.
+    /// The same, after it had lately greeted others: it has banned this client, or does not like what it said.
     ServerRefused,
     /// The mailbox's connection failed.
     ServerFailed,
@@ -157,9 +157,10 @@ impl EndState {
                 ("sQ", "held until its time was over, since no mailbox would serve it; the client was told")
             }
             EndState::ServerWordless => ("SH", "the mailbox left before it had said a word"),
-            EndState::ServerRefused => {
-                ("SR", "the mailbox left this client without a word, while it greeted others")
-            }
+            EndState::ServerRefused => (
+                "SR",
+                "the mailbox left this client without a word, and had greeted another in the ten minutes before",
+            ),
             EndState::ServerFailed => ("SD", "the mailbox's connection failed, most often by a reset"),
             EndState::ServerStalled => (
                 "sL",

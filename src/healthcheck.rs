@@ -17,10 +17,12 @@ use crate::http_client::ask_edge;
 /// How long the edge may take to answer.
 const LIMIT: Duration = Duration::from_secs(3);
 
-/// What `/readyz` says.
+/// What `/readyz` or `/livez` says: that tells an edge from another program at that port.
 #[derive(Deserialize)]
-struct Readiness {
-    reasons: Vec<String>,
+#[serde(untagged)]
+enum Answer {
+    Ready { ready: bool, reasons: Vec<String> },
+    Live { live: bool },
 }
 
 /// Asks the edge that has this admin address: whether it is ready, or only whether it is `live`.
@@ -31,12 +33,12 @@ pub async fn ask(admin: SocketAddr, live: bool) -> Result<(), String> {
 }
 
 fn judge(answer: &Response<Bytes>) -> Result<(), String> {
-    if answer.status().is_success() {
-        return Ok(());
-    }
-    match serde_json::from_slice::<Readiness>(answer.body()) {
-        Ok(Readiness { reasons }) => Err(format!("not ready: {}", reasons.join("; "))),
-        Err(_) => Err(format!("what answers is not an edge ({})", answer.status())),
+    match serde_json::from_slice(answer.body()) {
+        Ok(Answer::Ready { ready: true, .. } | Answer::Live { live: true }) => Ok(()),
+        Ok(Answer::Ready { reasons, .. }) => Err(format!("not ready: {}", reasons.join("; "))),
+        Ok(Answer::Live { live: false }) | Err(_) => {
+            Err(format!("what answers is not an edge ({})", answer.status()))
+        }
     }
 }
 
@@ -51,6 +53,11 @@ mod tests {
     #[test]
     fn the_edge_s_own_reasons_are_told() {
         assert_eq!(judge(&answer(200, r#"{"ready": true, "reasons": []}"#)), Ok(()));
+        assert_eq!(judge(&answer(200, r#"{"live": true}"#)), Ok(()));
+        for foreign in ["<html>", "[]", "null", "{}", r#"{"status": "ok"}"#, r#"{"live": false}"#] {
+            let problem = judge(&answer(200, foreign)).unwrap_err();
+            assert!(problem.contains("is not an edge"), "{foreign}: {problem}");
+        }
         let not_ready = answer(503, r#"{"ready": false, "reasons": ["the edge is stopping", "and more"]}"#);
         assert_eq!(judge(&not_ready), Err("not ready: the edge is stopping; and more".to_owned()));
         assert_eq!(

@@ -50,8 +50,10 @@ pub struct Ledger {
     dismissed: AtomicUsize,
     /// What is counted.
     pub counters: Counters,
-    /// What is held back of the log.
-    pub repeats: Repeats<Kind>,
+    /// What is held back of the log: of connections that came to nothing, and of sessions, in which the
+    /// mailbox has heard the client. The one cannot use up the other's lines.
+    repeats: Repeats<Kind>,
+    session_repeats: Repeats<Kind>,
 }
 
 /// A connection that is open.
@@ -126,8 +128,6 @@ pub struct Kind {
     state: EndState,
     /// Whose they are, unless many have the same reason.
     client: Option<IpAddr>,
-    /// Whether the mailbox has heard the client.
-    is_session: bool,
 }
 
 /// A connection to be shown.
@@ -191,7 +191,14 @@ impl Ledger {
             dismissed: AtomicUsize::new(0),
             counters: Counters::default(),
             repeats: Repeats::new(repeats_per_minute),
+            session_repeats: Repeats::new(repeats_per_minute.saturating_mul(OF_SESSIONS)),
         })
+    }
+
+    /// Changes the limit on lines of a kind.
+    pub fn set_repeats(&self, per_minute: u32) {
+        self.repeats.set_limit(per_minute);
+        self.session_repeats.set_limit(per_minute.saturating_mul(OF_SESSIONS));
     }
 
     /// A listener's page; `upstream` is where it leads, in words.
@@ -236,8 +243,9 @@ impl Ledger {
     }
 
     fn tell_repeats(&self, all: bool) {
-        for (kind, repeats) in self.repeats.take_over(all) {
-            let Kind { listener, state: end, client, is_session: _ } = kind;
+        let of_sessions = self.session_repeats.take_over(all);
+        for (kind, repeats) in self.repeats.take_over(all).into_iter().chain(of_sessions) {
+            let Kind { listener, state: end, client } = kind;
             let client = client.map(tracing::field::display);
             info!(listener = &*listener, client, %end, repeats, "more connections like those before: {}", end.meaning());
         }
@@ -336,12 +344,13 @@ impl Page {
 
     /// Not when it repeats others. How many were held back before is told with it.
     fn may_tell(&self, entry: &Entry, state: EndState) -> Option<u64> {
-        let is_session = entry.sent.load(Ordering::Relaxed) > 0;
-        let of_many = Kind { listener: Arc::clone(&self.listener), state, client: None, is_session };
-        let is_its_own = is_session || !state.is_failure();
-        let client = is_its_own.then(|| network_of(entry.client.ip()));
-        let times = if is_session { OF_SESSIONS } else { 1 };
-        self.ledger.repeats.may_tell(Kind { client, ..of_many.clone() }, of_many, times)
+        let of_many = Kind { listener: Arc::clone(&self.listener), state, client: None };
+        let of_client = || Kind { client: Some(network_of(entry.client.ip())), ..of_many.clone() };
+        if entry.sent.load(Ordering::Relaxed) > 0 {
+            return self.ledger.session_repeats.may_tell(of_client(), of_many);
+        }
+        let kind = if state.is_failure() { of_many.clone() } else { of_client() };
+        self.ledger.repeats.may_tell(kind, of_many)
     }
 
     fn upstream_of(&self, entry: &Entry) -> String {

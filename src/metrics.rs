@@ -144,6 +144,11 @@ pub fn text(sources: &Sources, format: Format) -> String {
     }
 }
 
+/// A label's value as the text formats want it, of a text that others choose; the library writes it as it is.
+fn escaped(value: &str) -> String {
+    value.replace('\\', r"\\").replace('"', r#"\""#).replace('\n', r"\n")
+}
+
 fn whole(value: impl Into<i64>) -> Gauge {
     let gauge = Gauge::default();
     gauge.set(value.into());
@@ -203,7 +208,7 @@ fn path_metrics(registry: &mut Registry, board: &Board) {
         latency.get_or_create(&of_peer).set(path.latency.as_secs_f64());
         let (path, relay) = match path.route {
             Route::Direct(_) => ("direct", String::new()),
-            Route::Relay(relay) => ("relay", relay),
+            Route::Relay(relay) => ("relay", escaped(&relay)),
         };
         paths.get_or_create(&OfPath { upstream, path, relay }).set(1);
     }
@@ -271,7 +276,7 @@ fn node_metrics(registry: &mut Registry, node: &NodeStatus) {
     );
     if !node.home_region.is_empty() {
         let home = Family::<OfRegion, Gauge>::default();
-        home.get_or_create(&OfRegion { region: node.home_region.clone() }).set(1);
+        home.get_or_create(&OfRegion { region: escaped(&node.home_region) }).set(1);
         registry.register(
             "node_home_relay",
             "The node's home relay (DERP region): 1 for the present one",
@@ -373,6 +378,13 @@ mod tests {
         let of_ends = lines.iter().filter(|line| line.starts_with("tailwart_edge_connections_total{"));
         assert!(of_ends.clone().count() >= 3 * 10 && of_ends.is_sorted(), "{lines:#?}");
         assert_eq!(scrape(["submissions", "smtp", "imaps"]), lines);
+    }
+
+    #[test]
+    fn a_name_that_others_choose_cannot_break_a_line() {
+        let node = NodeStatus { home_region: "a\"b\\c\nd".into(), ..NodeStatus::default() };
+        let text = text_of(&node, &Ledger::new(0), Format::Classic);
+        assert!(text.contains(r#"tailwart_edge_node_home_relay{region="a\"b\\c\nd"} 1"#), "{text}");
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Lines that repeat each other, held back when they come too often.
 //!
-//! Invariants: of each kind a number of lines a minute is told, and of all kinds together not many more
-//! than 6,000; what was held back is counted, for the next line of its kind or for whoever asks
-//! when the minute is over; the memory for it is bounded.
+//! Invariants: of each kind a number of lines a minute is told, and of all kinds together 6,000 at most;
+//! what was held back is counted, for the next line of its kind or for whoever asks when the minute is
+//! over; the memory for it is bounded.
 //!
 //! Deliberately not here: what makes two lines one kind (see `ledger.rs` and `upstream.rs`).
 
@@ -16,11 +16,12 @@ use tokio::time::Instant;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// Kinds that are remembered at once: about 400 kB.
+/// Kinds that are remembered at once: less than a megabyte.
 const MAX_KINDS: usize = 4096;
 
-/// Lines a minute after which kinds are no longer told apart. journald drops what is more than 10,000 in
-/// 30 seconds, and with it what is no repeat.
+/// Lines a minute after which kinds are no longer told apart, and after which none is told. journald drops
+/// what is more than 10,000 in 30 seconds, and with it what is no repeat.
+const FINE_LINES: u32 = 3000;
 const MAX_LINES: u32 = 6000;
 
 /// Counts lines by their kind.
@@ -82,19 +83,19 @@ impl<K: Hash + Eq + Clone> Repeats<K> {
     }
 
     /// Whether one more line of this kind is to be told, and then how many were held back before;
-    /// `None` holds it back. Its limit is `times` that of the others. When too many kinds or lines have
-    /// come, it counts as `coarse`, which must be one of few.
-    pub fn may_tell(&self, kind: K, coarse: K, times: u32) -> Option<u64> {
+    /// `None` holds it back. When too many kinds or lines have come, it counts as `coarse`, which must be
+    /// one of few.
+    pub fn may_tell(&self, kind: K, coarse: K) -> Option<u64> {
         let per_minute = self.per_minute.load(Ordering::Relaxed);
         if per_minute == 0 {
             return Some(0);
         }
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         let AllTold { kinds, minute: all } = &mut *told;
-        let is_fine = all.has_room(MAX_LINES) && (kinds.len() < MAX_KINDS || kinds.contains_key(&kind));
+        let is_fine = all.has_room(FINE_LINES) && (kinds.len() < MAX_KINDS || kinds.contains_key(&kind));
         let kind = if is_fine { kind } else { coarse };
         let told = kinds.entry(kind).or_insert_with(|| Told { minute: Minute::new(), held_back: 0 });
-        if told.minute.has_room(per_minute.saturating_mul(times)) {
+        if all.has_room(MAX_LINES) && told.minute.has_room(per_minute) {
             told.minute.lines += 1;
             all.lines += 1;
             return Some(std::mem::take(&mut told.held_back));
@@ -128,7 +129,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_minute_has_so_many_lines_of_a_kind() {
         let repeats = Repeats::new(2);
-        let told = |kind| repeats.may_tell(kind, "rest", 1);
+        let told = |kind| repeats.may_tell(kind, "rest");
         assert_eq!([told("a"), told("a"), told("a"), told("b")], [Some(0), Some(0), None, Some(0)]);
         assert_eq!(repeats.take_over(false), [], "the minute is not over");
         advance(MINUTE).await;
@@ -143,28 +144,38 @@ mod tests {
     async fn no_limit_holds_nothing_back() {
         let repeats = Repeats::new(1);
         repeats.set_limit(0);
-        assert!((0..100).all(|_| repeats.may_tell((), (), 1) == Some(0)));
+        assert!((0..100).all(|_| repeats.may_tell((), ()) == Some(0)));
         assert_eq!(repeats.take_over(true), []);
     }
 
     #[tokio::test(start_paused = true)]
     async fn kinds_without_end_become_one() {
         let repeats = Repeats::new(1);
-        let told = (1..=2 * MAX_KINDS).filter(|kind| repeats.may_tell(*kind, 0, 1).is_some()).count();
-        assert_eq!(told, MAX_KINDS + 1);
-        assert_eq!(repeats.take_over(true), [(0, MAX_KINDS as u64 - 1)]);
+        let told =
+            |kinds: std::ops::Range<usize>| kinds.filter(|kind| repeats.may_tell(*kind, 0).is_some()).count();
+        assert_eq!(told(1..2 * MAX_KINDS), FINE_LINES as usize + 1);
+        assert_eq!(repeats.take_over(true), [(0, 2 * MAX_KINDS as u64 - 2 - u64::from(FINE_LINES))]);
+        advance(MINUTE).await;
+        assert_eq!(told(1..3), 2, "they are told apart again");
+        // Kinds that are held back are kinds, too.
+        repeats.set_limit(1);
+        assert!(repeats.told.lock().unwrap().kinds.len() <= MAX_KINDS);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn lines_without_end_become_one_kind() {
-        let repeats = Repeats::new(MAX_LINES);
-        let told =
-            |count: u32, kind| (0..count).filter(|_| repeats.may_tell(kind, "rest", 10).is_some()).count();
-        assert_eq!(told(MAX_LINES / 2, "a") + told(MAX_LINES / 2, "b"), MAX_LINES as usize);
-        assert_eq!(told(100_000, "a"), 10 * MAX_LINES as usize, "of the rest ten times the limit");
+    async fn lines_without_end_are_held_back() {
+        let repeats = Repeats::new(FINE_LINES / 2);
+        let told = |count: u32, kind| (0..count).filter(|_| repeats.may_tell(kind, "rest").is_some()).count();
+        assert_eq!(told(FINE_LINES, "a"), FINE_LINES as usize / 2);
+        assert_eq!(told(2 * FINE_LINES, "b"), FINE_LINES as usize, "half of them as the rest");
+        assert_eq!(told(FINE_LINES, "c"), 0);
+        repeats.set_limit(u32::MAX);
+        assert_eq!(
+            told(100_000, "c"),
+            (MAX_LINES - FINE_LINES - FINE_LINES / 2) as usize,
+            "no more than that"
+        );
         advance(MINUTE).await;
-        assert_eq!(told(1, "a"), 1);
-        let kinds: Vec<_> = repeats.take_over(false);
-        assert_eq!(kinds, [("rest", 100_000 - 10 * u64::from(MAX_LINES))]);
+        assert_eq!(told(1, "c"), 1);
     }
 }

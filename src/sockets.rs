@@ -138,7 +138,7 @@ impl Sockets {
             opened.admin = match own {
                 Some(unit) => Some(unit),
                 None => match search.of_address(ADMIN, address) {
-                    Err(error) if address == DEFAULT_ADMIN => {
+                    Err(error) if address == DEFAULT_ADMIN && error.kind == ErrorKind::AddrInUse => {
                         warn!(
                             "{error}, with admin.listen; mail is served, but nobody can ask this edge how it is"
                         );

@@ -48,6 +48,14 @@ const FINDING_LIFE: Duration = Duration::from_secs(10);
 /// each client would have to wait for, one finds out.
 const DOUBT: Duration = Duration::from_secs(10);
 
+/// For how long a server that has greeted somebody counts as well: longer than probes are apart, which look
+/// again at once when a client was left without a word.
+const WELL: Duration = Duration::from_secs(60);
+
+/// For how long a server that has greeted a client counts as one that serves clients: on a small machine
+/// they are few at night, when scanners are not.
+const SERVED: Duration = Duration::from_secs(600);
+
 /// How long an attempt may take before its server is doubted. With another one at hand nobody has to
 /// wait for it; a connection over a relay takes less.
 const SLOW: Duration = Duration::from_secs(1);
@@ -162,6 +170,8 @@ pub struct Server {
     doubted: std::sync::Mutex<Option<Instant>>,
     /// When it last greeted somebody, a client or a probe.
     greeted: std::sync::Mutex<Option<Instant>>,
+    /// When it last greeted a client.
+    greeted_client: std::sync::Mutex<Option<Instant>>,
     /// Told of each failure to connect, so that the probe need not wait for its next turn.
     suspected: Notify,
     /// The last answer to "why is it silent", and when it was found.
@@ -357,6 +367,7 @@ impl Server {
             up: AtomicBool::new(true),
             doubted: std::sync::Mutex::new(None),
             greeted: std::sync::Mutex::new(None),
+            greeted_client: std::sync::Mutex::new(None),
             suspected: Notify::new(),
             finding: Mutex::new(None),
             distrust_told: std::sync::Mutex::new(None),
@@ -409,10 +420,23 @@ impl Server {
         greeted.is_some_and(|at| at > then)
     }
 
+    /// Notes that it greets a client at this moment.
+    pub fn greets_client(&self) {
+        let now = Instant::now();
+        self.greeted(now);
+        *self.greeted_client.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+    }
+
+    /// Whether it serves clients, as far as can be known: one that it does not greet is not its failure then.
+    pub fn serves_clients(&self) -> bool {
+        let greeted = *self.greeted_client.lock().unwrap_or_else(PoisonError::into_inner);
+        greeted.is_some_and(|at| at.elapsed() < SERVED)
+    }
+
     /// Whether it has greeted somebody so short a while ago that it must be well.
     pub fn greeted_lately(&self) -> bool {
         let greeted = *self.greeted.lock().unwrap_or_else(PoisonError::into_inner);
-        greeted.is_some_and(|at| at.elapsed() < DOUBT)
+        greeted.is_some_and(|at| at.elapsed() < WELL)
     }
 
     /// Has the peer watched while there is this connection to it.
@@ -497,6 +521,15 @@ impl<D: Dial> Upstream<D> {
     pub fn continues(&self, before: &Upstream<D>) {
         self.successes.store(before.successes.load(Ordering::Relaxed), Ordering::Relaxed);
         self.away.send_replace(before.away());
+        self.is_told.store(before.is_told.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+
+    /// Whether the other one has the same servers.
+    pub fn is_like(&self, other: &Upstream<D>) -> bool {
+        let servers = |upstream: &Upstream<D>| -> Vec<(String, u16)> {
+            upstream.servers.iter().map(|server| (server.host().to_owned(), server.port)).collect()
+        };
+        servers(self) == servers(other)
     }
 
     /// Completes when no server could be reached at the last attempt.
@@ -586,7 +619,7 @@ impl<D: Dial> Upstream<D> {
     /// Warns, unless that was done often enough; false then.
     fn tell(&self, what: &str, error: &UpstreamError) -> bool {
         let kinds = error.kinds(); // of which there are few
-        let Some(repeats) = self.told.may_tell(kinds.clone(), kinds, 1) else { return false };
+        let Some(repeats) = self.told.may_tell(kinds.clone(), kinds) else { return false };
         warn!(upstream = %self, repeats = (repeats > 0).then_some(repeats), "{what}: {error}");
         true
     }

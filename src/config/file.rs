@@ -2,8 +2,9 @@
 //!
 //! Invariants
 //! - However large the file is, at most 64 KiB of it are held.
-//! - Whatever is in the file's place, reading it has a deadline. A pipe is read, since `--config <(...)`
-//!   and `/dev/stdin` are pipes; one that nobody writes to is given up.
+//! - Reading what is no regular file has a deadline. A pipe is read, since `--config <(...)` and
+//!   `/dev/stdin` are pipes; one that nobody writes to is given up. (A file system that hangs is not seen
+//!   here; a reload has a deadline for that, see `reload.rs`.)
 //!
 //! Deliberately not here: anything about the text.
 
@@ -23,8 +24,8 @@ use super::mistakes::At;
 const MAX_BYTES: u64 = 64 * 1024;
 
 /// How long what is no regular file may take to give all it has: a program that decrypts the configuration
-/// may have to ask for a key.
-const PIPE_LIMIT: Duration = Duration::from_secs(10);
+/// may have to ask somebody for a passphrase.
+const PIPE_LIMIT: Duration = Duration::from_secs(60);
 
 /// The text of the file, or what is wrong with it and where.
 pub(super) fn read(path: &Path) -> Result<String, (At, String)> {
@@ -38,7 +39,8 @@ pub(super) fn read(path: &Path) -> Result<String, (At, String)> {
 }
 
 fn read_bytes(path: &Path, limit: Duration) -> Result<Vec<u8>, String> {
-    // Opening a pipe would wait for somebody who writes to it; a regular file does not know the flag.
+    // Opening a pipe would wait for somebody who writes to it. To a regular file the flag means nothing,
+    // unless another program holds a lease on it, which is an error then.
     let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path);
     let file = opened.map_err(|error| match error.kind() {
         ErrorKind::NotFound => {
@@ -88,7 +90,9 @@ impl Read for Patient<'_> {
                 Err(error) => return Err(error.into()),
             }
             match self.file.read(bytes) {
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {} // somebody else was faster
+                // Somebody else was faster.
+                Err(error) if error.kind() == ErrorKind::WouldBlock && self.until > Instant::now() => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(ErrorKind::TimedOut.into()),
                 read => return read,
             }
         }

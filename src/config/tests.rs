@@ -222,6 +222,13 @@ fn every_key_of_listeners_is_read() {
 }
 
 #[test]
+fn the_admin_listeners_name_is_not_free() {
+    let text = "[[listener]]\nname = 'admin'\nprotocol = 'smtp'\n";
+    let told = Config::parse(text, Some("stalwart"), &|_| None).unwrap_err().to_string();
+    assert!(told.contains("listener[1].name: \"admin\" is the admin listener's name"), "{told}");
+}
+
+#[test]
 fn a_protocol_in_capitals_is_told_from_one_that_is_none() {
     let told = |protocol: &str| {
         let text = format!("[[listener]]\nprotocol = {protocol:?}\n");

@@ -101,12 +101,19 @@ pub(super) const CONTROL_URL: Kind<String> = Kind {
     parse: control_url,
 };
 
+/// The admin listener's name, in the log and among socket units.
+const ADMIN_NAME: &str = crate::sockets::ADMIN;
+
 pub(super) const NAME: Kind<String> = Kind {
     expected: "1 to 63 letters, digits, hyphens, underscores and dots",
     parse: |text| {
         let good = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         let fits = (1..=63).contains(&text.len()) && text.chars().all(good);
-        if fits { Ok(text.to_owned()) } else { Err("is not a name") }
+        match text {
+            ADMIN_NAME => Err("is the admin listener's name"),
+            _ if fits => Ok(text.to_owned()),
+            _ => Err("is not a name"),
+        }
     },
 };
 

@@ -379,6 +379,29 @@ async fn a_mailbox_that_leaves_without_a_word_is_told_from_one_that_cannot_be_re
 }
 
 #[tokio::test]
+async fn a_ban_is_no_failure_where_nobody_is_held() {
+    let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let service = holding(Duration::ZERO, 1).await;
+    *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+    let banning = tokio::spawn(async move {
+        loop {
+            drop(mailbox.accept().await.unwrap());
+        }
+    });
+    let server = &service.upstream.servers()[0];
+    // A probe alone is no client.
+    server.greeted(Instant::now());
+    for state in [EndState::ServerWordless, EndState::ServerRefused] {
+        let (client, accepted, peer) = client().await;
+        served(&service, accepted, peer).await;
+        assert_eq!(ended(&service, state), 1, "{state}");
+        drop(client);
+        server.greets_client();
+    }
+    banning.abort();
+}
+
+#[tokio::test]
 async fn a_mailbox_without_a_word_is_not_tried_again_when_the_edge_stops() {
     let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let service = Arc::new(holding(LONG, 1).await);

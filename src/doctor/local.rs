@@ -198,6 +198,13 @@ fn port(listener: &str, address: SocketAddr, configured: bool, running: Running)
             "restart the edge, if the configuration was changed since it started; else its log says why",
         ),
         Ok(_) => Check::pass(name, "free"),
+        Err(error)
+            if listener == ADMIN && error.kind == ErrorKind::AddrInUse && running == Running::Unwell =>
+        {
+            let remedy =
+                "stop what listens there (`ss -ltnp` names it), or set admin.listen, and reload the edge";
+            Check::warn(name, "in use, and what answers there is not the edge", remedy)
+        }
         // Another user may not open them, and does not have to.
         Err(error)
             if matches!(error.kind, ErrorKind::AddrInUse | ErrorKind::PermissionDenied)

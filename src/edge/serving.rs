@@ -249,7 +249,9 @@ impl Serving {
     /// bound nothing has.
     pub async fn change(&mut self, new: Config) -> Result<Changes, BindError> {
         let changes = Changes::between(&self.config, &new);
-        if changes.is_empty() {
+        // Its default address may have been taken, and be free now.
+        let is_admin_missing = new.admin.is_some() && self.parts.admin.running.is_none();
+        if changes.is_empty() && !is_admin_missing {
             return Ok(changes);
         }
         // What is new is bound first: nothing after this can fail.
@@ -259,12 +261,10 @@ impl Serving {
         let is_probed_anew = self.config.probe != new.probe;
         let limit = total_limit(&new, &opened);
         let per_client = self.config.limits.max_connections_per_client;
-        let is_limit_told =
-            limit.connections == self.permits.size() && per_client == new.limits.max_connections_per_client;
+        let is_total_same = limit.connections == self.permits.size();
+        let is_limit_told = is_total_same && per_client == new.limits.max_connections_per_client;
         self.config = Config { tailnet: self.config.tailnet.clone(), ..new };
-        let stays = |port: &Port| {
-            limit.connections == self.permits.size() && port.stays(&self.config, &opened.listeners)
-        };
+        let stays = |port: &Port| is_total_same && port.stays(&self.config, &opened.listeners);
         // Where accepting ends, clients wait in the backlog for this moment, and the permits come back.
         let mut known = Vec::new();
         for port in self.ports.iter_mut().filter(|port| !port.accepting.is_empty() && !stays(port)) {
@@ -279,7 +279,7 @@ impl Serving {
         self.admission.clients.set_max(self.config.limits.max_connections_per_client);
         self.peers.set_limit(self.config.timeouts.dead_peer);
         self.parts.logging.change(self.config.log);
-        self.parts.ledger.repeats.set_limit(self.config.log.repeats);
+        self.parts.ledger.set_repeats(self.config.log.repeats);
         self.parts.admin.serve(opened.admin);
         self.parts.admin.serve_tailnet(&self.parts.node, self.config.admin_tailnet_port);
         self.parts.admin.examiner.set_config(self.config.clone());
@@ -311,6 +311,7 @@ impl Serving {
             }
         }
         let config = self.config.clone();
+        let services: Vec<Arc<Service<Node>>> = before.iter().map(|old| Arc::clone(&old.service)).collect();
         for (listener, (_, sockets)) in config.listeners.iter().zip(opened) {
             let definition = Definition::of(&config, listener);
             let same = before.iter().position(|old| old.definition == definition);
@@ -318,9 +319,10 @@ impl Serving {
                 Some(old) => (Port { sockets, ..old }, false),
                 None => (self.new_port(definition, sockets), true),
             };
-            let goes_there = |old: &&Port| old.definition.listener.upstream == listener.upstream;
-            if let Some(old) = before.iter().find(goes_there).filter(|_| is_new) {
-                port.service.upstream.continues(&old.service.upstream);
+            let goes_there = |old: &&Arc<Service<Node>>| old.upstream.is_like(&port.service.upstream);
+            let known = services.iter().filter(goes_there).max_by_key(|old| old.name == listener.name);
+            if let Some(old) = known.filter(|_| is_new) {
+                port.service.upstream.continues(&old.upstream);
             }
             if is_new || is_probed_anew {
                 port.probe(&self.parts.node, config.probe);
@@ -393,9 +395,9 @@ impl Serving {
         self.drain.cancel();
         tokio::select! {
             () = tasks.wait() => {}
-            () = tokio::time::sleep(limit) => {
+            () = tokio::time::sleep(limit) => if open() > 0 {
                 warn!(connections = open(), "drain time-out of {limit:?} passed: connections were cut");
-            }
+            },
             again = signals.stop() => warn!(signal = again, connections = open(), "stopping at once: connections were cut"),
         }
         let (cut, dismissed) = (self.parts.ledger.cut(), self.parts.ledger.dismissed());

@@ -504,26 +504,30 @@ fn ready(outcome: i64) -> Poll<Result<usize, Code>> {
 /// Whether somebody listens to signals.
 static IS_HEARD: AtomicBool = AtomicBool::new(false);
 
+/// Whether a SIGHUP has come, which matters until somebody listens.
+static HUNG_UP: AtomicBool = AtomicBool::new(false);
+
 /// What a signal means before anybody listens to it, instead of the kernel's default, which is to kill the
-/// process: SIGTERM and SIGINT end it in order, since nothing has begun; SIGHUP has the configuration read,
-/// which happens anyway. To be called first; [`signals_are_heard`] ends it.
+/// process: SIGTERM and SIGINT end it in order, since nothing has begun; SIGHUP is remembered. To be called
+/// first; [`signals_are_heard`] ends it.
 pub fn expect_signals() -> io::Result<()> {
+    extern "C" fn remember(_: c_int) {
+        HUNG_UP.store(true, Ordering::SeqCst);
+    }
     extern "C" fn stop(_: c_int) {
         if !IS_HEARD.load(Ordering::SeqCst) {
             // SAFETY: it may be called in a signal handler, and does not return.
             unsafe { libc::_exit(0) }
         }
     }
-    let stop: extern "C" fn(c_int) = stop;
-    for (signal, handler) in
-        [(libc::SIGTERM, stop as usize), (libc::SIGINT, stop as usize), (libc::SIGHUP, libc::SIG_IGN)]
-    {
+    let (stop, remember): (extern "C" fn(c_int), extern "C" fn(c_int)) = (stop, remember);
+    for (signal, handler) in [(libc::SIGTERM, stop), (libc::SIGINT, stop), (libc::SIGHUP, remember)] {
         // SAFETY: `action` is a plain C struct for which zero is a valid value: no flags, an empty mask.
-        // The handler does nothing but what a handler may, and the alternate stack is Go's where there
-        // is one.
+        // The handlers do nothing but what a handler may, and the alternate stack is Go's where there is
+        // one.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = handler;
+            action.sa_sigaction = handler as usize;
             action.sa_flags = libc::SA_ONSTACK | libc::SA_RESTART;
             if libc::sigaction(signal, &action, std::ptr::null_mut()) != 0 {
                 return Err(io::Error::last_os_error());
@@ -533,10 +537,11 @@ pub fn expect_signals() -> io::Result<()> {
     Ok(())
 }
 
-/// From now on the handlers that were installed since decide. They call those before them, too, which
-/// do nothing any more.
-pub fn signals_are_heard() {
+/// From now on the handlers that were installed since decide. They call those before them, too, which do
+/// nothing any more. Returns whether a SIGHUP came before.
+pub fn signals_are_heard() -> bool {
     IS_HEARD.store(true, Ordering::SeqCst);
+    HUNG_UP.load(Ordering::SeqCst)
 }
 
 /// Makes the installed handler of a signal run on the alternate stack.

@@ -466,3 +466,20 @@ fn a_storm_of_reloads_refuses_and_cuts_nobody() {
     scene.edge.signal("HUP");
     stops(&mut scene.edge, Duration::from_secs(10));
 }
+
+#[test]
+fn the_default_admin_address_is_taken_as_soon_as_it_is_free() {
+    let mailbox = Stub::start(stub::echo_after_header);
+    let admin = tailwart_edge::config::DEFAULT_ADMIN;
+    let other = std::net::TcpListener::bind(admin).expect("nobody else has it");
+    let listen = |builder: Builder| builder.set("admin", "listen", &format!("\"{admin}\""));
+    let mail = Listener::new("mail", "tcp", 2525);
+    let scene = start(&[(2525, mailbox.addr)], &[mail], listen);
+    let line = scene.edge.wait_log("nobody can ask this edge how it is", LIMIT);
+    tells(&line, &[" WARN ", &admin.to_string(), "another program listens there"]);
+    drop(echoes(scene.edge.addr("mail")));
+    drop(other);
+    tells(&scene.edge.reload(&scene.builder, LIMIT), &["nothing has changed"]);
+    assert_eq!(scene.edge.addr("admin"), admin);
+    assert_eq!(http::get(admin, "/readyz").code, 200);
+}

@@ -2,14 +2,16 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
+
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
 use tempfile::TempDir;
 
 use crate::common::edge::{Builder, Edge, Listener};
@@ -198,7 +200,11 @@ fn starting(builder: &Builder) -> (Edge, File, TempDir) {
     mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).expect("a directory of our own");
     let edge = builder.spawn_with(&["run", "--config", path.to_str().expect("UTF-8")]);
     // It can be opened once the edge has, and there it waits.
-    let pipe = File::options().write(true).open(&path).expect("it is a pipe");
+    let open = || {
+        let flags = i32::try_from(OFlags::NONBLOCK.bits()).expect("a small number");
+        File::options().write(true).custom_flags(flags).open(&path).ok()
+    };
+    let pipe = wait_for(LIMIT, open).unwrap_or_else(|| panic!("{}", edge.log().tail()));
     (edge, pipe, dir)
 }
 
@@ -212,6 +218,15 @@ fn a_signal_during_the_start_is_as_good_as_a_later_one() {
         edge.signal(signal);
         stops(&mut edge, LIMIT);
     }
+    // One that came too early to be worked on is worked on later: by then the pipe has nothing more to say.
+    let (mut edge, mut pipe, _dir) = starting(&builder);
+    edge.signal("HUP");
+    pipe.write_all(builder.config().as_bytes()).expect("the edge reads it");
+    drop(pipe);
+    edge.wait_log("was not reloaded", LIMIT);
+    edge.wait_ready(LIMIT);
+    edge.signal("TERM");
+    stops(&mut edge, LIMIT);
     for _ in 0..3 {
         let (mut edge, mut pipe, _dir) = starting(&builder);
         edge.signal("HUP");
