@@ -226,7 +226,7 @@ fn a_signal_during_the_start_is_as_good_as_a_later_one() {
     edge.wait_log("was not reloaded", LIMIT);
     edge.wait_ready(LIMIT);
     edge.signal("TERM");
-    stops(&mut edge, LIMIT);
+    assert_eq!(edge.wait_exit(LIMIT).code(), Some(0), "{}", edge.log().tail());
     for _ in 0..3 {
         let (mut edge, mut pipe, _dir) = starting(&builder);
         edge.signal("HUP");
