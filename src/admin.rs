@@ -120,7 +120,7 @@ where
 {
     let served = async {
         if !connection(&mut stream, place, overview, None).await {
-            return false;
+            return true; // no answer, or a few bytes that say why not
         }
         let Ok(_room) = leaving.try_acquire() else { return false };
         tokio::io::copy(&mut stream, &mut tokio::io::sink()).await.is_ok()

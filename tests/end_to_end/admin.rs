@@ -77,7 +77,9 @@ fn a_peer_is_told_as_much_as_the_policy_lets_it() {
     }
     let address = addresses[0];
     tailnet.deny_port(EDGE, PORT);
-    assert_eq!(try_get(address, "/readyz", Duration::from_secs(3)), "");
+    // The edge hears of it a moment later.
+    let denied = eventually(LIMIT, || try_get(address, "/readyz", Duration::from_secs(3)).is_empty());
+    assert!(denied, "{}", edge.log().tail());
     tailnet.allow_port(EDGE, PORT);
     answers_peer(address, &edge);
     assert_eq!(edge.log().count("listening listener=admin"), 0, "{}", edge.log().tail());
