@@ -326,7 +326,7 @@ fn secrets_that_are_refused_are_shown_nowhere_either() {
 }
 
 /// Gives what follows a terminal for its input and output.
-const TERMINAL: [&str; 4] = ["sh", "-c", r#"exec script -qefc "$*" /dev/null"#, "sh"];
+const TERMINAL: [&str; 4] = ["sh", "-c", r#"exec script -qefc "exec $*" /dev/null"#, "sh"];
 
 #[test]
 fn a_start_that_leads_nowhere_ends_on_a_terminal_too() {
@@ -370,13 +370,19 @@ fn on_a_terminal_a_person_may_log_in() {
     let (tailnet, edge) = closed_tailnet();
     // The person may take longer than joining may.
     let edge = edge.set("tailnet", "join_timeout", r#""2s""#).env("NO_COLOR", "1");
-    let edge = edge.wrapped(&TERMINAL).spawn();
+    let mut edge = edge.wrapped(&TERMINAL).spawn();
     edge.wait_log("open this address in a browser", LIMIT);
     let url = edge.wait_log(&format!("{}/auth/", tailnet.control_url()), LIMIT);
     assert!(!eventually(Duration::from_secs(4), || !edge.is_running()), "{}", edge.log().tail());
     visit(&url);
     edge.wait_ready(LIMIT);
     assert_eq!(node(&tailnet)["tags"][0], "tag:reverse-proxy");
+    // It has a file to read, so the end of the terminal is no end for it.
+    let script = edge.pid();
+    let children = std::fs::read_to_string(format!("/proc/{script}/task/{script}/children"));
+    let child = children.expect("the kernel lists them").trim().to_owned();
+    crate::common::tools::run(std::process::Command::new("kill").arg(&child), b"", LIMIT).expect_success();
+    assert_eq!(edge.wait_exit(LIMIT).code(), Some(0), "{}", edge.log().tail());
     assert_eq!(edge.log().count("open this address"), 1);
 }
 
