@@ -21,6 +21,13 @@ var (
 	keepaliveCount    = 4
 )
 
+// orphanTimeout is how long a peer may take none of what is left to deliver to it
+// on a connection that we have closed. The stack has no bound of its own for a
+// peer that lives and keeps its window shut, and its keepalive rests while bytes
+// are outstanding. Linux gives its orphans about as long (tcp_orphan_retries).
+// Tests make it short.
+var orphanTimeout = 2 * time.Minute
+
 // conns holds every connection that C has a handle of.
 var conns table[conn]
 
@@ -220,9 +227,12 @@ func (c *conn) abort() {
 }
 
 // close gives the endpoint back to the stack, which still delivers what was
-// written. EventUnregister waits for a notify in progress, so the token is
-// free when close returns.
+// written, for as long as the peer takes some of it within orphanTimeout.
+// EventUnregister waits for a notify in progress, so the token is free when close
+// returns.
 func (c *conn) close() {
 	c.queue.EventUnregister(&c.entry)
+	timeout := tcpip.TCPUserTimeoutOption(orphanTimeout)
+	c.ep.SetSockOpt(&timeout) // cannot fail on TCP
 	c.ep.Close()
 }

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"libtailscale/testnet"
 )
@@ -236,6 +237,74 @@ func TestCloseDeliversWhatWasWritten(t *testing.T) {
 	e.node.close() // and the node waits for it too
 	if !bytes.Equal(<-got, sent) {
 		t.Fatal("bytes differ")
+	}
+}
+
+// closedOnAShutWindow is the mailbox's end of a connection that we have closed. The
+// mailbox said its last word first and read nothing; size bytes are on the way to it.
+func closedOnAShutWindow(t *testing.T, e *edge) (mailbox *gonet.TCPConn, size int) {
+	t.Helper()
+	ln, err := e.net.Server("mailbox").Listen("tcp", ":2525")
+	check(t, err)
+	b, err := dial(t, e.node, "mailbox", 2525)
+	check(t, err)
+	accepted, err := ln.Accept()
+	check(t, err)
+	t.Cleanup(func() { accepted.Close() })
+	mailbox = accepted.(*gonet.TCPConn)
+	check(t, mailbox.CloseWrite())
+	_, err = io.ReadAll(b)
+	check(t, err)
+	c, chunk := conns.get(b.handle), make([]byte, 64<<10)
+	eventually(t, "the window is shut", func() bool {
+		for {
+			n, err := c.write(chunk)
+			if errors.Is(err, codeWouldBlock) {
+				break
+			}
+			check(t, err)
+			size += n
+		}
+		probes := c.ep.Stats().(*tcp.Stats).SendErrors.Timeouts.Value()
+		return probes > 0
+	})
+	b.shutdown()
+	b.close()
+	return mailbox, size
+}
+
+func shortOrphanTimeout(t *testing.T) {
+	usual := orphanTimeout
+	orphanTimeout = 2 * time.Second
+	t.Cleanup(func() { orphanTimeout = usual })
+}
+
+// A peer that lives, has said its last word and keeps its window shut cannot keep
+// our end of the connection, nor what is still to deliver.
+func TestAShutWindowDoesNotKeepAClosedConnection(t *testing.T) {
+	shortOrphanTimeout(t)
+	e := startEdge(t, echo)
+	closedOnAShutWindow(t, e)
+	eventually(t, "the stack has forgotten the connection", func() bool { return len(e.stack.RegisteredEndpoints()) == 0 })
+}
+
+// A peer that takes its time, and has all of it only long after the time-out, is
+// not cut off as long as it takes some.
+func TestASlowPeerGetsAllOfAClosedConnection(t *testing.T) {
+	shortOrphanTimeout(t)
+	e := startEdge(t, echo)
+	mailbox, size := closedOnAShutWindow(t, e)
+	got, chunk, began := 0, make([]byte, size/20), time.Now()
+	for {
+		n, err := io.ReadFull(mailbox, chunk)
+		got += n
+		if err != nil {
+			break
+		}
+		time.Sleep(orphanTimeout / 5)
+	}
+	if took := time.Since(began); got != size || took < 2*orphanTimeout {
+		t.Fatalf("%d bytes of %d arrived in %v", got, size, took)
 	}
 }
 
