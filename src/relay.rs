@@ -250,20 +250,24 @@ impl Relay {
         C: AsyncRead + AsyncWrite + Unpin,
         U: AsyncRead + AsyncWrite + Unpin,
     {
-        let sent = self.sent.poll(cx, client, upstream);
-        if self.first.is_none() && self.sent.ended() {
-            self.first = Some(Side::Client);
-        }
         self.received.keeps_its_end = self.awaits_first_word();
         if self.sent.first_byte.is_some() || self.sent.state != State::Open {
             self.received.watch = None; // what comes now may be the answer to it
         }
+        // The upstream first: what it says in this turn is then no answer to what the client says in it,
+        // and whose bytes were the last to move is known.
         let received = self.received.poll(cx, upstream, client);
+        if matches!(received, Poll::Ready(Err(Fault::Source(_)))) && self.awaits_first_word() {
+            return Poll::Ready(End::Wordless); // with nothing taken from the client
+        }
         if self.first.is_none() && self.received.ended() {
             self.first = Some(Side::Upstream);
         }
+        let sent = self.sent.poll(cx, client, upstream);
+        if self.first.is_none() && self.sent.ended() {
+            self.first = Some(Side::Client);
+        }
         match (sent, received) {
-            (_, Poll::Ready(Err(Fault::Source(_)))) if self.awaits_first_word() => Poll::Ready(End::Wordless),
             (Poll::Ready(Err(Fault::Source(error))), _) | (_, Poll::Ready(Err(Fault::Sink(error)))) => {
                 Poll::Ready(End::failed(Side::Client, error))
             }

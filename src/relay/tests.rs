@@ -1,7 +1,7 @@
 use std::future::pending;
 use std::io;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, Interest, duplex};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, Interest, SimplexStream, duplex};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 use tokio::time::{advance, sleep};
@@ -193,6 +193,40 @@ async fn draining_waits_for_the_reply_to_a_message() {
     read_exactly(&mut client, b"250 queued\r\n").await;
     let outcome = relay.await.unwrap();
     assert!(matches!(outcome.end, End::Drained), "{outcome:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn draining_knows_a_reply_that_comes_at_once() {
+    let (mut client, mut near_client) = duplex(PIPE_BYTES);
+    client.write_all(b"NOOP\r\n").await.unwrap();
+    let drained = std::future::ready(());
+    let mut upstream = SimplexStream::new_unsplit(PIPE_BYTES); // gives what it gets, at once
+    let first_words = FirstWords::default();
+    let began = Instant::now();
+    let outcome =
+        relay(&mut near_client, &mut upstream, TIMEOUTS, first_words, |_, _| {}, drained, pending()).await;
+    assert!(matches!(outcome.end, End::Drained), "{outcome:?}");
+    assert_eq!(began.elapsed().as_secs(), TIMEOUTS.quiet.as_secs());
+    read_exactly(&mut client, b"NOOP\r\n").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn draining_takes_no_earlier_reply_for_the_one_to_a_message() {
+    let drain = CancellationToken::new();
+    let (mut client, mut near_client) = duplex(PIPE_BYTES);
+    let (mut upstream, mut near_upstream) = duplex(PIPE_BYTES);
+    // Both are there before the relay looks.
+    upstream.write_all(b"354\r\n").await.unwrap();
+    client.write_all(b".\r\n").await.unwrap();
+    let drained = drain.clone().cancelled_owned();
+    let relay = tokio::spawn(async move {
+        let first_words = FirstWords::default();
+        relay(&mut near_client, &mut near_upstream, TIMEOUTS, first_words, |_, _| {}, drained, pending())
+            .await
+    });
+    drain.cancel();
+    sleep(30 * TIMEOUTS.quiet).await;
+    assert!(!relay.is_finished(), "closed although the mailbox is at work");
 }
 
 #[tokio::test(start_paused = true)]
