@@ -105,7 +105,7 @@ impl fmt::Display for Drained {
         let ended = connections.saturating_sub(dismissed + cut);
         write!(
             f,
-            "{ended} connections ended by themselves, {dismissed} quiet ones were closed, {cut} were cut, in {:.1} s",
+            "connections ended by themselves: {ended}, closed while quiet: {dismissed}, cut: {cut}, in {:.1} s",
             took.as_secs_f64()
         )
     }
@@ -119,7 +119,7 @@ mod tests {
     fn every_connection_is_counted_once() {
         let took = Duration::from_millis(1234);
         let drained = Drained { connections: 10, dismissed: 3, cut: 2, took };
-        let told = "5 connections ended by themselves, 3 quiet ones were closed, 2 were cut, in 1.2 s";
+        let told = "connections ended by themselves: 5, closed while quiet: 3, cut: 2, in 1.2 s";
         assert_eq!(drained.to_string(), told);
     }
 }

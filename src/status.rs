@@ -194,7 +194,7 @@ impl fmt::Display for Status {
         self.warnings.iter().try_for_each(|warning| writeln!(f, "warning: {warning}"))?;
         writeln!(f, "node {}", self.node)?;
         let held = if self.held == 0 { "no client waits".to_owned() } else { format!("{} WAIT", self.held) };
-        writeln!(f, "{} connections; {held} for the mailbox", self.open)?;
+        writeln!(f, "connections: {}; {held} for the mailbox", self.open)?;
         self.listeners(f)?;
         self.upstreams(f)?;
         self.clients(f)?;
@@ -401,7 +401,7 @@ pub(crate) mod tests {
 tailwart-edge 0.1.0 is ready; started 2 d 4 h ago
 warning: listener web: no upstream answers
 node edge.ts.net (Running), 100.64.0.2, tag:reverse-proxy, home relay fra
-1 connections; 3 WAIT for the mailbox
+connections: 1; 3 WAIT for the mailbox
 
 LISTENER  ADDRESSES           OPEN  ENDED  FAILED  FROM CLIENTS  TO CLIENTS
 smtp      0.0.0.0:25 [::]:25  1     1234   5       999 B         12.3 MB

@@ -239,7 +239,7 @@ fn the_packaged_service_serves_in_its_sandbox() {
 
     assert!(eventually(LIMIT, || machine.property("ActiveState") == "active"), "systemd was not told");
     assert!(
-        machine.property("StatusText").contains("5 listeners"),
+        machine.property("StatusText").contains("listeners: 5"),
         "status: {:?}",
         machine.property("StatusText")
     );

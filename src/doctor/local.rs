@@ -39,7 +39,7 @@ pub fn config(config: &Result<Config, ConfigError>) -> Vec<Check> {
             mistakes.to_string().lines().map(|mistake| Check::fail("config", mistake, CORRECT)).collect()
         }
         Ok(config) if config.warnings.is_empty() => {
-            vec![Check::pass("config", format!("no mistakes, {} listeners", config.listeners.len()))]
+            vec![Check::pass("config", format!("no mistakes, listeners: {}", config.listeners.len()))]
         }
         Ok(config) => config.warnings.iter().map(|text| Check::told("config", Outcome::Warn, text)).collect(),
     }

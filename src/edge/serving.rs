@@ -522,5 +522,5 @@ fn summary(board: Option<&Board>, connections: usize) -> String {
     } else {
         "mailbox not known yet".to_owned()
     };
-    format!("{} listeners, {connections} connections, {mailbox}", listeners.len())
+    format!("listeners: {}, connections: {connections}, {mailbox}", listeners.len())
 }

@@ -59,7 +59,7 @@ fn a_large_transfer_each_way_is_not_cut_short() {
     assert!(sent == received, "{} bytes sent, other {} received", sent.len(), received.len());
     stops(&mut setup.edge, LIMIT);
     let told = setup.edge.wait_log(" stopped: ", LIMIT);
-    tells(&told, &["1 connections ended by themselves, 0 quiet ones were closed, 0 were cut, in "]);
+    tells(&told, &["connections ended by themselves: 1, closed while quiet: 0, cut: 0, in "]);
 }
 
 #[test]
@@ -100,7 +100,7 @@ fn each_connection_is_counted_as_what_became_of_it() {
     stops(&mut setup.edge, LIMIT);
     assert!(began.elapsed() < Duration::from_secs(2 + 7), "took {:?}", began.elapsed());
     let told = setup.edge.wait_log(" stopped: ", LIMIT);
-    tells(&told, &["0 connections ended by themselves, 3 quiet ones were closed, 1 were cut, in 2."]);
+    tells(&told, &["connections ended by themselves: 0, closed while quiet: 3, cut: 1, in 2."]);
     drop(busy);
 }
 
@@ -138,7 +138,7 @@ fn whoever_came_before_the_stop_is_served() {
     stops(&mut setup.edge, LIMIT);
     assert_eq!(taken.count(), WAITING as usize + 1);
     let told = setup.edge.wait_log(" stopped: ", LIMIT);
-    tells(&told, &["21 connections ended by themselves, 0 quiet ones were closed, 0 were cut"]);
+    tells(&told, &["connections ended by themselves: 21, closed while quiet: 0, cut: 0"]);
 }
 
 #[test]
@@ -150,5 +150,5 @@ fn a_client_that_never_closes_does_not_hold_the_exit_up() {
     setup.edge.signal("TERM");
     stops(&mut setup.edge, LIMIT);
     assert!(began.elapsed() < Duration::from_secs(2 + 7), "took {:?}", began.elapsed());
-    tells(&setup.edge.wait_log(" stopped: ", LIMIT), &["1 quiet ones were closed, 0 were cut"]);
+    tells(&setup.edge.wait_log(" stopped: ", LIMIT), &["closed while quiet: 1, cut: 0"]);
 }

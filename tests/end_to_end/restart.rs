@@ -53,9 +53,9 @@ fn the_supervisor_hears_of_each_step_of_a_life() {
     edge.wait_ready(LIMIT);
     let (ready, message) = systemd.wait(joining, "READY=1", LIMIT);
     assert_eq!(message, "READY=1");
-    systemd.wait(ready, "STATUS=1 listeners, 0 connections, mailbox not probed", LIMIT);
+    systemd.wait(ready, "STATUS=listeners: 1, connections: 0, mailbox not probed", LIMIT);
     let _client = echoes(edge.addr("mail"));
-    systemd.wait(ready, "STATUS=1 listeners, 1 connections", LIMIT);
+    systemd.wait(ready, "STATUS=listeners: 1, connections: 1", LIMIT);
     let before = systemd.count("WATCHDOG=1");
     assert!(eventually(LIMIT, || systemd.count("WATCHDOG=1") >= before + 5), "{:?}", systemd.messages());
 

@@ -56,7 +56,7 @@ fn one_screen_has_the_right_figures_and_json_has_them_all() {
     let text = status(&edge, admin, &[]).stdout();
     assert!(text.lines().count() <= SCREEN_LINES, "{text}");
     assert!(!text.contains('\x1b'), "{text}");
-    tells(&text, &["\n3 connections; 1 WAIT for the mailbox\n", "tailwart-edge.tail-test.ts.net (Running)"]);
+    tells(&text, &["\nconnections: 3; 1 WAIT for the mailbox\n", "tailwart-edge.tail-test.ts.net (Running)"]);
     let addresses = |name: &str| [edge.addr(name).to_string(), edge.addr_v6(name).to_string()];
     let [v4, v6] = addresses("web");
     assert_eq!(row(&text, "web "), ["web", &v4, &v6, "2", "1", "0", "15", "B", "15", "B"]);
