@@ -44,6 +44,7 @@ const (
 	codeClockWrong         = code(C.TAILSCALE_CLOCK_WRONG)
 	codeBadStateFile       = code(C.TAILSCALE_BAD_STATE_FILE)
 	codeBadCredential      = code(C.TAILSCALE_BAD_CREDENTIAL)
+	codeUpgradeBlocked     = code(C.TAILSCALE_UPGRADE_BLOCKED)
 )
 
 const (

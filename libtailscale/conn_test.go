@@ -7,14 +7,18 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
 	"libtailscale/testnet"
 )
 
@@ -562,4 +566,35 @@ func TestAPeerThatLeftTheMap(t *testing.T) {
 		}
 		return err == nil
 	})
+}
+
+// panicking is an endpoint of a stack with a bug.
+type panicking struct {
+	tcpip.Endpoint
+	closed bool
+}
+
+func (p *panicking) Connect(tcpip.FullAddress) tcpip.Error { panic("a bug") }
+func (p *panicking) Close()                                { p.closed = true }
+
+// C frees what the token names when it is told of a panic.
+func TestAPanicInConnectLeavesNoToken(t *testing.T) {
+	e := startEdge(t, echo)
+	queue := new(waiter.Queue)
+	real, terr := e.stack.NewEndpoint(tcp.ProtocolNumber, ipv4.ProtocolNumber, queue)
+	if terr != nil {
+		t.Fatal(terr)
+	}
+	defer real.Close()
+	ep := &panicking{Endpoint: real}
+	c := &conn{ep: ep, queue: queue}
+	to := netip.AddrPortFrom(e.mailbox.IPs[0], 25)
+	func() {
+		defer func() { recover() }()
+		c.begin(e.mailbox.IPs[0], to)
+		t.Error("no panic")
+	}()
+	if !queue.IsEmpty() || !ep.closed {
+		t.Errorf("still registered: %v, closed: %v", !queue.IsEmpty(), ep.closed)
+	}
 }

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"libtailscale/testnet"
 )
@@ -91,7 +92,7 @@ func TestPreauthorizedIsPastApproval(t *testing.T) {
 	tailnet.RequireApproval(true)
 	check(t, enrolling(t, tailnet, credential{clientSecret: clientSecret, preauthorized: true}).up())
 	n := enrolling(t, tailnet, credential{clientSecret: clientSecret})
-	n.upTimeout.Store(2000)
+	n.upTimeout.Store(int64(2 * time.Second))
 	wantCode(t, n.up(), codeNeedsApproval)
 }
 

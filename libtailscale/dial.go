@@ -62,25 +62,38 @@ func (n *node) connect(source netip.Addr, to netip.AddrPort, token uintptr) (*co
 		return nil, codeOf(terr)
 	}
 	c.ep = ep
-	if terr := setKeepalive(ep); terr != nil {
-		ep.Close()
-		return nil, codeOf(terr)
+	if err := c.begin(source, to); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// begin starts the handshake. After a failure, a panic of the stack's included, it
+// is closed: C frees what the token names then.
+func (c *conn) begin(source netip.Addr, to netip.AddrPort) error {
+	begun := false
+	defer func() {
+		if !begun {
+			c.close()
+		}
+	}()
+	if terr := setKeepalive(c.ep); terr != nil {
+		return codeOf(terr)
 	}
 	c.subscribe()
-	terr = ep.Connect(tcpip.FullAddress{
+	terr := c.ep.Connect(tcpip.FullAddress{
 		NIC:  nicID,
 		Addr: tcpip.AddrFromSlice(to.Addr().AsSlice()),
 		Port: to.Port(),
 	})
 	if _, started := terr.(*tcpip.ErrConnectStarted); terr != nil && !started {
-		c.close()
-		return nil, codeOf(terr)
+		return codeOf(terr)
 	}
-	if local, terr := ep.GetLocalAddress(); terr != nil || local.Addr != tcpip.AddrFromSlice(source.AsSlice()) {
-		c.close()
-		return nil, codeNotRunning // the node's address changed under us
+	if local, terr := c.ep.GetLocalAddress(); terr != nil || local.Addr != tcpip.AddrFromSlice(source.AsSlice()) {
+		return codeNotRunning // the node's address changed under us
 	}
-	return c, nil
+	begun = true
+	return nil
 }
 
 // resolve finds a peer by MagicDNS name, by its first label, or by tailnet

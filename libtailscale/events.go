@@ -11,7 +11,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -42,9 +41,13 @@ type status struct {
 	NetworkChanges int64  `json:"network_changes"`
 	WakeUps        int64  `json:"wake_ups"`
 	Unsaved        string `json:"unsaved"`
-	ControlError   string `json:"control_error"` // since it was last heard
-	HomeRegion     string `json:"home_region"`   // the code of the home relay's
+	ControlError   string `json:"control_error"`  // since it was last heard
+	ControlAdvice  string `json:"control_advice"` // what to do about it, where that is known
+	HomeRegion     string `json:"home_region"`    // the code of the home relay's
 	HomeRegionID   int    `json:"home_region_id"`
+
+	// ControlMovedFrom is where the control server was at the start before.
+	ControlMovedFrom string `json:"control_moved_from"`
 }
 
 // lookInterval is how late what the bus does not tell may be. Losing the
@@ -96,25 +99,6 @@ func (n *node) follow() {
 	}
 }
 
-// leaveControl stops asking a control server that has removed this node; up asks
-// it anew. Left alone, the control client would ask at ever longer intervals, and
-// could be neither replaced nor closed during one: it waits with its lock held,
-// for up to 45 seconds (control/controlclient/auto.go, mapRoutine).
-func (n *node) leaveControl() {
-	if !n.removed.Load() {
-		return
-	}
-	select {
-	case n.joining <- struct{}{}:
-		defer func() { <-n.joining }()
-	default:
-		return // up waits for the answer
-	}
-	if n.removed.Load() {
-		n.backend.DisconnectControl()
-	}
-}
-
 // askWhy finds out, in the background, why the control server is not heard: the
 // backend's own attempts may take minutes to fail, and then name the last step only.
 func (n *node) askWhy() {
@@ -123,6 +107,9 @@ func (n *node) askWhy() {
 		return // it has answered
 	}
 	heard := n.server.Sys().HealthTracker.Get().GetInPollNetMap
+	if heard() && !n.removed.Load() {
+		n.rememberControl()
+	}
 	if n.removed.Load() || heard() || !n.asking.CompareAndSwap(false, true) {
 		return
 	}
@@ -135,8 +122,7 @@ func (n *node) askWhy() {
 			n.controlProbed.Store(nil)
 			return
 		}
-		reason := n.harmless(err.Error())
-		n.controlProbed.Store(&reason)
+		n.controlProbed.Store(&controlProblem{n.harmless(err.Error()), adviceOn(err)})
 	})
 }
 
@@ -160,17 +146,20 @@ func (n *node) watch(changed chan<- struct{}) {
 
 // log passes a line on and learns from it what the backend tells nobody else.
 //
-// Why the control server cannot be reached, or refuses (noteControlError). That
-// it has removed this node: it answers the request for a
-// map with 404 then (tailscale/tailscale#12032), which the backend takes for an
-// outage (control/controlclient/direct.go, PollNetMap; ipn/ipnlocal/local.go,
-// setControlClientStatusLocked). And that this node is ephemeral and could not
-// be logged out when it was closed (ipn/ipnlocal/local.go, Shutdown).
+// Why the control server cannot be reached, or refuses, and that it has removed this
+// node, which the backend takes for an outage (control/controlclient/direct.go,
+// PollNetMap; ipn/ipnlocal/local.go, setControlClientStatusLocked; auto.go,
+// updateRoutine). And that this node is ephemeral and could not be logged out when
+// it was closed (ipn/ipnlocal/local.go, Shutdown).
 func (n *node) log(format string, args ...any) {
 	switch {
-	case format == "Received error: %v" && len(args) == 1:
-		if err, ok := args[0].(error); ok {
+	case format == "Received error: %v":
+		if err := errorIn(args); err != nil {
 			n.noteControlError(err)
+		}
+	case format == "control: lite map update error after %v: %v":
+		if err := errorIn(args); err != nil {
+			n.noteUpdateError(err)
 		}
 	case strings.HasPrefix(format, "failed to log out ephemeral node"):
 		n.staysListed.Store(true)
@@ -181,12 +170,11 @@ func (n *node) log(format string, args ...any) {
 // noteControlError keeps why the control server could not be talked to. The
 // backend tells it nobody else, or only minutes later.
 func (n *node) noteControlError(err error) {
-	if strings.Contains(err.Error(), "initial fetch failed 404: node not found") {
+	if strings.Contains(err.Error(), notFound) {
 		n.removed.Store(true)
 		n.rejections.Add(1)
 	}
-	reason := n.harmless(err.Error())
-	n.controlSaid.Store(&reason)
+	n.controlSaid.Store(&controlProblem{said: n.harmless(err.Error())})
 }
 
 func (n *node) networkChanged(delta *netmon.ChangeDelta) {
@@ -236,19 +224,14 @@ func writeLines(events *os.File, lines <-chan []byte) {
 
 // openEvents takes fd over, in place of an earlier one; -1 is none. Being
 // non-blocking, it can be closed beneath a write that waits for room.
-func (n *node) openEvents(fd int) error {
+func (n *node) openEvents(fd int) {
 	if n.events != nil {
 		n.events.Close()
 		n.events = nil
 	}
-	if fd < 0 {
-		return nil
+	if fd >= 0 {
+		n.events = os.NewFile(uintptr(fd), "events")
 	}
-	if err := syscall.SetNonblock(fd, true); err != nil {
-		return err
-	}
-	n.events = os.NewFile(uintptr(fd), "events")
-	return nil
 }
 
 func (n *node) statusOf(current *ipnstate.Status) status {
@@ -269,8 +252,11 @@ func (n *node) statusOf(current *ipnstate.Status) status {
 		NetworkChanges: n.networkChanges.Load(),
 		WakeUps:        n.wakeUps.Load(),
 	}
-	if reason := cmp.Or(n.controlProbed.Load(), n.controlSaid.Load()); reason != nil {
-		s.ControlError = *reason
+	if problem := cmp.Or(n.controlProbed.Load(), n.controlSaid.Load()); problem != nil {
+		s.ControlError, s.ControlAdvice = problem.said, problem.advice
+	}
+	if moved := n.movedFrom; moved != "" {
+		s.ControlMovedFrom = n.harmless(moved)
 	}
 	if n.state != nil {
 		if err := n.state.unsaved(); err != nil {
@@ -278,16 +264,28 @@ func (n *node) statusOf(current *ipnstate.Status) status {
 		}
 	}
 	if self := current.Self; self != nil {
-		s.Name = trimDot(self.DNSName)
+		s.Name = n.harmless(trimDot(self.DNSName))
 		s.IPs = self.TailscaleIPs
 		s.InMapPoll = self.Online
-		s.HomeRegion, s.HomeRegionID = self.Relay, n.regionID(self.Relay)
-		s.KeyExpiry = self.KeyExpiry
+		s.HomeRegion, s.HomeRegionID = n.harmless(self.Relay), n.regionID(self.Relay)
+		s.KeyExpiry = expiryOf(self.KeyExpiry)
 		if self.Tags != nil {
-			s.Tags = self.Tags.AsSlice()
+			for _, tag := range self.Tags.All() {
+				s.Tags = append(s.Tags, n.harmless(tag))
+			}
 		}
 	}
 	return s
+}
+
+// expiryOf is when a key expires, nil if never. Control servers have several ways to
+// say never: no time, the year 1, and the last moment of the year 9999.
+func expiryOf(at *time.Time) *time.Time {
+	const never = 9000 // years that no key lives to see
+	if at == nil || at.Year() <= 1 || at.Year() >= never {
+		return nil
+	}
+	return at
 }
 
 // regionID is the number of a relay region, 0 if there is none of that code.
@@ -425,9 +423,9 @@ func (n *node) ping(host string, limit time.Duration) (pingReport, error) {
 			break
 		}
 		report.LatencyMS = result.LatencySeconds * 1000
-		report.Direct, report.Relay = result.Endpoint, result.DERPRegionCode
+		report.Direct, report.Relay = n.harmless(result.Endpoint), n.harmless(result.DERPRegionCode)
 		if result.PeerRelay != "" {
-			report.Direct, report.Relay = "", result.PeerRelay
+			report.Direct, report.Relay = "", n.harmless(result.PeerRelay)
 		}
 		if report.Direct != "" {
 			break
@@ -437,7 +435,11 @@ func (n *node) ping(host string, limit time.Duration) (pingReport, error) {
 	if err != nil || result.Err != "" {
 		ctx, cancel := context.WithTimeout(n.ctx, probeLimit)
 		defer cancel()
-		report.Network = n.probeControl(ctx) == nil
+		if n.isForgotten(ctx) {
+			return pingReport{}, codeNotRunning // no peer knows us any more
+		}
+		_, err := askForKey(ctx, n.controlURL())
+		report.Network = err == nil
 		return report, codeTimedOut
 	}
 	report.Answered, report.Network = true, true

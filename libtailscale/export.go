@@ -97,6 +97,11 @@ func slice(buf unsafe.Pointer, buflen C.size_t) ([]byte, bool) {
 	return unsafe.Slice((*byte)(buf), buflen), true
 }
 
+// milliseconds is a time of C's; more than a Duration can be is as much as it can.
+func milliseconds(ms C.int64_t) time.Duration {
+	return time.Duration(min(int64(ms), math.MaxInt64/int64(time.Millisecond))) * time.Millisecond
+}
+
 // fill writes s with a NUL, cut to the buffer; false if it had to be cut.
 func fill(s string, buf *C.char, buflen C.size_t) bool {
 	if buf == nil || buflen == 0 {
@@ -273,23 +278,30 @@ func TsSetUpTimeout(sd C.int, timeoutMS C.int64_t) C.int {
 		if timeoutMS < 0 {
 			return n.report(codeBadArgument, errors.New("the time-out is negative"))
 		}
-		n.upTimeout.Store(int64(timeoutMS))
+		n.upTimeout.Store(int64(milliseconds(timeoutMS)))
 		return nil
 	})
 }
 
+// setDescriptor gives a descriptor to whoever is to write to it.
+func setDescriptor(sd, fd C.int, taker func(*node) func(fd int)) (ret C.int) {
+	defer guard(&ret)
+	n := nodeOf(sd)
+	if n == nil {
+		closeRefused(int(fd))
+		return C.int(codeBadHandle)
+	}
+	return result(n.takeDescriptor(int(fd), taker(n)))
+}
+
 //export TsSetLogFD
 func TsSetLogFD(sd, fd C.int) C.int {
-	return onNode(sd, func(n *node) error {
-		return n.takeDescriptor(func() error { return n.logs.open(int(fd)) })
-	})
+	return setDescriptor(sd, fd, func(n *node) func(int) { return n.logs.open })
 }
 
 //export TsSetEventFD
 func TsSetEventFD(sd, fd C.int) C.int {
-	return onNode(sd, func(n *node) error {
-		return n.takeDescriptor(func() error { return n.openEvents(int(fd)) })
-	})
+	return setDescriptor(sd, fd, func(n *node) func(int) { return n.openEvents })
 }
 
 //export TsStart
@@ -391,7 +403,7 @@ func TsPing(sd C.int, host *C.char, timeoutMS C.int64_t, buf *C.char, buflen C.s
 		return C.int(codeNotRunning)
 	}
 	defer n.pending.Done()
-	report, failed := n.ping(name, time.Duration(timeoutMS)*time.Millisecond)
+	report, failed := n.ping(name, milliseconds(timeoutMS))
 	if failed != nil && !errors.Is(failed, codeTimedOut) {
 		return result(failed)
 	}

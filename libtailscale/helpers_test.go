@@ -175,7 +175,7 @@ func unstarted(t *testing.T, net *testnet.Net) *node {
 	n.server.Hostname = "edge"
 	n.server.ControlURL = net.ControlURL()
 	giveKey(n, "tskey-auth-test")
-	n.upTimeout.Store(testTimeout.Milliseconds())
+	n.upTimeout.Store(int64(testTimeout))
 	t.Cleanup(func() { n.close() })
 	return n
 }

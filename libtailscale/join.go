@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"tailscale.com/ipn"
@@ -26,10 +27,10 @@ func (n *node) up() error {
 	}
 	defer n.pending.Done()
 
-	limit := time.Duration(n.upTimeout.Load()) * time.Millisecond
+	limit := time.Duration(n.upTimeout.Load())
 	ctx, stop := context.WithCancel(n.ctx)
 	defer stop()
-	j := &join{node: n, ctx: ctx, stop: stop, used: make(chan error, 1)}
+	j := &join{node: n, ctx: ctx, stop: stop, used: make(chan error, maxUses)}
 	if limit > 0 {
 		// The rest is for finding out why it took so long.
 		j.explaining = min(probeLimit, limit/4)
@@ -51,6 +52,9 @@ func (n *node) up() error {
 	}
 }
 
+// maxUses bounds the uses of a credential in one call of up.
+const maxUses = 2
+
 // join is one call of up.
 type join struct {
 	node *node
@@ -60,10 +64,12 @@ type join struct {
 	end                 time.Time     // of the waiting; zero is never
 	waiting, explaining time.Duration // parts of the time limit; zero without one
 
-	// offered is set once the credential was used: a second demand after that
-	// is answered by the error message that comes with it, or by the time limit.
-	offered bool
-	used    chan error // how the use of the credential went, told once
+	// uses counts how often the credential was used: with the tags and, where it is
+	// refused for asking, without. A demand for a login after that is answered by the
+	// error message that comes with it, or by the time limit.
+	uses int
+	used chan error             // how each use went
+	key  atomic.Pointer[string] // what the credential became, once it is offered
 	// asked is set once a person was asked to log in.
 	asked bool
 	// askedAnew is set once a control server that had removed this node was
@@ -83,9 +89,11 @@ func (j *join) run() error {
 		outcome, decided = j.watch()
 	}
 	if decided {
-		if outcome != nil && j.offered {
+		if outcome != nil && j.uses > 0 {
 			j.stop()
-			<-j.used
+			for range j.uses {
+				<-j.used
+			}
 			// Or the control client would offer the same credential for ever.
 			n.restart(ipn.Options{})
 		}
@@ -145,8 +153,19 @@ func (j *join) leaveStale() {
 	j.stale = j.node.backend.NetMapNoPeers()
 }
 
-// restart has the backend ask the control server anew.
+// restart has the backend ask the control server anew, and for the node's tags:
+// Headscale takes them away from a node that registers otherwise than by key and
+// asks for none (hscontrol/state/state.go, processReauthTags).
 func (n *node) restart(options ipn.Options) error {
+	return n.restartAsking(n.server.AdvertiseTags, options)
+}
+
+// restartAsking is restart with other tags.
+func (n *node) restartAsking(tags []string, options ipn.Options) error {
+	if options.UpdatePrefs == nil {
+		options.UpdatePrefs = n.backend.Prefs().AsStruct()
+	}
+	options.UpdatePrefs.AdvertiseTags = tags
 	n.server.Sys().HealthTracker.Get().SetOutOfPollNetMap()
 	return n.backend.Start(options)
 }
@@ -165,7 +184,7 @@ func (j *join) hasJoined() bool {
 // watch follows the notifications for a while: the bus cuts off a slow watcher,
 // and not everything that decides is notified.
 func (j *join) watch() (outcome error, decided bool) {
-	if j.node.removed.Load() && !j.offered && !j.asked {
+	if j.node.removed.Load() && j.uses == 0 && !j.asked {
 		// The backend knows nothing of it and believes itself to be running.
 		if outcome, decided = j.askAnew(); decided {
 			return outcome, decided
@@ -220,6 +239,9 @@ func (j *join) decide(notify *ipn.Notify) (outcome error, decided bool) {
 		if refused == codeNeedsLogUpload {
 			n.needsLogUpload.Store(true)
 		}
+		if refused == codeTagsRefused && j.leavesTagsToKey() {
+			return nil, false
+		}
 		return n.report(refused, errors.New(*message)), true
 	}
 	if notify.State == nil {
@@ -231,8 +253,10 @@ func (j *join) decide(notify *ipn.Notify) (outcome error, decided bool) {
 			return nil, false
 		}
 		n.removed.Store(false)
+		n.forgotten.Store(false)
 		n.needsLogUpload.Store(false)
 		n.refreshSelf()
+		n.rememberControl()
 		return nil, true
 	case ipn.NeedsLogin:
 		return j.login()
@@ -271,28 +295,55 @@ func (j *join) login() (outcome error, decided bool) {
 	if !credential.isGiven() {
 		return n.report(codeNeedsLogin, errors.New("the node is not enrolled and there is no auth key")), true
 	}
-	if j.offered {
+	if j.uses > 0 {
 		return nil, false
 	}
-	j.offered = true
+	j.use(func(ctx context.Context) error {
+		key, err := n.obtainKey(ctx)
+		if err != nil || ctx.Err() != nil {
+			return err // or it is too late, and decided what comes of it
+		}
+		j.key.Store(&key)
+		return n.register(key, n.server.AdvertiseTags)
+	})
+	return nil, false
+}
+
+// leavesTagsToKey is whether the refusal of the tags was for asking, and sees to it
+// that the node registers without. Headscale since 0.28 gives a node the tags of its
+// key, and refuses one that asks for any, be they the key's own
+// (hscontrol/state/state.go, createAndSaveNewNode); the key is not spent by that. A
+// key of Tailscale's may be asked along, so there it is the tags that are refused.
+func (j *join) leavesTagsToKey() bool {
+	key := j.key.Load()
+	if key == nil || strings.HasPrefix(*key, "tskey-") {
+		return false
+	}
+	if j.uses < maxUses { // else this is a late answer to the question before
+		j.node.log("the control server leaves the tags to the key: registering without asking for any")
+		j.use(func(context.Context) error { return j.node.register(*key, nil) })
+	}
+	return true
+}
+
+// register enrols with a key.
+func (n *node) register(key string, tags []string) error {
+	if err := n.restartAsking(tags, ipn.Options{AuthKey: key}); err != nil {
+		return err
+	}
+	return n.backend.StartLoginInteractive(n.ctx)
+}
+
+// use does a step of the enrolment that ends with the time for joining. Not from
+// the watcher's callback: Start sends notifications itself and would wait for this
+// watcher if its queue filled up.
+func (j *join) use(step func(context.Context) error) {
+	j.uses++
 	j.leaveStale()
-	// Not from the watcher's callback: Start sends notifications itself and
-	// would wait for this watcher if its queue filled up. begin has counted
-	// up's call in pending, so close is not waiting for zero yet.
 	until, done := j.untilEnd()
-	n.pending.Go(func() {
+	j.node.pending.Go(func() { // begin has counted up's call, so close is not waiting for zero yet
 		defer done()
-		key, err := n.obtainKey(until)
-		if err == nil && until.Err() != nil {
-			j.used <- nil // too late: what comes of it is decided
-			return
-		}
-		if err == nil {
-			err = n.restart(ipn.Options{AuthKey: key})
-		}
-		if err == nil {
-			err = n.backend.StartLoginInteractive(n.ctx)
-		}
+		err := step(until)
 		if err != nil && !errors.As(err, new(credentialError)) {
 			err = credentialError{codeError, err}
 		}
@@ -301,7 +352,6 @@ func (j *join) login() (outcome error, decided bool) {
 			j.stop()
 		}
 	})
-	return nil, false
 }
 
 // ask has the control server name an address for a person to log in at. At the
@@ -313,7 +363,7 @@ func (j *join) ask() {
 	}
 	j.asked = true
 	j.leaveStale()
-	n.pending.Go(func() { // as in login
+	n.pending.Go(func() { // as in use
 		if err := n.restart(ipn.Options{}); err != nil {
 			n.log("starting anew: %v", err)
 		}
@@ -334,14 +384,15 @@ func (j *join) explain(ctx context.Context) error {
 	if state == ipn.NeedsMachineAuth {
 		return n.report(codeNeedsApproval, errors.New("the node waits for an admin's approval"))
 	}
-	enrolled := n.backend.StatusWithoutPeers().HaveNodeKey && !j.offered
+	enrolled := n.backend.StatusWithoutPeers().HaveNodeKey && j.uses == 0
 	probe := n.probeControl(ctx)
-	var wrong clockError
 	switch {
 	case probe != nil && enrolled:
-		return n.report(codeUpTimedOut, probe)
-	case errors.As(probe, &wrong):
-		return n.report(codeClockWrong, probe)
+		return n.report(codeUpTimedOut, withAdvice(probe))
+	case errors.As(probe, new(clockError)):
+		return n.report(codeClockWrong, withAdvice(probe))
+	case errors.As(probe, new(upgradeError)):
+		return n.report(codeUpgradeBlocked, withAdvice(probe))
 	case probe != nil:
 		return n.report(codeControlUnreachable, probe)
 	case state == ipn.NeedsLogin && !enrolled:
@@ -353,18 +404,20 @@ func (j *join) explain(ctx context.Context) error {
 	}
 }
 
-// credentialFailure is why the credential did not become a key, also when that is
-// that time ran out.
+// credentialFailure is why the credential did not become a key, or could not be
+// used, also when that is that time ran out.
 func (j *join) credentialFailure(ctx context.Context) error {
-	if !j.offered {
-		return nil
+	for range j.uses {
+		select {
+		case err := <-j.used:
+			if err != nil {
+				return err
+			}
+		case <-ctx.Done():
+			return nil
+		}
 	}
-	select {
-	case err := <-j.used:
-		return err
-	case <-ctx.Done():
-		return nil
-	}
+	return nil
 }
 
 // reason is what Tailscale itself finds wrong, as one part of a sentence.

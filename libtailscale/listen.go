@@ -41,8 +41,8 @@ func (n *node) listen(port uint16, backlog int, token uintptr) (*listener, error
 	if n.listening[port] != nil {
 		return nil, codeBadState
 	}
-	n.listening[port] = l
 	l.unregister = n.server.RegisterFallbackTCPHandler(l.offer)
+	n.listening[port] = l
 	return l, nil
 }
 

@@ -3,7 +3,7 @@
 // contract; README.md says what matches upstream libtailscale and what not.
 //
 // export.go and tailscale.c are the C side. node.go, join.go, credential.go,
-// probe.go, events.go and figures.go are a node's life; dial.go, listen.go and
+// control.go, known.go, probe.go, events.go and figures.go are a node's life; dial.go, listen.go and
 // conn.go its connections. Nothing here ever uses the host's resolver or network on behalf
 // of a connection.
 package main
@@ -119,8 +119,11 @@ type node struct {
 	closed  bool
 	scratch string     // the directory in which an ephemeral node starts
 	state   *stateFile // of a node that is not ephemeral
+	// movedFrom is the URL at which the control server was when the state was written,
+	// if another one leads to it now. Set by start.
+	movedFrom string
 
-	upTimeout   atomic.Int64 // milliseconds, 0 = none
+	upTimeout   atomic.Int64 // a Duration, 0 = none
 	interactive atomic.Bool  // a person may be asked to log in
 	lastError   atomic.Pointer[string]
 
@@ -135,15 +138,17 @@ type node struct {
 	stack   *stack.Stack
 
 	// What the backend knows and does not tell; see events.go.
-	removed        atomic.Bool            // the control server has no such node
-	rejections     atomic.Int64           // how often it said so
-	staysListed    atomic.Bool            // this ephemeral node could not be logged out
-	needsLogUpload atomic.Bool            // the tailnet refuses nodes without it
-	controlSaid    atomic.Pointer[string] // the backend's last error with the control server
-	controlProbed  atomic.Pointer[string] // why probeControl failed the last time
-	asking         atomic.Bool            // while it is at work
-	networkChanges atomic.Int64           // major ones of this machine's network
-	wakeUps        atomic.Int64           // of this machine, from sleep
+	removed        atomic.Bool                    // the control server has no such node
+	rejections     atomic.Int64                   // how often it said so
+	staysListed    atomic.Bool                    // this ephemeral node could not be logged out
+	needsLogUpload atomic.Bool                    // the tailnet refuses nodes without it
+	controlSaid    atomic.Pointer[controlProblem] // the backend's last error with the control server
+	controlProbed  atomic.Pointer[controlProblem] // why probeControl failed the last time
+	forgotten      atomic.Bool                    // removed, and its map poll lives on (known.go)
+	remembered     atomic.Bool                    // the control server's key is stored
+	asking         atomic.Bool                    // while it is at work
+	networkChanges atomic.Int64                   // major ones of this machine's network
+	wakeUps        atomic.Int64                   // of this machine, from sleep
 
 	// self is set while the node is running.
 	selfMu    sync.Mutex // held to change self and held
@@ -155,6 +160,12 @@ type node struct {
 
 	// pending counts calls and goroutines in progress that close must wait for.
 	pending sync.WaitGroup
+}
+
+// controlProblem is why the control server is not heard.
+type controlProblem struct {
+	said   string
+	advice string // what to do about it, where that is known
 }
 
 func newNode() *node {
@@ -191,16 +202,33 @@ func (n *node) configure(set func()) error {
 	return nil
 }
 
-// takeDescriptor is configure for a setting that can be refused.
-func (n *node) takeDescriptor(take func() error) error {
+// takeDescriptor is configure for a descriptor, which the library owns from the
+// call on: one that is refused is closed. -1 is none.
+func (n *node) takeDescriptor(fd int, take func(fd int)) error {
 	var refused error
-	if err := n.configure(func() { refused = take() }); err != nil {
-		return err
-	}
+	err := n.configure(func() {
+		if fd >= 0 {
+			refused = syscall.SetNonblock(fd, true)
+		}
+		if refused == nil {
+			take(fd)
+		}
+	})
 	if refused != nil {
-		return n.report(codeBadArgument, fmt.Errorf("the descriptor cannot be used: %w", refused))
+		err = n.report(codeBadArgument, fmt.Errorf("the descriptor cannot be used: %w", refused))
 	}
-	return nil
+	if err != nil {
+		closeRefused(fd)
+	}
+	return err
+}
+
+// closeRefused closes a descriptor that was given to the library and has no place
+// in it.
+func closeRefused(fd int) {
+	if fd >= 0 {
+		syscall.Close(fd) // fails if there is no such descriptor, and then it was refused for that
+	}
 }
 
 // report keeps err's text for tailscale_errmsg and returns c. The text may come
@@ -273,12 +301,15 @@ func (n *node) openStore() error {
 		return n.report(codeBadState, errors.New("no state directory is set"))
 	}
 	path := filepath.Join(n.server.Dir, "tailscaled.state")
-	state, err := openStateFile(path, n.server.ControlURL)
+	state, err := openStateFile(path)
 	switch {
 	case errors.As(err, new(damagedState)):
 		return n.report(codeBadStateFile, fmt.Errorf("%s: %w", path, err))
 	case err != nil:
 		return n.report(codeError, err)
+	}
+	if err := n.checkControl(state); err != nil {
+		return err
 	}
 	n.state, n.server.Store = state, state
 	return nil
@@ -472,18 +503,12 @@ type logPipe struct {
 	fd int // -1 = none
 }
 
-// open takes fd over, in place of an earlier one; -1 is none.
-func (l *logPipe) open(fd int) error {
-	if fd >= 0 {
-		if err := syscall.SetNonblock(fd, true); err != nil {
-			return err
-		}
-	}
+// open takes fd over, which does not block, in place of an earlier one; -1 is none.
+func (l *logPipe) open(fd int) {
 	l.close()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.fd = max(fd, -1)
-	return nil
 }
 
 func (l *logPipe) printf(format string, args ...any) {

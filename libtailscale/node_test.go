@@ -3,12 +3,14 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -60,7 +62,7 @@ func TestUpWithoutAControlServer(t *testing.T) {
 	tailnet := startNet(t, testnet.Options{})
 	tailnet.StopControl()
 	n := unstarted(t, tailnet)
-	n.upTimeout.Store(500)
+	n.upTimeout.Store(int64(time.Second / 2))
 	wantCode(t, n.up(), codeControlUnreachable)
 	if text := errorText(n); !strings.Contains(text, "refused") {
 		t.Fatalf("text: %q", text)
@@ -84,10 +86,10 @@ func TestEnrolledNodeNeedsNoKey(t *testing.T) {
 	second := unstarted(t, tailnet)
 	second.server.Dir = first.server.Dir
 	giveKey(second, "spent")
-	second.upTimeout.Store(500)
+	second.upTimeout.Store(int64(time.Second / 2))
 	wantCode(t, second.up(), codeUpTimedOut)
 	check(t, tailnet.StartControl())
-	second.upTimeout.Store(testTimeout.Milliseconds())
+	second.upTimeout.Store(int64(testTimeout))
 	check(t, second.up())
 	if strings.Join(second.ips(), ",") != strings.Join(ips, ",") {
 		t.Fatalf("addresses %v, %v before", second.ips(), ips)
@@ -98,7 +100,7 @@ func TestUpThatNeedsApproval(t *testing.T) {
 	tailnet := startNet(t, testnet.Options{})
 	tailnet.RequireApproval(true)
 	n := unstarted(t, tailnet)
-	n.upTimeout.Store(2000)
+	n.upTimeout.Store(int64(2 * time.Second))
 	wantCode(t, n.up(), codeNeedsApproval)
 }
 
@@ -281,5 +283,24 @@ func TestForgetEnvironment(t *testing.T) {
 		if value, found := os.LookupEnv(name); found {
 			t.Errorf("%s=%s is still there", name, value)
 		}
+	}
+}
+
+// A descriptor is the library's from the call on, also when it is refused.
+func TestADescriptorThatIsRefusedIsClosed(t *testing.T) {
+	n := unstarted(t, startNet(t, testnet.Options{}))
+	check(t, n.start())
+	for what, take := range map[string]func(int){"logs": n.logs.open, "events": n.openEvents} {
+		reader, writer, err := os.Pipe()
+		check(t, err)
+		fd, err := syscall.Dup(int(writer.Fd()))
+		check(t, err)
+		writer.Close()
+		wantCode(t, n.takeDescriptor(fd, take), codeBadState)
+		reader.SetReadDeadline(time.Now().Add(testTimeout))
+		if _, err := reader.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("%s: %v", what, err)
+		}
+		reader.Close()
 	}
 }

@@ -4,6 +4,8 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,7 +15,11 @@ import (
 
 	// Mozilla's roots, for a machine that has none: an empty container.
 	_ "golang.org/x/crypto/x509roots/fallback"
+	"tailscale.com/control/controlbase"
+	"tailscale.com/control/controlhttp/controlhttpcommon"
 	"tailscale.com/ipn"
+	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
 )
 
 const (
@@ -23,6 +29,8 @@ const (
 	// clockTolerance is how far the clocks of two machines may be apart. A
 	// certificate fails by days or years when a clock is to blame.
 	clockTolerance = 10 * time.Minute
+	// maxAnswerBytes bounds what is read of an answer.
+	maxAnswerBytes = 1 << 16
 )
 
 // clockError is a machine whose clock is wrong.
@@ -33,6 +41,36 @@ func (e clockError) Error() string {
 		e.ours.UTC().Format(time.RFC3339), e.theirs.UTC().Format(time.RFC3339))
 }
 
+// upgradeError is a control server that answers, but not with the connection that
+// its protocol runs over.
+type upgradeError struct{ url, status string }
+
+func (e upgradeError) Error() string {
+	return fmt.Sprintf("it answers, but POST %s with an Upgrade header was answered with %s, not with 101: a proxy in front of it does not pass the upgrade on",
+		e.url, e.status)
+}
+
+// adviceOn is what to do about an error of probeControl; empty if it may be
+// anything.
+func adviceOn(err error) string {
+	switch {
+	case errors.As(err, new(clockError)):
+		return "set the clock of this machine (timedatectl set-ntp true)"
+	case errors.As(err, new(upgradeError)):
+		return "make the proxy pass the headers Upgrade and Connection on for /ts2021 (WebSocket support; Cloudflare's proxy cannot), or go past it"
+	default:
+		return ""
+	}
+}
+
+// withAdvice adds what to do.
+func withAdvice(err error) error {
+	if advice := adviceOn(err); advice != "" {
+		return fmt.Errorf("%w; %s", err, advice)
+	}
+	return err
+}
+
 // newTransport is for requests of our own: a connection each, through the
 // proxy that the environment may name.
 func newTransport() *http.Transport {
@@ -41,22 +79,72 @@ func newTransport() *http.Transport {
 	return transport
 }
 
-// probeControl asks the control server for its public key, as every client
-// does first, and returns why that failed.
-func (n *node) probeControl(ctx context.Context) error {
-	url := n.server.ControlURL
-	if url == "" {
-		url = ipn.DefaultControlURL
+// controlURL is where the node's control server is.
+func (n *node) controlURL() string {
+	if n.server.ControlURL == "" {
+		return ipn.DefaultControlURL
 	}
-	response, err := get(ctx, newTransport(), strings.TrimSuffix(url, "/")+"/key?v=1")
+	return strings.TrimSuffix(n.server.ControlURL, "/")
+}
+
+// probeControl does what every client does first: it asks the control server for
+// its public key, and for a connection of the control protocol. It returns why
+// that failed.
+func (n *node) probeControl(ctx context.Context) error {
+	url := n.controlURL()
+	serverKey, err := askForKey(ctx, url)
+	if err != nil {
+		return err
+	}
+	return probeUpgrade(ctx, url+"/ts2021", serverKey)
+}
+
+// askForKey asks a control server for its public key, by which it is known
+// whatever its URL.
+func askForKey(ctx context.Context, url string) (serverKey key.MachinePublic, err error) {
+	keyURL := fmt.Sprintf("%s/key?v=%d", url, tailcfg.CurrentCapabilityVersion)
+	response, body, err := get(ctx, newTransport(), keyURL)
 	var certificate x509.CertificateInvalidError
 	switch {
 	case errors.As(err, &certificate) && certificate.Reason == x509.Expired:
-		return judgeClock(ctx, url, err)
+		return serverKey, judgeClock(ctx, url, err)
 	case err != nil:
-		return err
+		return serverKey, err
 	case response.StatusCode != http.StatusOK:
-		return fmt.Errorf("%s answered %s", url, response.Status)
+		return serverKey, fmt.Errorf("%s answered %s", keyURL, response.Status)
+	}
+	var answer tailcfg.OverTLSPublicKeyResponse
+	if json.Unmarshal(body, &answer) != nil || answer.PublicKey.IsZero() {
+		return serverKey, fmt.Errorf("%s answered without a key, as no control server does; check the URL", keyURL)
+	}
+	return answer.PublicKey, nil
+}
+
+// probeUpgrade asks for a connection of the control protocol, as
+// control/controlhttp does, and gives it up.
+func probeUpgrade(ctx context.Context, url string, serverKey key.MachinePublic) error {
+	// A key of its own: nobody is registered by a handshake.
+	hello, _, err := controlbase.ClientDeferred(key.NewMachine(), serverKey, uint16(tailcfg.CurrentCapabilityVersion))
+	if err != nil {
+		return err
+	}
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, url, nil)
+	if err != nil {
+		return err
+	}
+	request.Header.Set("Upgrade", controlhttpcommon.UpgradeHeaderValue)
+	request.Header.Set("Connection", "upgrade")
+	request.Header.Set(controlhttpcommon.HandshakeHeaderName, base64.StdEncoding.EncodeToString(hello))
+	transport := newTransport()
+	transport.Protocols = new(http.Protocols)
+	transport.Protocols.SetHTTP1(true) // HTTP/2 has no upgrade
+	response, err := transport.RoundTrip(request)
+	if err != nil {
+		return fmt.Errorf("%s: %w", url, err)
+	}
+	defer response.Body.Close()
+	if response.StatusCode != http.StatusSwitchingProtocols {
+		return upgradeError{url, response.Status}
 	}
 	return nil
 }
@@ -67,7 +155,7 @@ func (n *node) probeControl(ctx context.Context) error {
 func judgeClock(ctx context.Context, url string, expired error) error {
 	transport := newTransport()
 	transport.TLSClientConfig = &tls.Config{InsecureSkipVerify: true}
-	response, err := get(ctx, transport, url)
+	response, _, err := get(ctx, transport, url)
 	if err != nil {
 		return expired
 	}
@@ -79,16 +167,17 @@ func judgeClock(ctx context.Context, url string, expired error) error {
 	return clockError{ours, theirs}
 }
 
-// get returns the head of the answer.
-func get(ctx context.Context, transport *http.Transport, url string) (*http.Response, error) {
+// get returns the head of the answer, and as much of its body as is looked at.
+func get(ctx context.Context, transport *http.Transport, url string) (*http.Response, []byte, error) {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	response, err := transport.RoundTrip(request)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", url, err)
+		return nil, nil, fmt.Errorf("%s: %w", url, err)
 	}
-	io.Copy(io.Discard, io.LimitReader(response.Body, 1<<16))
-	return response, response.Body.Close()
+	defer response.Body.Close()
+	body, _ := io.ReadAll(io.LimitReader(response.Body, maxAnswerBytes))
+	return response, body, nil
 }

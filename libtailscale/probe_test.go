@@ -110,7 +110,7 @@ func TestUpWithAWrongClock(t *testing.T) {
 	theirs := time.Now().Add(year)
 	n := unstarted(t, startNet(t, testnet.Options{}))
 	n.server.ControlURL = serveTLS(t, theirs, theirs)
-	n.upTimeout.Store(1000)
+	n.upTimeout.Store(int64(time.Second))
 	wantCode(t, n.up(), codeClockWrong)
 	if text := errorText(n); !strings.Contains(text, theirs.UTC().Format("2006-01-02")) {
 		t.Errorf("text: %q", text)
@@ -159,7 +159,7 @@ func TestUpKeepsToItsTime(t *testing.T) {
 	} {
 		n := enrolling(t, tailnet, tt.with)
 		n.server.ControlURL = tt.url
-		n.upTimeout.Store(limit.Milliseconds())
+		n.upTimeout.Store(int64(limit))
 		began := time.Now()
 		wantCode(t, n.up(), codeControlUnreachable)
 		if took := time.Since(began); took < limit/2 || took > limit+slack {

@@ -4,12 +4,9 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io/fs"
-	"net/url"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 
 	"tailscale.com/atomicfile"
@@ -29,9 +26,8 @@ type stateFile struct {
 }
 
 // openStateFile reads the file, or makes it. One that is there has to hold an
-// identity, of the same control server: an empty one would let the node come
-// back as a stranger, and keys of another server would be burnt here.
-func openStateFile(path, controlURL string) (*stateFile, error) {
+// identity: an empty one would let the node come back as a stranger.
+func openStateFile(path string) (*stateFile, error) {
 	s := &stateFile{path: path, entries: make(map[ipn.StateKey][]byte)}
 	content, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -49,42 +45,11 @@ func openStateFile(path, controlURL string) (*stateFile, error) {
 	if s.entries == nil {
 		return nil, damagedState{errors.New("it holds null")}
 	}
-	if err := s.checkControl(controlURL); err != nil {
-		return nil, damagedState{err}
-	}
 	return s, nil
 }
 
 // damagedState is a file whose content is of no use.
 type damagedState struct{ error }
-
-func (s *stateFile) checkControl(wanted string) error {
-	var prefs ipn.Prefs
-	profile := s.entries[ipn.StateKey(s.entries[ipn.CurrentProfileStateKey])]
-	if profile == nil || ipn.PrefsFromBytes(profile, &prefs) != nil || prefs.ControlURL == "" {
-		return nil // not enrolled yet
-	}
-	if canonicalControl(prefs.ControlURL) != canonicalControl(wanted) {
-		return fmt.Errorf("it is of a node of %s, and the control server is %s now: set that back", prefs.ControlURL, canonicalControl(wanted))
-	}
-	return nil
-}
-
-// canonicalControl is one of the spellings of a control server's URL.
-func canonicalControl(text string) string {
-	parsed, err := url.Parse(strings.TrimSuffix(text, "/"))
-	if err != nil {
-		return text
-	}
-	parsed.Host = strings.ToLower(parsed.Host)
-	defaultPort := map[string]string{"http": ":80", "https": ":443"}[parsed.Scheme]
-	parsed.Host = strings.TrimSuffix(parsed.Host, defaultPort)
-	canonical := parsed.String()
-	if canonical == "" || ipn.IsLoginServerSynonym(canonical) {
-		return ipn.DefaultControlURL
-	}
-	return canonical
-}
 
 func (s *stateFile) ReadState(id ipn.StateKey) ([]byte, error) {
 	s.mu.Lock()

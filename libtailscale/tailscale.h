@@ -107,10 +107,14 @@ enum tailscale_code {
     // clock is wrong; the text has both times.
     TAILSCALE_CLOCK_WRONG = -48,
     // The file of the node's identity cannot be understood, or is of another
-    // control server (tailscale_start and tailscale_up); the text names it.
+    // control server, which is one with another key (tailscale_start and
+    // tailscale_up); the text names it.
     TAILSCALE_BAD_STATE_FILE = -49,
     // The credential cannot become an auth key here; the text says why.
     TAILSCALE_BAD_CREDENTIAL = -50,
+    // The control server answers, but something in front of it does not pass the
+    // upgrade to the control protocol on; the text has its answer.
+    TAILSCALE_UPGRADE_BLOCKED = -51,
 };
 
 // What a wake reports. Both bits are set when the connection failed or ended.
@@ -189,15 +193,20 @@ int tailscale_set_logfd(tailscale sd, int fd);
 //    "key_expiry":"2027-01-01T00:00:00Z","login_url":"","health":[],
 //    "enrolled":true,"removed":false,"needs_log_upload":false,"relay":"",
 //    "network_changes":0,"wake_ups":0,"unsaved":"","control_error":"",
-//    "home_region":"fra","home_region_id":4}
+//    "control_advice":"","home_region":"fra","home_region_id":4,
+//    "control_moved_from":""}
 // "enrolled" is that the node holds a key, good or not; "removed" that the
 // control server knows no such node; "needs_log_upload" that the tailnet has
 // stopped the node for the lack of it; "relay" says what is wrong with the
 // relays, empty when nothing is; the next two count what happened to this
 // machine since the start; "unsaved" is why the identity could not be saved,
 // which is tried again; "control_error" why the control server could not be reached,
-// or what it answered, the last time since it was heard; the last two the region of
-// the node's home relay, empty and 0 without one. Texts that come from elsewhere are
+// or what it answered, the last time since it was heard, and "control_advice" what to
+// do about it where that is known; the next two the region of the node's home relay,
+// empty and 0 without one; "control_moved_from" the URL at which the same control
+// server (it has the same key) was before, empty if that is the one it has now.
+// "key_expiry" is left out for a key that does not expire, in whatever way the control
+// server says so. Texts that come from elsewhere are
 // in one line, without control characters and keys.
 int tailscale_set_eventfd(tailscale sd, int fd);
 

@@ -138,6 +138,13 @@ impl Membership {
     pub fn announce(&self) {
         let status = self.node.status().borrow().clone();
         info!(name = status.name, ips = list(&status.ips), tags = list(&status.tags), "ready");
+        if !status.control_moved_from.is_empty() {
+            let control = self.settings.control_url.as_deref().unwrap_or("Tailscale's own URL");
+            info!(
+                "the control server is at {control} now, and was at {}: it has the same key, so it is the same",
+                status.control_moved_from
+            );
+        }
         let wanted = &self.settings.hostname;
         let name = status.name.split('.').next().unwrap_or_default();
         if is_numbered(name, wanted) {

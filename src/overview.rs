@@ -67,6 +67,7 @@ impl Overview {
             None => Judgement { reasons: vec![NOT_REACHED_YET.to_owned()], warnings: Vec::new() },
         };
         judgement.reasons.splice(0..0, self.own_reasons());
+        judgement.warnings.extend(self.node_status().warnings());
         judgement
     }
 
@@ -242,8 +243,19 @@ pub(crate) mod tests {
         assert_eq!(reasons(None, false), ["the tailnet node is not started"]);
         assert_eq!(reasons(Some(ready_node()), true), ["the edge is stopping"]);
         let node = NodeStatus { in_map_poll: false, tags: vec![], ..ready_node() };
-        let troubles = [Trouble::ControlLost(String::new()), Trouble::TagMissing("tag:reverse-proxy".into())];
-        assert_eq!(reasons(Some(node), false), troubles.map(|trouble| trouble.to_string()));
+        let control = "the control server is out of reach: the reason is not known yet; check the network and DNS of this machine";
+        let tag = Trouble::TagMissing("tag:reverse-proxy".into()).to_string();
+        assert_eq!(reasons(Some(node), false), [control.to_owned(), tag]);
+    }
+
+    #[test]
+    fn what_tailscale_says_is_a_warning() {
+        let node = NodeStatus { health: vec!["this node is locked out".into()], ..ready_node() };
+        let judgement = overview(Some(node), false, Some(Board::empty())).judge();
+        assert_eq!(
+            (judgement.reasons.len(), &*judgement.warnings[0]),
+            (0, "Tailscale says: this node is locked out")
+        );
     }
 
     #[test]

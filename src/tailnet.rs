@@ -15,6 +15,7 @@ mod status;
 use std::fmt;
 use std::io;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,6 +29,7 @@ use tokio::sync::watch;
 
 use crate::config;
 use crate::credential::{Credential, Kind, Proof};
+use crate::printable::harmless;
 use crate::relay::Reset;
 use ffi::{Conn, LineSink, Listener, NodeHandle, Setting};
 
@@ -122,6 +124,7 @@ pub struct Node {
     status: watch::Receiver<NodeStatus>,
     /// For messages.
     control: String,
+    state_dir: PathBuf,
     tags: Vec<String>,
     /// Whether the tags were once found right; before that nothing is dialled.
     tagged: AtomicBool,
@@ -136,18 +139,21 @@ impl Node {
     pub fn start(settings: &config::Tailnet) -> Result<Node, JoinError> {
         let handle = Arc::new(NodeHandle::new());
         let (sender, status) = watch::channel(NodeStatus::default());
+        let control = settings.control_url.clone().unwrap_or_else(|| "controlplane.tailscale.com".into());
         let started = configure(&handle, settings)
             .and_then(|()| follow(&handle, sender.clone()))
             .map_err(JoinError::Start)
-            .and_then(|()| handle.start().map_err(|code| start_error(code, failure(&handle, code))));
+            .and_then(|()| {
+                handle.start().map_err(|code| start_error(&control, code, failure(&handle, code)))
+            });
         if let Err(error) = started {
             // Not started, so there is nothing that it could fail to do.
             let _ = handle.close();
             return Err(error);
         }
-        let control = settings.control_url.clone().unwrap_or_else(|| "controlplane.tailscale.com".into());
         let (tags, tagged) = (settings.tags.clone(), AtomicBool::new(false));
-        Ok(Node { handle, sender, status, control, tags, tagged })
+        let state_dir = settings.state_dir.clone();
+        Ok(Node { handle, sender, status, control, state_dir, tags, tagged })
     }
 
     /// Joins the tailnet within `limit`, with what the node has on disk, and checks that every
@@ -181,6 +187,16 @@ impl Node {
             Err(JoinError::Refused { control, reason, .. }) => {
                 Err(JoinError::Refused { control, reason, remedy: self.remedy(credential) })
             }
+            Err(JoinError::TagsRefused { control, reason, .. }) => {
+                Err(JoinError::TagsRefused { control, reason, remedy: self.tags_remedy(Some(credential)) })
+            }
+            Err(JoinError::WrongTags { held, missing, .. }) => {
+                let remedy = format!(
+                    "a node gets the tags of its key, so {credential} does not carry them all: create one that does, remove the files in {} (this node has joined as something else) and the node from the tailnet, and start again; or give the node the tag (Headscale: headscale nodes tag; Tailscale: edit ACL tags in the admin console)",
+                    self.state_dir.display()
+                );
+                Err(JoinError::WrongTags { held, missing, remedy })
+            }
             Err(JoinError::Unusable { reason, .. }) => {
                 Err(JoinError::Unusable { reason, remedy: self.remedy(credential) })
             }
@@ -193,7 +209,7 @@ impl Node {
         let tags = self.tags.join(", ");
         match credential.kind {
             Kind::AuthKey(_) => {
-                format!("if that is about the key, create a new one that may use {tags} and set TS_AUTHKEY")
+                format!("if that is about the key, create a new one that carries {tags} and set TS_AUTHKEY")
             }
             Kind::OAuthClient { .. } => format!(
                 "check {credential}: it needs the scope Auth Keys: Write and all of {tags}, and its secret as it was shown once"
@@ -202,6 +218,26 @@ impl Node {
                 "check {credential}: its id, its issuer, subject and audience, the scope Auth Keys: Write, and all of {tags}"
             ),
         }
+    }
+
+    /// What to do where the tags were refused, for one of two causes. Without a credential a person has
+    /// logged in, and only the policy can be the cause.
+    fn tags_remedy(&self, credential: Option<&Credential>) -> String {
+        let tags = self.tags.join(", ");
+        let (owner, carrier) = match credential {
+            None => {
+                return format!(
+                    "name the person who logs in as an owner of {tags} in the policy's tagOwners"
+                );
+            }
+            Some(Credential { kind: Kind::AuthKey(_), .. }) => {
+                ("whoever created the key", "the key".to_owned())
+            }
+            Some(credential) => ("its tags", credential.to_string()),
+        };
+        format!(
+            "either the policy's tagOwners does not name {owner} as an owner of {tags}, or {carrier} does not carry them itself"
+        )
     }
 
     /// As [`Node::up`], and waits for a person to visit the login URL of [`NodeStatus`] if the
@@ -257,7 +293,6 @@ impl Node {
 
     fn join_error(&self, code: Code, reason: String, after: Duration) -> JoinError {
         let control = self.control.clone();
-        let tags = self.tags.join(", ");
         match code {
             Code::NeedsLogin => self.not_enrolled(),
             Code::AuthRefused => {
@@ -265,13 +300,13 @@ impl Node {
                 JoinError::Refused { control, reason, remedy }
             }
             Code::BadCredential => JoinError::Unusable { reason, remedy: String::new() },
-            Code::TagsRefused => JoinError::TagsRefused { control, reason, tags },
+            Code::TagsRefused => JoinError::TagsRefused { control, reason, remedy: self.tags_remedy(None) },
             Code::NeedsApproval => JoinError::NeedsApproval,
             Code::NeedsLogUpload => JoinError::NeedsLogUpload,
             Code::ClockWrong => JoinError::ClockWrong { control, reason },
-            Code::ControlUnreachable => JoinError::ControlUnreachable { control, reason },
+            Code::UpgradeBlocked => JoinError::UpgradeBlocked { control, reason },
             Code::UpTimedOut => JoinError::TimedOut { after, reason },
-            code => start_error(code, reason),
+            code => start_error(&control, code, reason),
         }
     }
 
@@ -287,16 +322,15 @@ impl Node {
             return Ok(());
         }
         let held = if status.tags.is_empty() { "no tag".to_owned() } else { status.tags.join(", ") };
-        Err(JoinError::WrongTags { held, missing: missing.join(", ") })
+        let remedy = "a node keeps the tags it was enrolled with: give it the tag (Tailscale: edit ACL tags in the admin console; Headscale: headscale nodes tag)".to_owned();
+        Err(JoinError::WrongTags { held, missing: missing.join(", "), remedy })
     }
 
-    /// The state as it is now.
+    /// The state as it is now; as it was last, if that cannot be read.
     fn look(&self) -> Result<NodeStatus, JoinError> {
         let line = self.handle.status().map_err(|code| JoinError::Start(failure(&self.handle, code)))?;
-        let status: NodeStatus =
-            serde_json::from_str(&line).map_err(|error| JoinError::Start(format!("its state: {error}")))?;
-        self.sender.send_replace(status.clone());
-        Ok(status)
+        take_in(&line, &self.sender);
+        Ok(self.status.borrow().clone())
     }
 
     /// Whether the node has an identity, good or not, before it has said a word to the control server.
@@ -360,9 +394,10 @@ impl Node {
     }
 }
 
-fn start_error(code: Code, reason: String) -> JoinError {
+fn start_error(control: &str, code: Code, reason: String) -> JoinError {
     match code {
         Code::BadStateFile => JoinError::BadStateFile(reason),
+        Code::ControlUnreachable => JoinError::ControlUnreachable { control: control.to_owned(), reason },
         _ => JoinError::Start(reason),
     }
 }
@@ -401,19 +436,25 @@ fn follow(handle: &NodeHandle, status: watch::Sender<NodeStatus>) -> Result<(), 
         // A line that was cut in the middle of a character is a line too.
         let mut lines = BufReader::new(log).split(b'\n');
         while let Ok(Some(line)) = lines.next_segment().await {
-            tracing::debug!(target: "tailscale", "{}", String::from_utf8_lossy(&line));
+            tracing::debug!(target: "tailscale", "{}", harmless(&String::from_utf8_lossy(&line)));
         }
     });
     tokio::spawn(async move {
         let mut lines = BufReader::new(events).lines();
         while let Ok(Some(line)) = lines.next_line().await {
-            match serde_json::from_str(&line) {
-                Ok(current) => drop(status.send_replace(current)),
-                Err(e) => tracing::error!("cannot read the node's state {line:?}: {e}"),
-            }
+            take_in(&line, &status);
         }
     });
     Ok(())
+}
+
+/// Makes a line of the library the node's state. One that cannot be read is no more than an error in the
+/// log.
+fn take_in(line: &str, status: &watch::Sender<NodeStatus>) {
+    match serde_json::from_str(line) {
+        Ok(current) => drop(status.send_replace(current)),
+        Err(error) => tracing::error!("cannot read the node's state {line:?}: {error}; please report this"),
+    }
 }
 
 fn sink(handle: &NodeHandle, sink: LineSink) -> io::Result<pipe::Receiver> {

@@ -150,8 +150,13 @@ func (a *api) serveCreateKey(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	id := "k" + rand.Text()[:11]
+	prefix := "tskey-auth"
+	if a.reg.headscale {
+		prefix = "hskey-auth"
+	}
 	authKey := &AuthKey{
-		Key:           fmt.Sprintf("tskey-auth-%s-%s", id, rand.Text()),
+		Key:           fmt.Sprintf("%s-%s-%s", prefix, id, rand.Text()),
+		Tags:          create.Tags,
 		SingleUse:     !create.Reusable,
 		Ephemeral:     create.Ephemeral,
 		Preauthorized: create.Preauthorized,

@@ -13,8 +13,12 @@ type AuthKey struct {
 	Expired       bool   `json:"expired"`
 	Ephemeral     bool   `json:"ephemeral"`     // its nodes are, whether they ask or not
 	Preauthorized bool   `json:"preauthorized"` // its nodes need no approval
+	// Tags are those of its nodes. Headscale gives them to a node; Tailscale's control
+	// server is asked for them.
+	Tags []string `json:"tags"`
 
 	spent bool
+	uses  int // how many nodes it has admitted
 }
 
 func (k *AuthKey) UnmarshalJSON(b []byte) error {

@@ -25,6 +25,7 @@ type controlConfig struct {
 	derpMap   *tailcfg.DERPMap
 	authKeys  []string // nil: anything goes
 	masterKey string   // always accepted; used by the nodes of this process
+	headscale bool     // as Headscale does
 	logf      logger.Logf
 }
 
@@ -42,6 +43,7 @@ type control struct {
 	mu      sync.Mutex
 	server  *http.Server // nil while stopped
 	tracker *trackingListener
+	aliases []*http.Server
 }
 
 // newControl starts a control server on a free port.
@@ -51,6 +53,7 @@ func newControl(cfg controlConfig) (*control, error) {
 		return nil, fmt.Errorf("listening for control: %w", err)
 	}
 	reg := newRegistry(cfg.domain, cfg.authKeys)
+	reg.headscale = cfg.headscale
 	c := &control{
 		controlConfig: cfg,
 		noiseKey:      key.NewMachine(),
@@ -86,6 +89,30 @@ func (c *control) serve(ln net.Listener) {
 	go c.server.Serve(c.tracker)
 }
 
+// alias answers at another URL too, until the end.
+func (c *control) alias() (url string, err error) {
+	ln, err := net.Listen("tcp", net.JoinHostPort(c.host, "0"))
+	if err != nil {
+		return "", fmt.Errorf("listening for control once more: %w", err)
+	}
+	server := &http.Server{Handler: c.outerMux(), ErrorLog: logger.StdLogger(c.logf)}
+	c.mu.Lock()
+	c.aliases = append(c.aliases, server)
+	c.mu.Unlock()
+	go server.Serve(ln)
+	return "http://" + ln.Addr().String(), nil
+}
+
+// close stops it for good.
+func (c *control) close() {
+	c.stop()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, server := range c.aliases {
+		server.Close()
+	}
+}
+
 // stop refuses new connections and cuts the present ones. What nodes were seen
 // online stays so, as long as control cannot know better.
 func (c *control) stop() {
@@ -103,7 +130,11 @@ func (c *control) stop() {
 // outerMux answers what comes in without encryption.
 func (c *control) outerMux() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /key", c.serveKey)
+	if c.headscale {
+		mux.HandleFunc("GET /key", c.serveHeadscaleKey)
+	} else {
+		mux.HandleFunc("GET /key", c.serveKey)
+	}
 	mux.HandleFunc("/ts2021", c.serveNoise)
 	mux.HandleFunc("GET /auth/{id}", c.serveLogin)
 	mux.HandleFunc("/ack/{session}/{gen}", c.serveAck)
@@ -122,6 +153,10 @@ func (c *control) noiseMux(machine key.MachinePublic) http.Handler {
 	})
 	mux.HandleFunc("POST /machine/update-health", func(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)
+		if c.headscale {
+			http.Error(w, "Not implemented yet", http.StatusNotImplemented)
+			return
+		}
 		w.WriteHeader(http.StatusNoContent)
 	})
 	return mux
@@ -135,6 +170,9 @@ func (c *control) serveKey(w http.ResponseWriter, r *http.Request) {
 // serveNoise turns the connection into the control protocol's encrypted channel
 // and serves HTTP/2 on it until it ends.
 func (c *control) serveNoise(w http.ResponseWriter, r *http.Request) {
+	if c.headscale && refuseUnupgraded(w, r) {
+		return
+	}
 	conn, err := controlhttpserver.AcceptHTTP(r.Context(), w, r, c.noiseKey, nil)
 	if err != nil {
 		c.logf("control: accepting %v: %v", r.RemoteAddr, err)

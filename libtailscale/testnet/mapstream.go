@@ -107,7 +107,8 @@ func (c *control) streamMaps(ctx context.Context, w *mapWriter, rec *record) {
 		for waiting := true; waiting; {
 			select {
 			case <-changed:
-				waiting = false
+				// A stream that outlives its node (Headscale) has nothing but keep-alives.
+				changed, waiting = nil, c.reg.isRemoved(rec)
 			case <-keepAlive.C:
 				if w.send(&tailcfg.MapResponse{KeepAlive: true}) != nil {
 					return

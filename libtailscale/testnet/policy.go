@@ -26,6 +26,18 @@ func (n *Net) SetAuthKeyTable(keys []AuthKey) {
 	})
 }
 
+// KeyUses is how many nodes the key has admitted, counted anew with each
+// SetAuthKeyTable.
+func (n *Net) KeyUses(key string) int {
+	r := n.control.reg
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if k := r.policy.authKeys[key]; k != nil {
+		return k.uses
+	}
+	return 0
+}
+
 // PermitTags sets the tags that nodes may ask for; nil permits all. It does not
 // affect nodes that have joined.
 func (n *Net) PermitTags(tags []string) {

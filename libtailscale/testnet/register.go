@@ -42,7 +42,11 @@ func (c *control) serveRegister(w http.ResponseWriter, r *http.Request, machine 
 	if req.Followup != "" && !c.awaitLogin(r, req.Followup) {
 		return // the node has gone
 	}
-	res := c.register(&req, machine)
+	decide := c.register
+	if c.headscale && (req.Auth == nil || req.Auth.AuthKey != c.masterKey) && !c.reg.isLocal(machine) {
+		decide = c.registerAsHeadscale
+	}
+	res := decide(&req, machine)
 	res.User, res.Login = theUser, theLogin
 	c.logf("control: register %q: error=%q authURL=%q expired=%v", req.Hostinfo.Hostname, res.Error, res.AuthURL, res.NodeKeyExpired)
 	w.Header().Set("Content-Type", "application/json")
@@ -117,7 +121,13 @@ func (p *policy) findKey(auth *tailcfg.RegisterResponseAuth, masterKey string) (
 // admitLocked adds the node, or gives the machine's present node its new key. It
 // spends authKey.
 func (r *registry) admitLocked(req *tailcfg.RegisterRequest, machine key.MachinePublic, authKey *AuthKey) *record {
+	return r.admitWithLocked(req, machine, authKey, req.Hostinfo.RequestTags)
+}
+
+// admitWithLocked is admitLocked with the tags that the node gets.
+func (r *registry) admitWithLocked(req *tailcfg.RegisterRequest, machine key.MachinePublic, authKey *AuthKey, tags []string) *record {
 	authKey.spent = authKey.SingleUse
+	authKey.uses++
 	rec := r.byMachineLocked(machine)
 	if rec == nil {
 		rec = r.addLocked(machine, req.Hostinfo)
@@ -131,7 +141,7 @@ func (r *registry) admitLocked(req *tailcfg.RegisterRequest, machine key.Machine
 	}
 	rec.ephemeral = req.Ephemeral || authKey.Ephemeral
 	rec.loggedOut = false
-	rec.setTags(req.Hostinfo.RequestTags)
+	rec.setTags(tags)
 	r.bumpLocked()
 	return rec
 }

@@ -70,6 +70,8 @@ type registry struct {
 	logins    map[string]*login
 	policy    policy
 
+	headscale bool // as Headscale does, towards the nodes of other processes
+
 	flowLogs bool // nodes of other processes are told to upload flow logs
 	derpOnly bool // nodes are told to send nothing but TCP
 }
@@ -210,14 +212,30 @@ func (r *record) setIP(v4 netip.Addr) {
 	r.node.AllowedIPs = r.node.Addresses
 }
 
-// removeLocked ends the node's map stream and forgets its key.
+// removeLocked forgets the node's key and ends its map stream, which Headscale
+// leaves open and uses no more.
 func (r *registry) removeLocked(rec *record) {
-	if rec.session != nil {
+	if rec.session != nil && (rec.local || !r.headscale) {
 		close(rec.session.replaced)
 	}
 	rec.goOffline()
 	rec.removed = true
 	r.progress.wake()
+}
+
+// isRemoved is whether the node was removed.
+func (r *registry) isRemoved(rec *record) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return rec.removed
+}
+
+// isLocal is whether the machine is a node of this process.
+func (r *registry) isLocal(machine key.MachinePublic) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	rec := r.byMachineLocked(machine)
+	return rec != nil && rec.local
 }
 
 // restore takes the removal of a node back.

@@ -56,6 +56,9 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 /// Time enough to do something about a key that expires.
 const EXPIRES_SOON: SignedDuration = SignedDuration::from_hours(14 * 24);
 
+/// What to do about what Tailscale says of itself.
+const HEALTH_REMEDY: &str = "look at this node in the admin console (Headscale: headscale nodes list), and at the network of this machine";
+
 /// What to do about an edge that cannot be asked.
 const NO_ANSWER: &str =
     "check that admin.listen is what the edge was started with, and its log; restart it if it hangs";
@@ -164,6 +167,7 @@ fn node_checks(status: &NodeStatus, tags: &[String], now: Timestamp) -> Vec<Chec
         let ips: Vec<String> = status.ips.iter().map(ToString::to_string).collect();
         checks.push(Check::pass("node", format!("on the tailnet as {} ({})", status.name, ips.join(", "))));
     }
+    checks.extend(status.warnings().map(|text| Check::warn("node", text, HEALTH_REMEDY)));
     if !status.is_running() {
         return checks; // what follows is not known
     }

@@ -230,7 +230,7 @@ mod tests {
 
         assert_eq!(journal.lines(&lost, after(10)), []);
         assert_eq!(journal.lines(&lost, after(14)), []);
-        let told = format!("trouble on the tailnet: {}", Trouble::ControlLost(String::new()));
+        let told = format!("trouble on the tailnet: {}", lost.troubles(&[], DATE)[0]);
         assert_eq!(journal.lines(&lost, after(15)), [Line::Warn(told)]);
         assert_eq!((journal.lines(&lost, after(16)), journal.due(after(16))), (vec![], None));
     }

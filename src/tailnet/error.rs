@@ -48,16 +48,14 @@ pub enum JoinError {
         remedy: String,
     },
     /// The tailnet's policy does not let this node have its tags.
-    #[error(
-        "the control server {control} refused this node its tags: {reason}; name an owner for {tags} in the policy's tagOwners, and use a key (or an OAuth client) that carries them all"
-    )]
+    #[error("the control server {control} refused this node its tags: {reason}; {remedy}")]
     TagsRefused {
         /// The control server.
         control: String,
         /// What it answered.
         reason: String,
-        /// The configured tags.
-        tags: String,
+        /// What to do, which depends on the credential.
+        remedy: String,
     },
     /// Waiting for a person.
     #[error(
@@ -70,13 +68,19 @@ pub enum JoinError {
     )]
     NeedsLogUpload,
     /// Never enrolled, and this machine's clock makes TLS impossible.
-    #[error(
-        "cannot reach the control server {control}: {reason}; set the clock of this machine (timedatectl set-ntp true)"
-    )]
+    #[error("cannot reach the control server {control}: {reason}")]
     ClockWrong {
         /// The control server.
         control: String,
-        /// Both times.
+        /// Both times, and what to do.
+        reason: String,
+    },
+    /// Never enrolled, and a proxy in front of the control server stops its protocol.
+    #[error("cannot talk to the control server {control}: {reason}")]
+    UpgradeBlocked {
+        /// The control server.
+        control: String,
+        /// What was answered, and what to do.
         reason: String,
     },
     /// Never enrolled, and the control server does not answer.
@@ -98,14 +102,14 @@ pub enum JoinError {
         reason: String,
     },
     /// On the tailnet, but not as what the configuration promises.
-    #[error(
-        "this node holds {held} instead of {missing}; give it the tag in the admin console (edit ACL tags), or enrol it anew with a key that carries it: the policy's tagOwners must name an owner for it, and a node keeps the tags it was enrolled with"
-    )]
+    #[error("this node holds {held} instead of {missing}; {remedy}")]
     WrongTags {
         /// What the node has, in words.
         held: String,
         /// The configured tags it lacks.
         missing: String,
+        /// What to do, which depends on how it was enrolled.
+        remedy: String,
     },
     /// The identity on disk is damaged.
     #[error(

@@ -63,6 +63,7 @@ pub enum Code {
     ClockWrong,
     BadStateFile,
     BadCredential,
+    UpgradeBlocked,
 }
 
 impl Code {
@@ -97,6 +98,7 @@ impl Code {
             TAILSCALE_CLOCK_WRONG => Code::ClockWrong,
             TAILSCALE_BAD_STATE_FILE => Code::BadStateFile,
             TAILSCALE_BAD_CREDENTIAL => Code::BadCredential,
+            TAILSCALE_UPGRADE_BLOCKED => Code::UpgradeBlocked,
             _ => Code::Error,
         })
     }
@@ -255,7 +257,7 @@ impl NodeHandle {
         check(unsafe { tailscale_set_preauthorized(self.0, on.into()) })
     }
 
-    /// Gives the node a descriptor to write lines to; the node closes it.
+    /// Gives the node a descriptor to write lines to; the library closes it, also when it refuses it.
     pub fn set_sink(&self, sink: LineSink, fd: OwnedFd) -> Result<(), Code> {
         let fd = fd.into_raw_fd();
         // SAFETY: the descriptor is open and ownership passes to the library.

@@ -25,7 +25,9 @@ pub struct NodeStatus {
     pub tags: Vec<String>,
     /// Whether the control server sees us.
     pub in_map_poll: bool,
-    /// When the node key expires; the keys of tagged nodes usually do not.
+    /// When the node key expires; the keys of tagged nodes usually do not. A date that cannot be read
+    /// is shown as none: whether the key has expired is for the control server to say.
+    #[serde(deserialize_with = "none_if_unreadable")]
     pub key_expiry: Option<Timestamp>,
     /// Where a person can log this node in; empty when nothing waits for that.
     pub login_url: String,
@@ -49,10 +51,14 @@ pub struct NodeStatus {
     /// Why the control server could not be reached, or what it answered, the last time since it was
     /// heard.
     pub control_error: String,
+    /// What to do about that; empty when it may be anything.
+    pub control_advice: String,
     /// The region of the node's home relay (DERP), such as `fra`; empty when it has none.
     pub home_region: String,
     /// The region's number, 0 when there is none.
     pub home_region_id: u32,
+    /// Where the same control server was before, by its key; empty if its URL has not changed.
+    pub control_moved_from: String,
 }
 
 /// What keeps a node from being what it should; the text ends with what to do.
@@ -63,7 +69,7 @@ pub enum Trouble {
     NotRunning {
         /// Tailscale's word for it.
         state: String,
-        /// Why the control server is not heard, if that is known, else empty.
+        /// Why the control server is not heard, and what to do, if that is known, else empty.
         reason: String,
     },
     /// An admin let it expire, or it was not tagged.
@@ -86,7 +92,7 @@ pub enum Trouble {
     )]
     NeedsLogUpload,
     /// No news from the tailnet. Connections go on, and new ones to peers that have not moved.
-    #[error("the control server is out of reach{}; check the network and DNS of this machine", after_colon(.0))]
+    #[error("the control server is out of reach: {0}")]
     ControlLost(String),
     /// Peers to which there is no direct way cannot be reached.
     #[error("no relay can be reached: {0}; check that this machine may connect to TCP port 443")]
@@ -144,7 +150,7 @@ impl NodeStatus {
         if !self.is_running() {
             return unsaved.into_iter().chain([self.why_not_running(now)]).collect();
         }
-        let control = (!self.in_map_poll).then(|| Trouble::ControlLost(self.control_error.clone()));
+        let control = (!self.in_map_poll).then(|| Trouble::ControlLost(self.control_problem()));
         let relay = (!self.relay.is_empty()).then(|| Trouble::RelayLost(self.relay.clone()));
         let missing = tags.iter().filter(|tag| !self.tags.contains(tag)).cloned().map(Trouble::TagMissing);
         unsaved.into_iter().chain(control).chain(relay).chain(missing).collect()
@@ -164,21 +170,41 @@ impl NodeStatus {
     }
 
     fn not_running(&self, state: &str) -> Trouble {
-        Trouble::NotRunning { state: state.to_owned(), reason: self.control_error.clone() }
+        let is_known = !self.control_error.is_empty();
+        let reason = if is_known { self.control_problem() } else { String::new() };
+        Trouble::NotRunning { state: state.to_owned(), reason }
+    }
+
+    /// Why the control server is not heard, as far as it is known, and what to do.
+    fn control_problem(&self) -> String {
+        let or = |text: &'static str, known: &str| {
+            if known.is_empty() { text.to_owned() } else { known.to_owned() }
+        };
+        let why = or("the reason is not known yet", &self.control_error);
+        let advice = or("check the network and DNS of this machine", &self.control_advice);
+        format!("{why}; {advice}")
+    }
+
+    /// What Tailscale itself finds wrong, for an operator.
+    pub fn warnings(&self) -> impl Iterator<Item = String> {
+        self.health.iter().map(|text| format!("Tailscale says: {text}"))
     }
 }
 
 fn waits_for(reason: &str) -> String {
     match reason {
         "" => "; the log says what it waits for".to_owned(),
-        _ => format!(
-            ": it cannot talk to the control server: {reason}; check the network and DNS of this machine"
-        ),
+        _ => format!(": it cannot talk to the control server: {reason}"),
     }
 }
 
-fn after_colon(reason: &str) -> String {
-    if reason.is_empty() { String::new() } else { format!(": {reason}") }
+/// A date from elsewhere, `None` too if it is one that nobody can read.
+fn none_if_unreadable<'de, D>(deserializer: D) -> Result<Option<Timestamp>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+{
+    let value = serde_json::Value::deserialize(deserializer)?;
+    Ok(value.as_str().and_then(|text| text.parse().ok()))
 }
 
 /// Go writes an empty list as `null`.
@@ -210,6 +236,11 @@ mod tests {
         status.troubles(&["tag:reverse-proxy".into()], NOW)
     }
 
+    fn control_lost() -> Trouble {
+        let unknown = "the reason is not known yet; check the network and DNS of this machine";
+        Trouble::ControlLost(unknown.into())
+    }
+
     fn not_running(state: &str) -> Trouble {
         Trouble::NotRunning { state: state.into(), reason: String::new() }
     }
@@ -229,6 +260,13 @@ mod tests {
             lost.to_string(),
             "the control server is out of reach: https://control.example: connection refused; check the network and DNS of this machine"
         );
+        let blocked = first(NodeStatus {
+            in_map_poll: false,
+            control_error: "no upgrade".into(),
+            control_advice: "let it pass".into(),
+            ..running()
+        });
+        assert_eq!(blocked.to_string(), "the control server is out of reach: no upgrade; let it pass");
         assert!(lost.is_like(&Trouble::ControlLost(String::new())), "the reason makes it no other");
         assert!(not_running("Starting").to_string().ends_with("; the log says what it waits for"));
     }
@@ -268,7 +306,7 @@ mod tests {
         assert_eq!(
             troubles(status),
             [
-                Trouble::ControlLost(String::new()),
+                control_lost(),
                 Trouble::RelayLost("gone".into()),
                 Trouble::TagMissing("tag:reverse-proxy".into())
             ]
@@ -281,11 +319,25 @@ mod tests {
             "in_map_poll":true,"key_expiry":"2027-01-01T00:00:00Z","login_url":"","health":[],
             "enrolled":true,"removed":false,"needs_log_upload":false,"relay":"",
             "network_changes":2,"wake_ups":1,"unsaved":"","control_error":"",
-            "home_region":"fra","home_region_id":4}"#;
+            "control_advice":"","home_region":"fra","home_region_id":4,"control_moved_from":"",
+            "something_new":{}}"#;
         let status: NodeStatus = serde_json::from_str(line).unwrap();
         assert_eq!(status.key_expiry, Some("2027-01-01T00:00:00Z".parse().unwrap()));
         assert_eq!((status.network_changes, status.wake_ups), (2, 1));
         assert_eq!((&*status.home_region, status.home_region_id), ("fra", 4));
         assert!(status.is_running() && status.in_map_poll && status.enrolled && status.tags.is_empty());
+    }
+
+    /// jiff ends before the year 9999 does, and servers say "never" with its last moment.
+    #[test]
+    fn a_date_that_cannot_be_read_makes_no_line_unreadable() {
+        for never in
+            ["\"9999-12-31T23:59:59Z\"", "\"0001-01-01T00:00:00Z\"", "\"soon\"", "\"\"", "null", "12", "{}"]
+        {
+            let line = format!(r#"{{"state":"Running","tags":["tag:a"],"key_expiry":{never}}}"#);
+            let status: NodeStatus = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{never}: {e}"));
+            assert!(status.is_running() && status.tags == ["tag:a"], "{never}");
+            assert!(status.key_expiry.is_none_or(|at| at < NOW), "{never}: {:?}", status.key_expiry);
+        }
     }
 }

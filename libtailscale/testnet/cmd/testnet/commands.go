@@ -22,10 +22,12 @@ type command struct {
 	To       string            `json:"to"`
 	Online   *bool             `json:"online"` // null ends the override
 	Keys     []testnet.AuthKey `json:"keys"`   // null: any key, or none
+	Key      string            `json:"key"`
 	Required bool              `json:"required"`
 	Enabled  bool              `json:"enabled"`
 	Up       bool              `json:"up"`
-	In       string            `json:"in"` // a Go duration; empty: never
+	In       string            `json:"in"` // a Go duration; empty: never, or at
+	At       time.Time         `json:"at"`
 	IPs      []netip.Addr      `json:"ips"`
 	Target   netip.AddrPort    `json:"target"`
 
@@ -60,6 +62,7 @@ var commands = map[string]func(*testnet.Net, *command) (result, error){
 	"revoke_approval":   func(n *testnet.Net, c *command) (result, error) { return nil, n.RevokeApproval(c.Name) },
 	"complete_login":    func(n *testnet.Net, c *command) (result, error) { return nil, n.CompleteLogin(c.Name) },
 	"auth_keys":         func(n *testnet.Net, c *command) (result, error) { n.SetAuthKeyTable(c.Keys); return nil, nil },
+	"key_uses":          func(n *testnet.Net, c *command) (result, error) { return result{"uses": n.KeyUses(c.Key)}, nil },
 	"permit_tags":       func(n *testnet.Net, c *command) (result, error) { n.PermitTags(c.Tags); return nil, nil },
 	"require_approval":  func(n *testnet.Net, c *command) (result, error) { n.RequireApproval(c.Required); return nil, nil },
 	"require_flow_logs": func(n *testnet.Net, c *command) (result, error) { return nil, n.RequireFlowLogs(c.Required) },
@@ -69,6 +72,7 @@ var commands = map[string]func(*testnet.Net, *command) (result, error){
 	"api_stats":         func(n *testnet.Net, c *command) (result, error) { return result{"requests": n.APIRequests()}, nil },
 	"stop_control":      func(n *testnet.Net, c *command) (result, error) { n.StopControl(); return nil, nil },
 	"start_control":     func(n *testnet.Net, c *command) (result, error) { return nil, n.StartControl() },
+	"alias_control":     aliasControl,
 	"stop_derp":         func(n *testnet.Net, c *command) (result, error) { n.StopDERP(); return nil, nil },
 	"start_derp":        func(n *testnet.Net, c *command) (result, error) { return nil, n.StartDERP() },
 	"nodes":             func(n *testnet.Net, c *command) (result, error) { return result{"nodes": n.Nodes()}, nil },
@@ -120,13 +124,18 @@ func nodeInfo(info testnet.NodeInfo, err error) (result, error) {
 
 func setKeyExpiry(n *testnet.Net, c *command) (result, error) {
 	if c.In == "" {
-		return nil, n.SetKeyExpiry(c.Name, time.Time{})
+		return nil, n.SetKeyExpiry(c.Name, c.At)
 	}
 	in, err := time.ParseDuration(c.In)
 	if err != nil {
 		return nil, errors.New(`"in" must be a duration such as "-1m" or "48h"`)
 	}
 	return nil, n.SetKeyExpiry(c.Name, time.Now().Add(in))
+}
+
+func aliasControl(n *testnet.Net, _ *command) (result, error) {
+	url, err := n.AliasControl()
+	return result{"url": url}, err
 }
 
 // setIPs takes a list, as replies have, though the v6 address follows from the v4.

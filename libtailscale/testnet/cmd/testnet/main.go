@@ -71,6 +71,7 @@ func parseFlags() (testnet.Options, error) {
 		opts.AuthKeys = append(opts.AuthKeys, key)
 		return nil
 	})
+	flag.BoolVar(&opts.Headscale, "headscale", false, "behave as Headscale does")
 	verbose := flag.Bool("verbose", false, "log to stderr")
 	flag.Parse()
 	if flag.NArg() > 0 {
