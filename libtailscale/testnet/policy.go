@@ -115,6 +115,11 @@ func (n *Net) SetKeyExpiry(name string, at time.Time) error {
 	return n.changeNode(name, func(rec *record) { rec.node.KeyExpiry = at })
 }
 
+// SetHealth sets what the node is told to be wrong with it.
+func (n *Net) SetHealth(name string, texts []string) error {
+	return n.changeNode(name, func(rec *record) { rec.health = slices.Clone(texts) })
+}
+
 // SetOnline overrides what peers are told about whether the node is online; nil
 // ends that. It does not affect the node itself.
 func (n *Net) SetOnline(name string, online *bool) error {

@@ -24,6 +24,7 @@ type record struct {
 	hidden    bool // peers are not told about it
 	isolated  bool // it is not told about peers
 	denied    map[uint16]bool
+	health    []string // what it is told to be wrong with it
 
 	// online is whether it was last seen with a map stream open; override, if
 	// set, is what peers are told instead.

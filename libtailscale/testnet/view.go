@@ -2,6 +2,7 @@ package testnet
 
 import (
 	"encoding/json"
+	"fmt"
 	"slices"
 
 	"tailscale.com/tailcfg"
@@ -12,6 +13,7 @@ type nodeView struct {
 	self   *tailcfg.Node
 	peers  []*tailcfg.Node
 	filter []tailcfg.FilterRule
+	health []string // what is wrong with it
 }
 
 // viewFor computes the view of rec, the change it includes, and a channel closed
@@ -19,7 +21,7 @@ type nodeView struct {
 func (r *registry) viewFor(rec *record) (*nodeView, uint64, <-chan struct{}) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	v := &nodeView{self: rec.node.Clone(), filter: rec.filter()}
+	v := &nodeView{self: rec.node.Clone(), filter: rec.filter(), health: slices.Clone(rec.health)}
 	v.self.CapMap = r.capsLocked(rec)
 	for _, p := range r.peersLocked(rec) {
 		v.peers = append(v.peers, p.asPeer())
@@ -82,7 +84,7 @@ func (rec *record) filter() []tailcfg.FilterRule {
 // the same. With no old it is the full map.
 func (v *nodeView) changesSince(old *nodeView) *tailcfg.MapResponse {
 	if old == nil {
-		return &tailcfg.MapResponse{Node: v.self, Peers: v.peers, PacketFilter: v.filter}
+		return &tailcfg.MapResponse{Node: v.self, Peers: v.peers, PacketFilter: v.filter, DisplayMessages: v.messages()}
 	}
 	msg := new(tailcfg.MapResponse)
 	changed := false
@@ -91,6 +93,9 @@ func (v *nodeView) changesSince(old *nodeView) *tailcfg.MapResponse {
 	}
 	if !sameJSON(v.filter, old.filter) {
 		msg.PacketFilter, changed = v.filter, true
+	}
+	if !slices.Equal(v.health, old.health) {
+		msg.DisplayMessages, changed = v.messages(), true
 	}
 	oldPeers := make(map[tailcfg.NodeID]*tailcfg.Node)
 	for _, p := range old.peers {
@@ -109,6 +114,16 @@ func (v *nodeView) changesSince(old *nodeView) *tailcfg.MapResponse {
 		return nil
 	}
 	return msg
+}
+
+// messages replaces what the node was told before to be wrong with it.
+func (v *nodeView) messages() map[tailcfg.DisplayMessageID]*tailcfg.DisplayMessage {
+	messages := map[tailcfg.DisplayMessageID]*tailcfg.DisplayMessage{"*": nil}
+	for i, text := range v.health {
+		id := tailcfg.DisplayMessageID(fmt.Sprintf("test-%d", i))
+		messages[id] = &tailcfg.DisplayMessage{Title: "Test", Text: text, Severity: tailcfg.SeverityHigh}
+	}
+	return messages
 }
 
 // sameJSON compares as the wire would. These are plain data: encoding cannot fail.

@@ -33,6 +33,8 @@ pub struct Options {
     pub host: Option<IpAddr>,
     /// Keys that may enrol a node; any key may when there are none.
     pub auth_keys: Vec<String>,
+    /// Whether control behaves as a Headscale of 2026 towards the edge.
+    pub headscale: bool,
     pub verbose: bool,
 }
 
@@ -80,6 +82,8 @@ pub struct AuthKey<'a> {
     pub ephemeral: bool,
     /// Its nodes need no approval.
     pub preauthorized: bool,
+    /// Those of its nodes, where control is a Headscale.
+    pub tags: &'a [&'a str],
 }
 
 /// A client of control's HTTP API, which proves itself by its secret or, as a workload identity, by
@@ -119,6 +123,9 @@ impl TestTailnet {
         }
         for key in &options.auth_keys {
             command.args(["--auth-key", key]);
+        }
+        if options.headscale {
+            command.arg("--headscale");
         }
         if options.verbose {
             command.arg("--verbose");
@@ -248,10 +255,18 @@ impl TestTailnet {
                     "expired": key.expired,
                     "ephemeral": key.ephemeral,
                     "preauthorized": key.preauthorized,
+                    "tags": key.tags,
                 })
             })
             .collect();
         self.command("auth_keys", json!({"keys": keys}));
+    }
+
+    /// How many nodes the key has let in.
+    #[track_caller]
+    pub fn key_uses(&self, key: &str) -> u64 {
+        let answer = self.command("key_uses", json!({"key": key}));
+        answer["uses"].as_u64().unwrap_or_else(|| panic!("testnet: no uses: {answer}"))
     }
 
     /// Replaces the clients of the HTTP API at [`TestTailnet::control_url`]. Keys that the API makes
@@ -338,6 +353,25 @@ impl TestTailnet {
     #[track_caller]
     pub fn set_key_expiry(&self, name: &str, from_now: &str) {
         self.command("set_key_expiry", json!({"name": name, "in": from_now}));
+    }
+
+    /// When the node's key expires, in the words of the control server.
+    #[track_caller]
+    pub fn set_key_expiry_at(&self, name: &str, at: &str) {
+        self.command("set_key_expiry", json!({"name": name, "at": at}));
+    }
+
+    /// What control tells the node to be wrong with it.
+    #[track_caller]
+    pub fn set_health(&self, name: &str, texts: &[&str]) {
+        self.command("set_health", json!({"name": name, "texts": texts}));
+    }
+
+    /// Another URL of the same control server.
+    #[track_caller]
+    pub fn alias_control(&self) -> String {
+        let answer = self.command("alias_control", json!({}));
+        answer["url"].as_str().unwrap_or_else(|| panic!("testnet: no URL: {answer}")).to_owned()
     }
 
     /// The control server stops answering; the nodes keep the netmap they have.

@@ -11,16 +11,18 @@ use crate::common::edge::Edge;
 use crate::common::netns::Namespace;
 use crate::common::process::Daemon;
 use crate::common::stub::{self, Stub};
-use crate::common::tailnet::{AuthKey, OauthClient, Options, TestTailnet};
+use crate::common::tailnet::{AuthKey, OauthClient};
 use crate::common::wait::eventually;
 use crate::common::{private_dir, temp_dir};
 use crate::setup::{
-    AFTER_JOIN, AT_ONCE, EDGE, LIMIT, MAILBOX, closed_tailnet, enrol, fails, node, stops, tcp, tells,
-    tls_server,
+    AFTER_JOIN, AT_ONCE, Control, EDGE, LIMIT, MAILBOX, closed_tailnet, enrol, fails, node, stops, tcp,
+    tells, tls_server,
 };
 
 /// The key that `closed_tailnet` lets in.
 const KEY: &str = "tskey-auth-good-1";
+
+const TAG: &str = "tag:reverse-proxy";
 
 const CLIENT: OauthClient = OauthClient {
     id: "kClient",
@@ -41,15 +43,20 @@ fn file(dir: &Path, name: &str, content: &str) -> String {
 
 #[test]
 fn an_auth_key_is_taken_from_every_place_it_may_be_in() {
-    let (tailnet, edge) = closed_tailnet();
+    Control::ALL.into_iter().for_each(an_auth_key_is_taken);
+}
+
+fn an_auth_key_is_taken(control: Control) {
+    let (tailnet, edge) = control.closed_tailnet();
     let dir = temp_dir("keys");
-    let key_file = file(dir.path(), "ts_authkey", &format!("{KEY}\n"));
+    let key = control.key();
+    let key_file = file(dir.path(), "ts_authkey", &format!("{key}\n"));
     let directory = dir.path().to_str().expect("UTF-8");
     let named = format!("file:{key_file}");
     let cases = [
-        ("TS_AUTHKEY", edge.clone().env("TS_AUTHKEY", KEY)),
+        ("TS_AUTHKEY", edge.clone().env("TS_AUTHKEY", key)),
         ("TS_AUTHKEY", edge.clone().env("TS_AUTHKEY", &named)),
-        ("TS_AUTH_KEY", edge.clone().env("TS_AUTH_KEY", KEY)),
+        ("TS_AUTH_KEY", edge.clone().env("TS_AUTH_KEY", key)),
         ("TS_AUTHKEY_FILE", edge.clone().env("TS_AUTHKEY_FILE", &key_file)),
         ("tailnet.auth_key_file", edge.clone().set("tailnet", "auth_key_file", &format!("{key_file:?}"))),
         ("the systemd credential ts_authkey", edge.clone().env("CREDENTIALS_DIRECTORY", directory)),
@@ -58,6 +65,7 @@ fn an_auth_key_is_taken_from_every_place_it_may_be_in() {
         let mut edge = edge.spawn();
         edge.wait_ready(LIMIT);
         assert_eq!(edge.log().count(&format!("enrolling with the auth key from {origin}")), 1);
+        assert_eq!(node(&tailnet)["tags"][0], TAG);
         edge.signal("TERM");
         stops(&mut edge, LIMIT);
         tailnet.remove_node(EDGE);
@@ -65,20 +73,50 @@ fn an_auth_key_is_taken_from_every_place_it_may_be_in() {
 }
 
 #[test]
-fn a_pre_auth_key_of_headscale_joins_where_the_control_url_says() {
-    const HEADSCALE_KEY: &str = "hskey-auth-kPre-0123456789";
-    let auth_keys = vec![HEADSCALE_KEY.to_owned()];
-    let tailnet = TestTailnet::start_with(&Options { auth_keys, ..Options::default() });
+fn a_pre_auth_key_of_headscale_is_good_for_one_node_that_needs_it_no_more() {
+    let (tailnet, _) = Control::Headscale.closed_tailnet();
+    tailnet.set_auth_key_table(&[AuthKey { single_use: true, ..Control::Headscale.auth_key() }]);
+    let key = Control::Headscale.key();
+    let state = private_dir("state");
     // From the environment, as a run without a file needs it.
     let edge = Edge::builder(env!("CARGO_BIN_EXE_tailwart-edge")).upstream(MAILBOX).listener(tcp("mail"));
-    let edge = edge.env("TS_CONTROL_URL", tailnet.control_url()).auth_key(HEADSCALE_KEY).spawn();
-    edge.wait_ready(LIMIT);
-    assert_eq!(node(&tailnet)["online"], true);
+    let edge = edge.env("TS_CONTROL_URL", tailnet.control_url()).state_dir(state.path());
+    enrol(&edge.clone().auth_key(key));
+    let before = node(&tailnet);
+    assert_eq!((&before["tags"][0], tailnet.key_uses(key)), (&TAG.into(), 1));
+    for edge in [edge.clone().auth_key(key), edge.clone().without_auth_key()] {
+        enrol(&edge);
+        assert_eq!((&node(&tailnet)["ips"], &node(&tailnet)["tags"][0]), (&before["ips"], &TAG.into()));
+    }
+}
+
+#[test]
+fn a_key_of_headscale_that_lacks_the_tag_is_told_from_a_policy_that_does() {
+    let (tailnet, edge) = Control::Headscale.closed_tailnet();
+    let edge = edge.auth_key(Control::Headscale.key());
+    for (tags, held) in [(&[][..], "no tag"), (&["tag:other"][..], "tag:other")] {
+        tailnet.set_auth_key_table(&[AuthKey { tags, ..Control::Headscale.auth_key() }]);
+        let line = fails(edge.clone().spawn(), 3, AT_ONCE);
+        tells(
+            &line,
+            &[
+                &format!("holds {held} instead of {TAG}"),
+                "a node gets the tags of its key",
+                "headscale nodes tag",
+            ],
+        );
+        assert!(!line.contains("tagOwners"), "{line}");
+        tailnet.remove_node(EDGE);
+    }
 }
 
 #[test]
 fn an_oauth_client_joins_with_a_key_made_for_this_node() {
-    let (tailnet, edge) = closed_tailnet();
+    Control::ALL.into_iter().for_each(an_oauth_client_joins_with_a_key_made_for_this_node_on);
+}
+
+fn an_oauth_client_joins_with_a_key_made_for_this_node_on(control: Control) {
+    let (tailnet, edge) = control.closed_tailnet();
     tailnet.set_oauth_clients(&[CLIENT]);
     let dir = temp_dir("oauth");
     let secret_file = file(dir.path(), "secret", &format!("{}\n", CLIENT.secret));
@@ -113,7 +151,11 @@ fn keys_made_for_an_oauth_client_go_past_approval_when_they_may() {
 
 #[test]
 fn an_oauth_client_that_may_not_have_the_tag_is_told_so() {
-    let (tailnet, edge) = closed_tailnet();
+    Control::ALL.into_iter().for_each(an_oauth_client_that_may_not_have_the_tag_is_told_so_on);
+}
+
+fn an_oauth_client_that_may_not_have_the_tag_is_told_so_on(control: Control) {
+    let (tailnet, edge) = control.closed_tailnet();
     tailnet.set_oauth_clients(&[OauthClient { tags: &["tag:other"], ..CLIENT }]);
     let line = fails(edge.env("TS_CLIENT_SECRET", CLIENT.secret).spawn(), 3, AT_ONCE);
     let words = "requested tags [tag:reverse-proxy] are invalid or not permitted";
@@ -133,7 +175,11 @@ fn tags_are_checked_before_the_api_is_asked() {
 
 #[test]
 fn an_api_that_is_down_is_named() {
-    let (tailnet, edge) = closed_tailnet();
+    Control::ALL.into_iter().for_each(an_api_that_is_down_is_named_on);
+}
+
+fn an_api_that_is_down_is_named_on(control: Control) {
+    let (tailnet, edge) = control.closed_tailnet();
     tailnet.set_oauth_clients(&[CLIENT]);
     tailnet.set_api(false);
     let line = fails(edge.env("TS_CLIENT_SECRET", CLIENT.secret).spawn(), 3, AT_ONCE);
@@ -183,6 +229,22 @@ fn a_workload_identity_joins_with_a_token_that_its_cloud_issues() {
 }
 
 #[test]
+fn keys_of_headscale_that_are_no_good_any_more_are_told_in_its_words() {
+    let (tailnet, edge) = Control::Headscale.closed_tailnet();
+    let key = |key| AuthKey { key, ..Control::Headscale.auth_key() };
+    let (spent, old) = ("hskey-auth-0123456789ab-spent", "hskey-auth-0123456789ab-old");
+    tailnet.set_auth_key_table(&[
+        AuthKey { single_use: true, ..key(spent) },
+        AuthKey { expired: true, ..key(old) },
+    ]);
+    enrol(&edge.clone().auth_key(spent));
+    for (key, words) in [(spent, "authkey already used"), (old, "authkey expired")] {
+        let line = fails(edge.clone().auth_key(key).spawn(), 3, AT_ONCE);
+        tells(&line, &["refused this node", words, "create a new one that carries tag:reverse-proxy"]);
+    }
+}
+
+#[test]
 fn keys_that_are_no_good_any_more_are_told_in_controls_words() {
     let (tailnet, edge) = closed_tailnet();
     tailnet.set_auth_key_table(&[
@@ -193,7 +255,7 @@ fn keys_that_are_no_good_any_more_are_told_in_controls_words() {
     for id in ["kSpent", "kOld"] {
         let line = fails(edge.clone().auth_key(&format!("tskey-auth-{id}-s")).spawn(), 3, AT_ONCE);
         let words = format!("invalid key: API key {id} not valid");
-        tells(&line, &["refused this node", &words, "create a new one that may use tag:reverse-proxy"]);
+        tells(&line, &["refused this node", &words, "create a new one that carries tag:reverse-proxy"]);
     }
 }
 
@@ -219,7 +281,11 @@ fn what_cannot_be_a_key_is_told_before_control_is_asked() {
 
 #[test]
 fn an_enrolled_node_starts_whatever_has_become_of_its_credential() {
-    let (tailnet, edge) = closed_tailnet();
+    Control::ALL.into_iter().for_each(an_enrolled_node_starts_whatever_has_become_of_its_credential_on);
+}
+
+fn an_enrolled_node_starts_whatever_has_become_of_its_credential_on(control: Control) {
+    let (tailnet, edge) = control.closed_tailnet();
     tailnet.set_oauth_clients(&[CLIENT]);
     let state = private_dir("state");
     let edge = edge.state_dir(state.path());
@@ -256,23 +322,28 @@ fn shown(edge: &Edge) -> String {
 
 #[test]
 fn secrets_are_shown_nowhere() {
-    let (tailnet, edge) = closed_tailnet();
+    Control::ALL.into_iter().for_each(secrets_are_shown_nowhere_on);
+}
+
+fn secrets_are_shown_nowhere_on(control: Control) {
+    let (tailnet, edge) = control.closed_tailnet();
     tailnet.set_oauth_clients(&[CLIENT, IDENTITY]);
     let edge = edge.env("RUST_LOG", "trace").env("TS_DEBUG_LOG_RATE", "all").env("TS_DEBUG_REGISTER", "1");
     let dir = temp_dir("keys");
     let state = private_dir("state");
     let edge = edge.state_dir(state.path());
-    let key_file = file(dir.path(), "key", KEY);
+    let key = control.key();
+    let key_file = file(dir.path(), "key", key);
     let cases = [
-        (edge.clone().auth_key(KEY), vec![KEY]),
-        (edge.clone().env("TS_AUTHKEY_FILE", &key_file), vec![KEY]),
+        (edge.clone().auth_key(key), vec![key]),
+        (edge.clone().env("TS_AUTHKEY_FILE", &key_file), vec![key]),
         (
             edge.clone().env("TS_CLIENT_SECRET", CLIENT.secret).env("TS_CLIENT_ID", CLIENT.id),
-            vec![CLIENT.secret, "s3cret", "tskey-auth-"],
+            vec![CLIENT.secret, "s3cret", "skey-auth-"],
         ),
         (
             edge.clone().env("TS_ID_TOKEN", IDENTITY.jwt).env("TS_CLIENT_ID", IDENTITY.id),
-            vec![IDENTITY.jwt, "t0ken", "tskey-auth-"],
+            vec![IDENTITY.jwt, "t0ken", "skey-auth-"],
         ),
     ];
     for (edge, secrets) in cases {
@@ -304,7 +375,11 @@ fn secrets_are_shown_nowhere() {
 
 #[test]
 fn secrets_that_are_refused_are_shown_nowhere_either() {
-    let (tailnet, edge) = closed_tailnet();
+    Control::ALL.into_iter().for_each(secrets_that_are_refused_are_shown_nowhere_either_on);
+}
+
+fn secrets_that_are_refused_are_shown_nowhere_either_on(control: Control) {
+    let (tailnet, edge) = control.closed_tailnet();
     tailnet.set_oauth_clients(&[CLIENT, IDENTITY]);
     let edge = edge.env("RUST_LOG", "trace").env("TS_DEBUG_REGISTER", "1");
     let cases = [
@@ -330,7 +405,11 @@ const TERMINAL: [&str; 4] = ["sh", "-c", r#"exec script -qefc "exec $*" /dev/nul
 
 #[test]
 fn a_start_that_leads_nowhere_ends_on_a_terminal_too() {
-    let (tailnet, edge) = closed_tailnet();
+    Control::ALL.into_iter().for_each(a_start_that_leads_nowhere_ends_on_a_terminal_too_on);
+}
+
+fn a_start_that_leads_nowhere_ends_on_a_terminal_too_on(control: Control) {
+    let (tailnet, edge) = control.closed_tailnet();
     let edge = edge.set("tailnet", "join_timeout", r#""2s""#).env("NO_COLOR", "1").wrapped(&TERMINAL);
 
     let refused = edge.clone().spawn();
@@ -367,7 +446,11 @@ fn it_can_be_stopped_while_it_enrols() {
 
 #[test]
 fn on_a_terminal_a_person_may_log_in() {
-    let (tailnet, edge) = closed_tailnet();
+    Control::ALL.into_iter().for_each(on_a_terminal_a_person_may_log_in_on);
+}
+
+fn on_a_terminal_a_person_may_log_in_on(control: Control) {
+    let (tailnet, edge) = control.closed_tailnet();
     // The person may take longer than joining may.
     let edge = edge.set("tailnet", "join_timeout", r#""2s""#).env("NO_COLOR", "1");
     let mut edge = edge.wrapped(&TERMINAL).spawn();

@@ -8,6 +8,7 @@ mod common;
 
 mod admin;
 mod clock;
+mod control;
 mod doctor;
 mod drain;
 mod end_states;

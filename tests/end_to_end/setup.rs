@@ -12,7 +12,7 @@ use crate::common::log::Log;
 use crate::common::net::is_listening_beside;
 use crate::common::netns::Namespace;
 use crate::common::process::Daemon;
-use crate::common::tailnet::{Options, TestTailnet};
+use crate::common::tailnet::{AuthKey, Options, TestTailnet};
 use crate::common::wait::eventually;
 use crate::common::{http, proxy_header};
 
@@ -140,12 +140,43 @@ pub fn tcp(name: &str) -> Listener {
     Listener::new(name, "tcp", 2525)
 }
 
-/// A tailnet that lets in only this key, and an edge for it that has none.
+/// The control servers that an edge may meet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Control {
+    Tailscale,
+    Headscale,
+}
+
+impl Control {
+    pub const ALL: [Control; 2] = [Control::Tailscale, Control::Headscale];
+
+    /// The key that [`Control::closed_tailnet`] lets in.
+    pub fn key(self) -> &'static str {
+        match self {
+            Control::Tailscale => "tskey-auth-good-1",
+            Control::Headscale => "hskey-auth-0123456789ab-good",
+        }
+    }
+
+    /// A tailnet that lets in only one key, and an edge for it that has none.
+    pub fn closed_tailnet(self) -> (TestTailnet, Builder) {
+        let auth_keys = vec![self.key().to_owned()];
+        let headscale = self == Control::Headscale;
+        let tailnet = TestTailnet::start_with(&Options { auth_keys, headscale, ..Options::default() });
+        tailnet.set_auth_key_table(&[self.auth_key()]);
+        let edge = edge_on(&tailnet).without_auth_key().listener(tcp("mail"));
+        (tailnet, edge)
+    }
+
+    /// The same key with all that control knows of it.
+    pub fn auth_key(self) -> AuthKey<'static> {
+        AuthKey { key: self.key(), tags: &["tag:reverse-proxy"], ..AuthKey::default() }
+    }
+}
+
+/// A tailnet of Tailscale's that lets in only this key, and an edge for it that has none.
 pub fn closed_tailnet() -> (TestTailnet, Builder) {
-    let auth_keys = vec!["tskey-auth-good-1".to_owned()];
-    let tailnet = TestTailnet::start_with(&Options { auth_keys, ..Options::default() });
-    let edge = edge_on(&tailnet).without_auth_key().listener(tcp("mail"));
-    (tailnet, edge)
+    Control::Tailscale.closed_tailnet()
 }
 
 /// What control knows about the edge.

@@ -23,6 +23,7 @@ type command struct {
 	Online   *bool             `json:"online"` // null ends the override
 	Keys     []testnet.AuthKey `json:"keys"`   // null: any key, or none
 	Key      string            `json:"key"`
+	Texts    []string          `json:"texts"`
 	Required bool              `json:"required"`
 	Enabled  bool              `json:"enabled"`
 	Up       bool              `json:"up"`
@@ -56,6 +57,7 @@ var commands = map[string]func(*testnet.Net, *command) (result, error){
 	"rejoin_node":       func(n *testnet.Net, c *command) (result, error) { return nil, n.RejoinNode(c.Name) },
 	"set_online":        func(n *testnet.Net, c *command) (result, error) { return nil, n.SetOnline(c.Name, c.Online) },
 	"set_tags":          func(n *testnet.Net, c *command) (result, error) { return nil, n.SetTags(c.Name, c.Tags) },
+	"set_health":        func(n *testnet.Net, c *command) (result, error) { return nil, n.SetHealth(c.Name, c.Texts) },
 	"set_ips":           setIPs,
 	"set_key_expiry":    setKeyExpiry,
 	"approve":           func(n *testnet.Net, c *command) (result, error) { return nil, n.Approve(c.Name) },

@@ -1,0 +1,191 @@
+//! Control servers as they are: Headscale with its manners, one that was renamed, one behind a proxy,
+//! and what each of them says in its own way.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::Command;
+
+use crate::common::edge::Builder;
+use crate::common::net::{connect, free_addr, is_listening};
+use crate::common::process::Daemon;
+use crate::common::stub::{self, Stub};
+use crate::common::tailnet::TestTailnet;
+use crate::common::wait::eventually;
+use crate::common::{START_LIMIT, http, private_dir, temp_dir};
+use crate::setup::{
+    AT_ONCE, Control, EDGE, LIMIT, MAILBOX, becomes, closed_tailnet, enrol, fails, node, stops, tells,
+};
+
+fn json(admin: SocketAddr, path: &str) -> serde_json::Value {
+    let answer = http::get(admin, path);
+    serde_json::from_str(&answer.body).unwrap_or_else(|error| panic!("{error}: {answer:?}"))
+}
+
+/// A Headscale with a mailbox that echoes, and an edge that has a key for it.
+fn headscale_with_mailbox(stub: &Stub) -> (TestTailnet, Builder) {
+    let (tailnet, edge) = Control::Headscale.closed_tailnet();
+    tailnet.add_node(MAILBOX, &["tag:stalwart"], &[(2525, stub.addr)]);
+    (tailnet, edge.auth_key(Control::Headscale.key()))
+}
+
+#[test]
+fn a_node_that_headscale_has_deleted_is_told_so_though_its_long_poll_lives_on() {
+    let stub = Stub::start(stub::echo_after_header);
+    let (tailnet, edge) = headscale_with_mailbox(&stub);
+    let edge = edge.spawn();
+    edge.wait_ready(LIMIT);
+    // No key is good any more, or it would come back by itself.
+    tailnet.set_auth_key_table(&[]);
+    let before = node(&tailnet)["ips"].clone();
+    tailnet.remove_node(EDGE);
+    // Whoever comes meets silence, which is reason enough to ask.
+    let _client = connect(edge.addr("mail"));
+    becomes(&edge, 503, "the node was removed from the tailnet");
+    let line = edge.wait_log("trouble on the tailnet: the node was removed", LIMIT);
+    tells(&line, &["provide a key to enrol with"]);
+    edge.wait_log("cannot join the tailnet again", LIMIT);
+
+    // Started again with a good key, it is back as another node.
+    drop(edge);
+    let (tailnet, edge) = headscale_with_mailbox(&stub);
+    let edge = edge.spawn();
+    edge.wait_ready(LIMIT);
+    tailnet.remove_node(EDGE);
+    let _client = connect(edge.addr("mail"));
+    edge.wait_log("enrolling it again", LIMIT);
+    edge.wait_log("on the tailnet again", LIMIT);
+    becomes(&edge, 200, r#""ready":true"#);
+    assert_ne!(node(&tailnet)["ips"], before);
+}
+
+#[test]
+fn every_way_to_say_that_a_key_never_expires_is_understood() {
+    for control in Control::ALL {
+        let (tailnet, edge) = control.closed_tailnet();
+        let state = private_dir("state");
+        let edge = edge.auth_key(control.key()).state_dir(state.path());
+        enrol(&edge);
+        for never in ["0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z"] {
+            tailnet.set_key_expiry_at(EDGE, never);
+            let mut edge = edge.spawn();
+            edge.wait_ready(LIMIT);
+            let status = json(edge.addr("admin"), "/status");
+            assert_eq!(status["node"]["key_expiry"], serde_json::Value::Null, "{never}");
+            edge.signal("TERM");
+            stops(&mut edge, LIMIT);
+        }
+    }
+}
+
+#[test]
+fn a_control_server_that_was_renamed_is_the_same_and_another_one_is_not() {
+    for control in Control::ALL {
+        let (tailnet, edge) = control.closed_tailnet();
+        let state = private_dir("state");
+        let edge = edge.auth_key(control.key()).state_dir(state.path());
+        let first = edge.spawn();
+        first.wait_ready(LIMIT);
+        let file = state.path().join("tailscaled.state");
+        let is_stored =
+            || std::fs::read_to_string(&file).is_ok_and(|text| text.contains("_control-server-key"));
+        assert!(eventually(LIMIT, is_stored), "the key of the control server is not stored");
+        drop(first);
+        let before = node(&tailnet)["ips"].clone();
+
+        let alias = tailnet.alias_control();
+        let mut renamed = edge.clone().control_url(&alias).spawn();
+        let line = renamed.wait_log("it is the same", LIMIT);
+        tells(&line, &[&alias, tailnet.control_url(), "the same key"]);
+        renamed.wait_ready(LIMIT);
+        assert_eq!(node(&tailnet)["ips"], before);
+        renamed.signal("TERM");
+        stops(&mut renamed, LIMIT);
+        assert_eq!(renamed.log().count("enrolling"), 0);
+
+        let (other, _) = control.closed_tailnet();
+        let elsewhere = edge.control_url(other.control_url());
+        let line = fails(elsewhere.clone().spawn(), 1, AT_ONCE);
+        tells(&line, &["it has another key", &alias, other.control_url(), "restore the file"]);
+        assert_eq!(other.nodes().len(), 0);
+        // Whether it is the same cannot be asked.
+        other.stop_control();
+        let line = fails(elsewhere.spawn(), 3, AT_ONCE);
+        tells(&line, &["cannot reach the control server", "refused", "asked whether it is the same server"]);
+    }
+}
+
+/// An nginx in front of a control server, with these directives beside its proxy_pass.
+fn nginx_before(control: &str, dir: &Path, directives: &str) -> (SocketAddr, Daemon) {
+    let (addr, dir) = (free_addr(), dir.display());
+    let settings = format!(
+        "daemon off; master_process off; pid {dir}/nginx.pid; error_log {dir}/error.log; events {{ }}
+http {{
+    access_log off; client_body_temp_path {dir}/body; proxy_temp_path {dir}/proxy; fastcgi_temp_path {dir}/fcgi;
+    uwsgi_temp_path {dir}/uwsgi; scgi_temp_path {dir}/scgi;
+    map $http_upgrade $connection_upgrade {{ default upgrade; '' close; }}
+    server {{ listen {addr}; location / {{ proxy_pass {control}; {directives} }} }}
+}}"
+    );
+    let path = format!("{dir}/nginx.conf");
+    std::fs::write(&path, settings).expect("a temporary directory takes files");
+    let program = if Path::new("/usr/sbin/nginx").is_file() { "/usr/sbin/nginx" } else { "nginx" };
+    let mut command = Command::new(program);
+    command.args(["-c", &path, "-p", &dir.to_string(), "-e", &format!("{dir}/error.log")]);
+    let daemon = Daemon::spawn("nginx", &mut command);
+    daemon.wait_ready(START_LIMIT, None, || is_listening(addr.port()));
+    (addr, daemon)
+}
+
+#[test]
+fn a_proxy_before_the_control_server_that_passes_no_upgrade_on_is_named() {
+    // As in the book's page on Headscale.
+    const UPGRADE: &str = "proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade; \
+        proxy_set_header Connection $connection_upgrade; proxy_buffering off; proxy_read_timeout 1h;";
+    for control in Control::ALL {
+        let (tailnet, edge) = control.closed_tailnet();
+        let state = private_dir("state");
+        let edge = edge.auth_key(control.key()).state_dir(state.path());
+        let edge = edge.set("tailnet", "join_timeout", r#""3s""#);
+        let dir = temp_dir("nginx");
+        let (blocked, _nginx) = nginx_before(tailnet.control_url(), dir.path(), "");
+        let blocked = edge.clone().control_url(&format!("http://{blocked}"));
+        let words =
+            ["/ts2021", "a proxy in front of it does not pass the upgrade on", "Upgrade and Connection"];
+        let line = fails(blocked.clone().spawn(), 3, AT_ONCE);
+        tells(&line, &["cannot talk to the control server http://"]);
+        tells(&line, &words);
+
+        let dir = temp_dir("nginx");
+        let (open, _nginx) = nginx_before(tailnet.control_url(), dir.path(), UPGRADE);
+        let open = edge.control_url(&format!("http://{open}")).spawn();
+        open.wait_ready(LIMIT);
+        let file = state.path().join("tailscaled.state");
+        let is_stored =
+            || std::fs::read_to_string(&file).is_ok_and(|text| text.contains("_control-server-key"));
+        assert!(eventually(LIMIT, is_stored), "the key of the control server is not stored");
+        drop(open);
+
+        // Enrolled, it goes on trying, and says the same.
+        let edge = blocked.spawn();
+        tells(&edge.wait_log("not on the tailnet after", LIMIT), &words);
+        becomes(&edge, 503, "make the proxy pass the headers Upgrade and Connection on");
+    }
+}
+
+#[test]
+fn what_tailscale_itself_finds_wrong_is_told_where_an_operator_looks() {
+    const SAID: &str = "this node is half deleted";
+    let (tailnet, edge) = closed_tailnet();
+    let edge = edge.auth_key(Control::Tailscale.key()).spawn();
+    edge.wait_ready(LIMIT);
+    let admin = edge.addr("admin");
+    assert_eq!(json(admin, "/readyz")["warnings"], serde_json::json!([]));
+    tailnet.set_health(EDGE, &[SAID]);
+    becomes(&edge, 200, SAID);
+    let warning = &json(admin, "/status")["warnings"][0];
+    assert!(warning.as_str().is_some_and(|text| text.contains(SAID)), "{warning}");
+    let looked = http::get(admin, "/doctor");
+    assert!(looked.body.contains(SAID), "{looked:?}");
+    tailnet.set_health(EDGE, &[]);
+    becomes(&edge, 200, r#""warnings":[]"#);
+}
