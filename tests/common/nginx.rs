@@ -65,7 +65,7 @@ impl Nginx {
     }
 }
 
-fn program() -> &'static str {
+pub fn program() -> &'static str {
     if Path::new("/usr/sbin/nginx").is_file() { "/usr/sbin/nginx" } else { "nginx" }
 }
 

@@ -11,7 +11,7 @@ use crate::common::process::Daemon;
 use crate::common::stub::{self, Stub};
 use crate::common::tailnet::TestTailnet;
 use crate::common::wait::eventually;
-use crate::common::{START_LIMIT, http, private_dir, temp_dir};
+use crate::common::{START_LIMIT, http, nginx, private_dir, repo_root, temp_dir};
 use crate::setup::{
     AT_ONCE, Control, EDGE, LIMIT, MAILBOX, becomes, closed_tailnet, enrol, fails, node, stops, tells,
 };
@@ -85,10 +85,7 @@ fn a_control_server_that_was_renamed_is_the_same_and_another_one_is_not() {
         let edge = edge.auth_key(control.key()).state_dir(state.path());
         let first = edge.spawn();
         first.wait_ready(LIMIT);
-        let file = state.path().join("tailscaled.state");
-        let is_stored =
-            || std::fs::read_to_string(&file).is_ok_and(|text| text.contains("_control-server-key"));
-        assert!(eventually(LIMIT, is_stored), "the key of the control server is not stored");
+        knows_its_control_server(state.path());
         drop(first);
         let before = node(&tailnet)["ips"].clone();
 
@@ -114,22 +111,26 @@ fn a_control_server_that_was_renamed_is_the_same_and_another_one_is_not() {
     }
 }
 
-/// An nginx in front of a control server, with these directives beside its proxy_pass.
-fn nginx_before(control: &str, dir: &Path, directives: &str) -> (SocketAddr, Daemon) {
+/// The book's page on Headscale has it.
+fn nginx_block() -> String {
+    let page = std::fs::read_to_string(repo_root().join("docs/src/headscale.md")).expect("the page is there");
+    let block = page.split("```nginx\n").nth(1).and_then(|rest| rest.split("```").next());
+    block.expect("it has a block for nginx").to_owned()
+}
+
+/// An nginx in front of a control server, with these directives in its `server`.
+fn nginx_with(location: &str, dir: &Path) -> (SocketAddr, Daemon) {
     let (addr, dir) = (free_addr(), dir.display());
+    let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+        .map(|name| format!("{name}_temp_path {dir}/{name};"))
+        .join(" ");
     let settings = format!(
         "daemon off; master_process off; pid {dir}/nginx.pid; error_log {dir}/error.log; events {{ }}
-http {{
-    access_log off; client_body_temp_path {dir}/body; proxy_temp_path {dir}/proxy; fastcgi_temp_path {dir}/fcgi;
-    uwsgi_temp_path {dir}/uwsgi; scgi_temp_path {dir}/scgi;
-    map $http_upgrade $connection_upgrade {{ default upgrade; '' close; }}
-    server {{ listen {addr}; location / {{ proxy_pass {control}; {directives} }} }}
-}}"
+         http {{ access_log off; {temporary} server {{ listen {addr}; {location} }} }}"
     );
     let path = format!("{dir}/nginx.conf");
     std::fs::write(&path, settings).expect("a temporary directory takes files");
-    let program = if Path::new("/usr/sbin/nginx").is_file() { "/usr/sbin/nginx" } else { "nginx" };
-    let mut command = Command::new(program);
+    let mut command = Command::new(nginx::program());
     command.args(["-c", &path, "-p", &dir.to_string(), "-e", &format!("{dir}/error.log")]);
     let daemon = Daemon::spawn("nginx", &mut command);
     daemon.wait_ready(START_LIMIT, None, || is_listening(addr.port()));
@@ -138,16 +139,14 @@ http {{
 
 #[test]
 fn a_proxy_before_the_control_server_that_passes_no_upgrade_on_is_named() {
-    // As in the book's page on Headscale.
-    const UPGRADE: &str = "proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade; \
-        proxy_set_header Connection $connection_upgrade; proxy_buffering off; proxy_read_timeout 1h;";
     for control in Control::ALL {
         let (tailnet, edge) = control.closed_tailnet();
         let state = private_dir("state");
         let edge = edge.auth_key(control.key()).state_dir(state.path());
         let edge = edge.set("tailnet", "join_timeout", r#""3s""#);
         let dir = temp_dir("nginx");
-        let (blocked, _nginx) = nginx_before(tailnet.control_url(), dir.path(), "");
+        let without = format!("location / {{ proxy_pass {}; }}", tailnet.control_url());
+        let (blocked, _nginx) = nginx_with(&without, dir.path());
         let blocked = edge.clone().control_url(&format!("http://{blocked}"));
         let words =
             ["/ts2021", "a proxy in front of it does not pass the upgrade on", "Upgrade and Connection"];
@@ -156,13 +155,11 @@ fn a_proxy_before_the_control_server_that_passes_no_upgrade_on_is_named() {
         tells(&line, &words);
 
         let dir = temp_dir("nginx");
-        let (open, _nginx) = nginx_before(tailnet.control_url(), dir.path(), UPGRADE);
+        let block = nginx_block().replace("http://127.0.0.1:8080", tailnet.control_url());
+        let (open, _nginx) = nginx_with(&block, dir.path());
         let open = edge.control_url(&format!("http://{open}")).spawn();
         open.wait_ready(LIMIT);
-        let file = state.path().join("tailscaled.state");
-        let is_stored =
-            || std::fs::read_to_string(&file).is_ok_and(|text| text.contains("_control-server-key"));
-        assert!(eventually(LIMIT, is_stored), "the key of the control server is not stored");
+        knows_its_control_server(state.path());
         drop(open);
 
         // Enrolled, it goes on trying, and says the same.
@@ -170,6 +167,14 @@ fn a_proxy_before_the_control_server_that_passes_no_upgrade_on_is_named() {
         tells(&edge.wait_log("not on the tailnet after", LIMIT), &words);
         becomes(&edge, 503, "make the proxy pass the headers Upgrade and Connection on");
     }
+}
+
+/// Waits until the control server's key is beside the identity.
+#[track_caller]
+fn knows_its_control_server(state_dir: &Path) {
+    let file = state_dir.join("tailscaled.state");
+    let is_stored = || std::fs::read_to_string(&file).is_ok_and(|text| text.contains("_control-server-key"));
+    assert!(eventually(LIMIT, is_stored), "the key of the control server is not stored");
 }
 
 #[test]
