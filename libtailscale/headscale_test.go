@@ -1,6 +1,7 @@
 package main
 
 import (
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -108,18 +109,40 @@ func TestAKeyMadeByHeadscalesAPI(t *testing.T) {
 // left the tags to itself: an empty request would take them away.
 func TestAPersonGivesTheTagsOfHeadscale(t *testing.T) {
 	tailnet, n := onHeadscale(t, theTag)
+	_, err := tailnet.AddNode(testnet.NodeConfig{Name: "mailbox"})
+	check(t, err)
 	check(t, n.up())
-	check(t, tailnet.SetKeyExpiry("edge", time.Now().Add(-time.Minute)))
-	eventually(t, "the key has expired", func() bool { return statusNow(n).State == "NeedsLogin" })
+	isRemoved(t, tailnet, n)
 	giveKey(n, "")
 	n.interactive.Store(true)
 	outcome := make(chan error, 1)
 	go func() { outcome <- n.up() }()
-	eventually(t, "the login is completed", func() bool { return tailnet.CompleteLogin("edge") == nil })
-	check(t, <-outcome)
+	eventually(t, "there is an address to log in at", func() bool { return statusNow(n).LoginURL != "" })
+	response, err := http.Get(statusNow(n).LoginURL)
+	check(t, err)
+	response.Body.Close()
+	select {
+	case err := <-outcome:
+		check(t, err)
+	case <-time.After(testTimeout):
+		t.Fatal("the login leads nowhere")
+	}
 	if now := statusNow(n); !slices.Equal(now.Tags, []string{theTag}) {
 		t.Errorf("tags %v", now.Tags)
 	}
+}
+
+// isRemoved removes the node and waits until it knows.
+func isRemoved(t *testing.T, tailnet *testnet.Net, n *node) {
+	t.Helper()
+	check(t, tailnet.RemoveNode("edge"))
+	if now := statusNow(n); now.Removed {
+		t.Errorf("it knows already: %+v", now)
+	}
+	eventually(t, "it is told that it was removed", func() bool {
+		n.ping("mailbox", 200*time.Millisecond)
+		return statusNow(n).Removed
+	})
 }
 
 // Headscale leaves the map poll of a node that is deleted open. That every peer is
@@ -131,14 +154,7 @@ func TestANodeThatHeadscaleHasDeleted(t *testing.T) {
 	check(t, n.up())
 	_, err = n.ping("mailbox", testTimeout)
 	check(t, err)
-	check(t, tailnet.RemoveNode("edge"))
-	if now := statusNow(n); now.Removed || !now.InMapPoll {
-		t.Errorf("it knows already: %+v", now)
-	}
-	eventually(t, "it is told that it was removed", func() bool {
-		n.ping("mailbox", 200*time.Millisecond)
-		return statusNow(n).Removed
-	})
+	isRemoved(t, tailnet, n)
 	if n.ips() != nil {
 		t.Error("it still has addresses")
 	}
@@ -147,6 +163,22 @@ func TestANodeThatHeadscaleHasDeleted(t *testing.T) {
 	check(t, n.up())
 	if now := statusNow(n); now.Removed || !slices.Equal(now.Tags, []string{theTag}) {
 		t.Errorf("%+v", now)
+	}
+}
+
+// Headscale keeps the expiry of a tagged node, so a key does not help; to disable the
+// expiry does, also after a key was refused.
+func TestAnExpiredNodeOnHeadscale(t *testing.T) {
+	tailnet, n := onHeadscale(t, theTag)
+	check(t, n.up())
+	check(t, tailnet.SetKeyExpiry("edge", time.Now().Add(-time.Minute)))
+	eventually(t, "the key has expired", func() bool { return statusNow(n).State == "NeedsLogin" })
+	wantCode(t, n.up(), codeAuthRefused) // it is spent
+	check(t, tailnet.SetKeyExpiry("edge", time.Time{}))
+	giveKey(n, "")
+	check(t, n.up())
+	if now := statusNow(n); !slices.Equal(now.Tags, []string{theTag}) {
+		t.Errorf("tags %v", now.Tags)
 	}
 }
 

@@ -72,8 +72,8 @@ type join struct {
 	key  atomic.Pointer[string] // what the credential became, once it is offered
 	// asked is set once a person was asked to log in.
 	asked bool
-	// askedAnew is set once a control server that had removed this node was
-	// asked whether it still has, with so many rejections before.
+	// askedAnew is set once a control server that had no place for this node was
+	// asked whether it has one now, with so many rejections before.
 	askedAnew  bool
 	rejections int64
 	// stale is the network map of a place that is lost: the backend keeps it,
@@ -95,6 +95,7 @@ func (j *join) run() error {
 				<-j.used
 			}
 			// Or the control client would offer the same credential for ever.
+			n.loginRefused.Store(true)
 			n.restart(ipn.Options{})
 		}
 		return outcome
@@ -184,8 +185,11 @@ func (j *join) hasJoined() bool {
 // watch follows the notifications for a while: the bus cuts off a slow watcher,
 // and not everything that decides is notified.
 func (j *join) watch() (outcome error, decided bool) {
-	if j.node.removed.Load() && j.uses == 0 && !j.asked {
-		// The backend knows nothing of it and believes itself to be running.
+	n := j.node
+	isOut := n.removed.Load() || n.loginRefused.Load() && n.backend.StatusWithoutPeers().HaveNodeKey
+	if isOut && j.uses == 0 && !j.asked {
+		// The backend does not ask any more: of a removal it knows nothing, and a login
+		// that was refused it waits for.
 		if outcome, decided = j.askAnew(); decided {
 			return outcome, decided
 		}
@@ -194,16 +198,17 @@ func (j *join) watch() (outcome error, decided bool) {
 	defer done()
 	ctx, cancel := context.WithTimeout(until, lookInterval)
 	defer cancel()
-	j.node.backend.WatchNotifications(ctx, ipn.NotifyInitialState, nil, func(notify *ipn.Notify) bool {
+	n.backend.WatchNotifications(ctx, ipn.NotifyInitialState, nil, func(notify *ipn.Notify) bool {
 		outcome, decided = j.decide(notify)
 		return !decided
 	})
 	return outcome, decided
 }
 
-// askAnew asks the control server once whether this node is still removed: a
-// server that was restored from a backup may know it again. If it is, the answer
-// is another rejection, or an address to log in at.
+// askAnew asks the control server once whether this node still has no place: a
+// server that was restored from a backup may know it again, and the expiry of its
+// key may have been disabled. If it has none, the answer is another rejection, or an
+// address to log in at.
 func (j *join) askAnew() (outcome error, decided bool) {
 	n := j.node
 	if j.askedAnew {
@@ -254,11 +259,15 @@ func (j *join) decide(notify *ipn.Notify) (outcome error, decided bool) {
 		}
 		n.removed.Store(false)
 		n.forgotten.Store(false)
+		n.loginRefused.Store(false)
 		n.needsLogUpload.Store(false)
 		n.refreshSelf()
 		n.rememberControl()
 		return nil, true
 	case ipn.NeedsLogin:
+		if j.askedAnew {
+			return j.askAnew() // the state may be older than the question
+		}
 		return j.login()
 	default:
 		return nil, false

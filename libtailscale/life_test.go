@@ -15,7 +15,9 @@ import (
 	"libtailscale/testnet"
 
 	"tailscale.com/ipn"
+	"tailscale.com/ipn/ipnstate"
 	"tailscale.com/net/netmon"
+	"tailscale.com/types/views"
 )
 
 // statusNow is what the next status line would say.
@@ -396,6 +398,20 @@ func TestAnIdentityThatCannotBeSaved(t *testing.T) {
 	check(t, n.close())
 	_, err := openStateFile(path)
 	check(t, err)
+}
+
+// What a control server calls a node, a tag or a relay is printed on terminals.
+func TestNamesFromTheControlServerAreHarmless(t *testing.T) {
+	n := unstarted(t, startNet(t, testnet.Options{}))
+	check(t, n.up())
+	const evil, harmless = "a\x1b]0;b\a\nc\u202e", "a·]0;b· c·"
+	tags := views.SliceOf([]string{"tag:" + evil})
+	self := &ipnstate.PeerStatus{DNSName: evil + ".", Relay: evil, Tags: &tags}
+	s := n.statusOf(&ipnstate.Status{Self: self, Health: []string{evil}, AuthURL: "https://" + evil})
+	got := []string{s.Name, s.HomeRegion, s.Tags[0], s.Health[0], s.LoginURL}
+	if want := []string{harmless, harmless, "tag:" + harmless, harmless, ""}; !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
 }
 
 func TestWordsFromElsewhereAreHarmless(t *testing.T) {

@@ -145,6 +145,7 @@ type node struct {
 	controlSaid    atomic.Pointer[controlProblem] // the backend's last error with the control server
 	controlProbed  atomic.Pointer[controlProblem] // why probeControl failed the last time
 	forgotten      atomic.Bool                    // removed, and its map poll lives on (known.go)
+	loginRefused   atomic.Bool                    // since the node last had a place
 	remembered     atomic.Bool                    // the control server's key is stored
 	asking         atomic.Bool                    // while it is at work
 	networkChanges atomic.Int64                   // major ones of this machine's network

@@ -188,7 +188,7 @@ impl Membership {
         if *lost == Trouble::NeedsLogUpload {
             return self.look_for_flow_logs(&mut attempts.flow_logs).await;
         }
-        if *lost == Trouble::Removed && !self.is_still_removed(attempts).await {
+        if !self.is_still_out(attempts).await {
             return false;
         }
         let credential = self.credential().await;
@@ -223,9 +223,10 @@ impl Membership {
         true
     }
 
-    /// Asks the control server, every minute, whether this node is still removed: one that was
-    /// restored from a backup may know it again, which costs no credential. In between, what it said.
-    async fn is_still_removed(&self, attempts: &mut Attempts) -> bool {
+    /// Asks the control server, every minute, whether this node still has no place: one that was
+    /// restored from a backup may know it again, and an admin may have extended a key, which costs no
+    /// credential. In between, what it said.
+    async fn is_still_out(&self, attempts: &mut Attempts) -> bool {
         if let Some((asked, answer)) = attempts.asked
             && asked.elapsed() < LOOK
         {
@@ -268,7 +269,7 @@ impl Membership {
 struct Attempts {
     place: Pace,
     flow_logs: Pace,
-    /// When the control server was last asked whether the node is still removed, and whether it said
+    /// When the control server was last asked whether the node still has no place, and whether it said
     /// so.
     asked: Option<(Instant, bool)>,
     /// What the last one was told to have failed for.

@@ -74,12 +74,15 @@ func (r *registry) admitByKeyLocked(req *tailcfg.RegisterRequest, machine key.Ma
 			Error: "handling register with auth key: creating new node: " + refusedTagsText(asked),
 		}
 	}
-	tags := k.Tags
-	if rec != nil && len(rec.node.Tags) > 0 {
-		tags = rec.node.Tags
+	if rec == nil || len(rec.node.Tags) == 0 {
+		r.admitWithLocked(req, machine, k, k.Tags)
+		return &tailcfg.RegisterResponse{MachineAuthorized: true}
 	}
+	// A tagged one keeps its expiry too: a key does not bring an expired one back.
+	tags, expiry := rec.node.Tags, rec.node.KeyExpiry
 	r.admitWithLocked(req, machine, k, tags)
-	return &tailcfg.RegisterResponse{MachineAuthorized: true}
+	rec.node.KeyExpiry = expiry
+	return &tailcfg.RegisterResponse{MachineAuthorized: true, NodeKeyExpired: rec.isExpired()}
 }
 
 // admitByPersonLocked lets a node in whose login URL was visited. It gets what it
