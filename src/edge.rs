@@ -19,7 +19,6 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info, warn};
 
 use crate::config::Config;
@@ -37,6 +36,7 @@ use crate::sockets::{Opened, Sockets};
 use crate::state_dir::{self, StateDirError};
 use crate::supervisor::{Handed, Supervisor};
 use crate::tailnet::{JoinError, Node, linked_version};
+use crate::vital::{UnexpectedEnd, UnexpectedEnds, Vital, Vitals};
 use serving::{Admin, Parts, Serving};
 
 /// While draining, a connection that waits for its client this long is closed;
@@ -70,6 +70,9 @@ pub enum RunError {
     /// Signal handlers could not be installed.
     #[error("cannot install signal handlers: {0}")]
     Signals(#[source] std::io::Error),
+    /// A part of the edge has ended by itself.
+    #[error(transparent)]
+    TaskEnded(#[from] UnexpectedEnd),
 }
 
 impl RunError {
@@ -78,7 +81,8 @@ impl RunError {
         match self {
             RunError::Join(JoinError::Start(_) | JoinError::BadStateFile(_))
             | RunError::StateDir(_)
-            | RunError::Signals(_) => 1,
+            | RunError::Signals(_)
+            | RunError::TaskEnded(_) => 1,
             RunError::Join(_) => 3,
             RunError::Bind(_) => 4,
         }
@@ -105,6 +109,10 @@ pub struct Start {
 /// Runs the edge until a signal stops it. `Ok` is an orderly stop, also when
 /// the drain time-out cut connections.
 pub async fn run(start: Start) -> Result<(), RunError> {
+    run_with(start, Vitals::new()).await
+}
+
+async fn run_with(start: Start, (vitals, mut ends): (Vitals, UnexpectedEnds)) -> Result<(), RunError> {
     let Start { config, source, credentials, supervisor, handed, logging } = start;
     let mut signals = Signals::install(source.has_file()).map_err(RunError::Signals)?;
     info!(version = env!("CARGO_PKG_VERSION"), tailscale = linked_version(), "tailwart-edge starts");
@@ -130,7 +138,7 @@ pub async fn run(start: Start) -> Result<(), RunError> {
         lost_lines: Some(logging.lost()),
         drain,
     });
-    let mut admin = Admin::new(Arc::clone(&overview), Arc::clone(&examiner));
+    let mut admin = Admin::new(Arc::clone(&overview), Arc::clone(&examiner), vitals.clone());
     admin.serve(opened.admin.clone());
     let node = Arc::new(Node::start(&settings)?);
     node_sender.send_replace(Some(node.status()));
@@ -138,13 +146,20 @@ pub async fn run(start: Start) -> Result<(), RunError> {
     examiner.set_node(Arc::clone(&node));
     let membership = Arc::new(Membership::new(Arc::clone(&node), credentials, settings));
 
-    let parts = Parts { node: Arc::clone(&node), admin, board: board_sender, ledger, logging };
+    let parts = Parts {
+        node: Arc::clone(&node),
+        admin,
+        board: board_sender,
+        ledger,
+        logging,
+        vitals: vitals.clone(),
+    };
     let serving = Serving::new(config, sockets, opened, parts);
     let (supervisor, next_reload) = (Arc::new(supervisor), Instant::now());
-    let mut edge = Edge { serving, source, supervisor, membership, next_reload };
-    let outcome = edge.serve(&mut signals).await;
+    let mut edge = Edge { serving, source, supervisor, membership, vitals, next_reload };
+    let outcome = edge.serve(&mut signals, &mut ends).await;
     close(&node, &mut signals).await;
-    outcome.map_err(RunError::Join)
+    outcome
 }
 
 /// Closes the node, within a limit and unless a signal says at once: whatever
@@ -159,19 +174,36 @@ async fn close(node: &Node, signals: &mut Signals) {
     }
 }
 
+/// Why an edge stops that has served.
+enum Stop {
+    Signal(&'static str),
+    TaskEnded(UnexpectedEnd),
+}
+
+impl Stop {
+    /// Waits for a reason; SIGHUP is none.
+    async fn next(signals: &mut Signals, ends: &mut UnexpectedEnds) -> Stop {
+        tokio::select! {
+            signal = signals.stop() => Stop::Signal(signal),
+            end = ends.next() => Stop::TaskEnded(end),
+        }
+    }
+}
+
 /// A running edge.
 struct Edge {
     serving: Serving,
     source: Source,
     supervisor: Arc<Supervisor>,
     membership: Arc<Membership>,
+    vitals: Vitals,
     /// Not before.
     next_reload: Instant,
 }
 
 impl Edge {
-    /// Joins the tailnet, and serves until a signal; then drains.
-    async fn serve(&mut self, signals: &mut Signals) -> Result<(), JoinError> {
+    /// Joins the tailnet, and serves until a signal, or until a part of the edge fails; then drains.
+    async fn serve(&mut self, signals: &mut Signals, ends: &mut UnexpectedEnds) -> Result<(), RunError> {
         self.serving.store(&self.supervisor);
         if self.membership.node.is_enrolled()? {
             self.serving.open_holding();
@@ -181,7 +213,7 @@ impl Edge {
         let mut joining = pin!(reach_tailnet(&membership, self.serving.peers()));
         let mut extending = pin!(supervisor.extend_start());
         let mut companions = Vec::new();
-        let signal = loop {
+        let stop = loop {
             let is_joining = !self.serving.is_open();
             let stop = tokio::select! {
                 joined = &mut joining, if is_joining => match joined {
@@ -191,40 +223,49 @@ impl Edge {
                     }
                     Err(refused) => {
                         self.serving.turn_away().await;
-                        return Err(refused);
+                        return Err(refused.into());
                     }
                 },
                 () = &mut extending, if is_joining => None,
                 request = signals.next() => match request {
-                    Request::Stop(signal) => Some(signal),
-                    Request::Reload => self.reload(signals).await,
+                    Request::Stop(signal) => Some(Stop::Signal(signal)),
+                    Request::Reload => self.reload(signals, ends).await,
                 },
+                end = ends.next() => Some(Stop::TaskEnded(end)),
             };
-            if let Some(signal) = stop {
-                break signal;
+            if let Some(stop) = stop {
+                break stop;
             }
         };
         self.supervisor.stopping(self.serving.drain_limit());
         drop(companions);
+        let (signal, ended) = match stop {
+            Stop::Signal(signal) => (Some(signal), None),
+            Stop::TaskEnded(end) => (None, Some(end)),
+        };
         self.serving.stop(signal, signals).await;
-        Ok(())
+        ended.or_else(|| ends.take()).map_or(Ok(()), |end| Err(end.into()))
     }
 
     /// Serves, now that the tailnet is there; what goes on beside that, until it is dropped.
-    fn begin(&mut self) -> Vec<AbortOnDropHandle<()>> {
+    fn begin(&mut self) -> Vec<Vital> {
         self.serving.open_all();
         self.membership.announce();
         self.supervisor.ready();
         let membership = Arc::clone(&self.membership);
-        let keeping = tokio::spawn(async move { membership.keep().await });
-        let (supervisor, summary) = (Arc::clone(&self.supervisor), self.serving.summary());
-        let informing = tokio::spawn(async move { supervisor.keep_informed(summary).await });
-        [keeping, informing].map(AbortOnDropHandle::new).into()
+        let mut companions =
+            vec![self.vitals.spawn("keep the tailnet", async move { membership.keep().await })];
+        if self.supervisor.is_there() {
+            let (supervisor, summary) = (Arc::clone(&self.supervisor), self.serving.summary());
+            let informing = async move { supervisor.keep_informed(summary).await };
+            companions.push(self.vitals.spawn("inform the supervisor", informing));
+        }
+        companions
     }
 
     /// Reads the configuration again and puts it in force, or says why not. A signal that ends the
     /// edge meanwhile is returned.
-    async fn reload(&mut self, signals: &mut Signals) -> Option<&'static str> {
+    async fn reload(&mut self, signals: &mut Signals, ends: &mut UnexpectedEnds) -> Option<Stop> {
         // A supervisor is told of the first readiness by the join.
         let is_ready = self.serving.is_open();
         if is_ready {
@@ -236,7 +277,7 @@ impl Edge {
         };
         let loaded = tokio::select! {
             loaded = load => loaded,
-            signal = signals.stop() => return Some(signal),
+            stop = Stop::next(signals, ends) => return Some(stop),
         };
         self.next_reload = Instant::now() + RELOAD_INTERVAL;
         match self.put_in_force(loaded).await {
@@ -275,7 +316,7 @@ async fn reach_tailnet(membership: &Membership, peers: Vec<Arc<Peer>>) -> Result
     for peer in peers {
         greetings.spawn(greet_upstream(Arc::clone(&membership.node), peer));
     }
-    greetings.join_all().await;
+    while greetings.join_next().await.is_some() {}
     Ok(())
 }
 
@@ -296,7 +337,58 @@ async fn greet_upstream(node: Arc<Node>, peer: Arc<Peer>) {
     }
 }
 
-/// Writes the one line that ends a failed run.
+/// Writes the line that says why a run has failed, unless it was written when that happened.
 pub fn report(failure: &RunError) {
-    error!("{failure}");
+    if !matches!(failure, RunError::TaskEnded(_)) {
+        error!("{failure}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::log::{self, tests::log_of};
+
+    /// An edge that cannot join, as its control server is not there; it is not enrolled.
+    fn start(dir: &std::path::Path) -> Start {
+        let text = format!(
+            "[tailnet]\nstate_dir = '{}/state'\ncontrol_url = 'http://127.0.0.1:1'\n[admin]\nlisten = 'off'\n\
+             [[listener]]\nprotocol = 'smtp'\nlisten = ['127.0.0.1:0']\n",
+            dir.display()
+        );
+        let config = Config::parse(&text, Some("stalwart"), &|_| None).unwrap();
+        Start {
+            source: Source::capture(None, None, [].into_iter()),
+            credentials: Sources::capture(&|_| None, None),
+            supervisor: Supervisor::default(),
+            handed: Vec::new(),
+            logging: Arc::new(log::start(config.log, &|_| None)),
+            config,
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    #[ignore = "run in a process of its own by a_vital_task_that_panics_ends_the_edge"]
+    async fn runs_with_a_task_that_panics() {
+        let dir = tempfile::tempdir().unwrap();
+        let start = start(dir.path());
+        let (_logging, (vitals, ends)) = (Arc::clone(&start.logging), Vitals::new());
+        let _broken = vitals.spawn("accept smtp 0.0.0.0:25", async { panic!("as this test wants it") });
+        let outcome = timeout(Duration::from_secs(30), run_with(start, (vitals, ends))).await;
+        let failure = outcome.expect("it goes on").unwrap_err();
+        assert!(matches!(failure, RunError::TaskEnded(_)), "{failure}");
+        assert_eq!(failure.exit_code(), 1);
+        report(&failure);
+    }
+
+    #[test]
+    fn a_vital_task_that_panics_ends_the_edge() {
+        let (log, succeeds) = log_of("edge::tests::runs_with_a_task_that_panics");
+        assert!(succeeds, "{log}");
+        let told = "ERROR task \"accept smtp 0.0.0.0:25\" ended unexpectedly: it panicked: as this test wants it; \
+                    the edge stops so that its supervisor starts it anew\n";
+        assert_eq!(log.matches(told).count(), 1, "{log}");
+    }
 }

@@ -13,7 +13,7 @@
 //! [`config`], [`credential`], [`secret`], [`state_dir`], [`limits`], [`sockets`],
 //! [`reload`], [`supervisor`], [`drain`], [`admin`], [`overview`], [`metrics`], [`log`],
 //! [`status`], [`healthcheck`], [`doctor`], and what several of them need: [`wall_clock`],
-//! [`printable`], [`http_client`].
+//! [`printable`], [`http_client`], [`vital`].
 //!
 //! `ARCHITECTURE.md` has the picture and the invariants.
 
@@ -88,3 +88,5 @@ pub mod wall_clock;
 pub mod printable;
 
 pub mod http_client;
+
+pub mod vital;

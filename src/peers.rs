@@ -22,12 +22,12 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
-use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::warn;
 
 use crate::tailnet::{ConnectError, PingReport, Route};
 use crate::upstream::Dial;
+use crate::vital::{Vital, Vitals};
 
 /// How many pings in a row a peer must leave unanswered.
 const PINGS: u32 = 5;
@@ -142,14 +142,16 @@ pub struct Peers<D> {
     dialler: Arc<D>,
     limit: watch::Sender<Duration>,
     known: BTreeMap<String, Weak<Peer>>,
-    watching: JoinSet<()>,
+    vitals: Vitals,
+    /// A task for each peer; it ends when nobody has the peer any more.
+    watching: Vec<Vital>,
 }
 
 impl<D: Dial> Peers<D> {
     /// None yet.
-    pub fn new(dialler: Arc<D>, limit: Duration) -> Peers<D> {
-        let (known, watching) = (BTreeMap::new(), JoinSet::new());
-        Peers { dialler, limit: watch::Sender::new(limit), known, watching }
+    pub fn new(dialler: Arc<D>, limit: Duration, vitals: Vitals) -> Peers<D> {
+        let (known, watching) = (BTreeMap::new(), Vec::new());
+        Peers { dialler, limit: watch::Sender::new(limit), known, vitals, watching }
     }
 
     /// The peer of that name, which is watched for as long as anybody has it. Must be called within
@@ -161,12 +163,9 @@ impl<D: Dial> Peers<D> {
         let peer = Arc::new(Peer::new(host.to_owned()));
         self.known.retain(|_, peer| peer.strong_count() > 0);
         self.known.insert(host.to_owned(), Arc::downgrade(&peer));
-        while self.watching.try_join_next().is_some() {}
-        self.watching.spawn(keep_watch(
-            Arc::clone(&self.dialler),
-            Arc::downgrade(&peer),
-            self.limit.subscribe(),
-        ));
+        self.watching.retain(|task| !task.is_finished());
+        let watch = keep_watch(Arc::clone(&self.dialler), Arc::downgrade(&peer), self.limit.subscribe());
+        self.watching.push(self.vitals.spawn_finite(format!("watch peer {host}"), watch));
         peer
     }
 
@@ -304,7 +303,7 @@ mod tests {
             pings: Mutex::default(),
             aborted: Mutex::default(),
         });
-        let mut peers = Peers::new(Arc::clone(&dialler), LIMIT);
+        let mut peers = Peers::new(Arc::clone(&dialler), LIMIT, Vitals::new().0);
         let peer = peers.get("stalwart");
         assert!(Arc::ptr_eq(&peer, &peers.get("stalwart")), "one for all listeners");
         (dialler, peer, peers)
@@ -369,7 +368,7 @@ mod tests {
         drop(peer);
         sleep(LIMIT).await;
         assert!(known[0].upgrade().is_none() && peers.known().is_empty(), "nor shown");
-        assert!(peers.watching.try_join_next().is_some());
+        assert!(peers.watching[0].is_finished());
         let again = peers.get("stalwart");
         assert_eq!((again.connections(), peers.known.len()), (0, 1));
     }
