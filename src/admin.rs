@@ -42,13 +42,13 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tracing::{debug, error, info};
 
 use crate::doctor::{self, Examiner, NoLook};
 use crate::health::Judgement;
+use crate::listener::ListeningSocket;
 use crate::metrics::Format;
 use crate::overview::Overview;
 use crate::relay::Reset;
@@ -74,7 +74,7 @@ const CONNECTION_LIMIT: Duration = Duration::from_secs(90);
 const PEER_CONNECTION_LIMIT: Duration = Duration::from_secs(10);
 
 /// Answers requests for as long as the edge lives.
-pub async fn serve(listener: Arc<TcpListener>, overview: Arc<Overview>, examiner: Arc<Examiner>) {
+pub async fn serve(listener: Arc<ListeningSocket>, overview: Arc<Overview>, examiner: Arc<Examiner>) {
     let places = Places::new(PLACES, CROWDED_HEAD_LIMIT);
     loop {
         let place = places.take().await;

@@ -311,6 +311,8 @@ async fn pass_on<D: Dial>(
         service.upstream.distrusted(&service.name, server);
     }
     match outcome.end {
+        // The client has not been told, and goes on with another upstream.
+        End::Wordless => {}
         End::Failed { side: Side::Client, .. } => upstream.reset(),
         End::Failed { side: Side::Upstream, .. } => client.reset(),
         // A cut stream must not look like a finished one.
@@ -463,4 +465,4 @@ impl Outcome {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
