@@ -11,7 +11,7 @@
 mod serving;
 
 use std::pin::pin;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -25,6 +25,7 @@ use crate::config::Config;
 use crate::credential::Sources;
 use crate::doctor::Examiner;
 use crate::drain::{Request, Signals};
+use crate::health::Board;
 use crate::ledger::Ledger;
 use crate::listener::BindError;
 use crate::log::Logging;
@@ -210,7 +211,7 @@ impl Edge {
         }
         let membership = Arc::clone(&self.membership);
         let supervisor = Arc::clone(&self.supervisor);
-        let mut joining = pin!(reach_tailnet(&membership, self.serving.peers()));
+        let mut joining = pin!(reach_tailnet(&membership, self.serving.watch_board()));
         let mut extending = pin!(supervisor.extend_start());
         let mut companions = Vec::new();
         let stop = loop {
@@ -310,14 +311,32 @@ impl Edge {
 /// The contact comes before the first connection, because the first packets to a
 /// peer may be lost: it may not have heard of this node yet, and WireGuard asks
 /// again only after five seconds.
-async fn reach_tailnet(membership: &Membership, peers: Vec<Arc<Peer>>) -> Result<(), JoinError> {
+async fn reach_tailnet(
+    membership: &Membership,
+    board: watch::Receiver<Option<Arc<Board>>>,
+) -> Result<(), JoinError> {
     membership.join().await?;
-    let mut greetings = JoinSet::new();
-    for peer in peers {
-        greetings.spawn(greet_upstream(Arc::clone(&membership.node), peer));
-    }
-    while greetings.join_next().await.is_some() {}
+    greet_all(&board, |peer| greet_upstream(Arc::clone(&membership.node), peer)).await;
     Ok(())
+}
+
+/// Greets every upstream that there is, also those that a reload brings meanwhile.
+async fn greet_all<G>(board: &watch::Receiver<Option<Arc<Board>>>, greet: impl Fn(Arc<Peer>) -> G)
+where
+    G: Future<Output = ()> + Send + 'static,
+{
+    let mut greeted: Vec<Arc<Peer>> = Vec::new();
+    loop {
+        let known = board.borrow().as_ref().map(|board| board.peers.clone()).unwrap_or_default();
+        let is_new = |peer: &Arc<Peer>| !greeted.iter().any(|old| Arc::ptr_eq(old, peer));
+        let new: Vec<_> = known.iter().filter_map(Weak::upgrade).filter(is_new).collect();
+        if new.is_empty() {
+            return;
+        }
+        let mut greetings: JoinSet<()> = new.iter().cloned().map(&greet).collect();
+        while greetings.join_next().await.is_some() {}
+        greeted.extend(new);
+    }
 }
 
 /// Looks at an upstream once, so that a wrong name shows at once and not with
@@ -381,6 +400,27 @@ mod tests {
         assert!(matches!(failure, RunError::TaskEnded(_)), "{failure}");
         assert_eq!(failure.exit_code(), 1);
         report(&failure);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn upstreams_that_come_while_others_are_greeted_are_greeted_too() {
+        let peers = ["old", "added"].map(|host| Arc::new(Peer::new(host.to_owned())));
+        let board = |peers: &[Arc<Peer>]| {
+            Some(Arc::new(Board { peers: peers.iter().map(Arc::downgrade).collect(), ..Board::empty() }))
+        };
+        let (sender, receiver) = watch::channel(board(&peers[..1]));
+        let (greeted, mut hosts) = tokio::sync::mpsc::unbounded_channel();
+        let greet = |peer: Arc<Peer>| {
+            greeted.send(peer.host.clone()).unwrap();
+            tokio::time::sleep(GREETING_LIMIT)
+        };
+        let reload = async {
+            assert_eq!(hosts.recv().await.as_deref(), Some("old"));
+            sender.send_replace(board(&peers));
+            assert_eq!(hosts.recv().await.as_deref(), Some("added"));
+        };
+        let ((), ()) = tokio::join!(greet_all(&receiver, greet), reload);
+        assert!(hosts.try_recv().is_err(), "each once");
     }
 
     #[test]

@@ -216,6 +216,11 @@ impl Serving {
         self.peers.known().iter().filter_map(Weak::upgrade).collect()
     }
 
+    /// What is known of the mailbox, in each configuration that is in force.
+    pub fn watch_board(&self) -> watch::Receiver<Option<Arc<Board>>> {
+        self.parts.board.subscribe()
+    }
+
     /// Whether every port accepts, as it does once the edge has been on the tailnet.
     pub fn is_open(&self) -> bool {
         self.opening == Opening::All
