@@ -293,6 +293,9 @@ async fn pass_on<D: Dial>(
 ) -> Outcome {
     let _connected = server.connected();
     let moved = |sent, received| {
+        if received > 0 {
+            server.speaks();
+        }
         if visit.moved(sent, received) {
             server.greets_client();
         }

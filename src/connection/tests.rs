@@ -480,6 +480,7 @@ async fn a_client_that_the_mailbox_does_not_want_sends_nobody_elsewhere() {
     stream.write_all(b"220 here\r\n").await.unwrap();
     welcome.read_exact(&mut [0; 10]).await.unwrap();
     until(|| server.greeted_since(began)).await; // while the session goes on
+    assert!(server.peer().has_spoken_since(began));
     let (unwanted, accepted, peer) = client().await;
     let knocking = spawn(&service, accepted, peer);
     drop(mailbox.accept().await.unwrap());
