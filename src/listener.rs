@@ -360,7 +360,7 @@ mod tests {
         }
         sleep(Duration::from_millis(50)).await;
         assert_eq!((open().len(), admission.permits.available_permits()), (12, 0));
-        clients.pop().map(leave);
+        leave(clients.swap_remove(0));
         let addresses: Vec<_> = waiting.iter().map(|client| client.local_addr().unwrap()).collect();
         until(|| open().iter().any(|connection| addresses.contains(&connection.client()))).await;
         assert_eq!(open().len(), 12);
