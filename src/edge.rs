@@ -419,7 +419,8 @@ mod tests {
             sender.send_replace(board(&peers));
             assert_eq!(hosts.recv().await.as_deref(), Some("added"));
         };
-        let ((), ()) = tokio::join!(greet_all(&receiver, greet), reload);
+        let both = async { tokio::join!(greet_all(&receiver, greet), reload) };
+        timeout(GREETING_LIMIT * 3, both).await.expect("the other one is not greeted");
         assert!(hosts.try_recv().is_err(), "each once");
     }
 
