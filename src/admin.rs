@@ -42,24 +42,26 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tracing::{debug, error, info};
 
 use crate::doctor::{self, Examiner, NoLook};
 use crate::health::Judgement;
+use crate::listener::ListeningSocket;
 use crate::metrics::Format;
 use crate::overview::Overview;
 use crate::relay::Reset;
 use crate::status;
-use crate::tailnet::Node;
+use crate::tailnet::{Code, Node};
 
 /// Admin connections at once; more wait in the backlog.
 const PLACES: usize = 64;
 /// The same for peers of the tailnet, and how many of them may wait; more are refused.
 const PEER_PLACES: usize = 32;
 const PEER_BACKLOG: u16 = 32;
+/// Between two attempts to listen at the node's port.
+const LISTEN_PAUSE: Duration = Duration::from_secs(5);
 /// How many peers that were answered may be waited for, to take the answer.
 const PEER_LEAVING: usize = 128;
 /// How long a request's head may take while there is room, and when half of the places are taken. A
@@ -74,7 +76,7 @@ const CONNECTION_LIMIT: Duration = Duration::from_secs(90);
 const PEER_CONNECTION_LIMIT: Duration = Duration::from_secs(10);
 
 /// Answers requests for as long as the edge lives.
-pub async fn serve(listener: Arc<TcpListener>, overview: Arc<Overview>, examiner: Arc<Examiner>) {
+pub async fn serve(listener: Arc<ListeningSocket>, overview: Arc<Overview>, examiner: Arc<Examiner>) {
     let places = Places::new(PLACES, CROWDED_HEAD_LIMIT);
     loop {
         let place = places.take().await;
@@ -94,20 +96,35 @@ pub async fn serve(listener: Arc<TcpListener>, overview: Arc<Overview>, examiner
     }
 }
 
-/// Answers peers of the tailnet at a port of the node until it is closed.
+/// Answers peers of the tailnet at a port of the node for as long as the edge lives.
 pub async fn serve_tailnet(node: Arc<Node>, port: u16, overview: Arc<Overview>) {
-    let mut listener = match node.listen(port, PEER_BACKLOG) {
-        Ok(listener) => listener,
-        Err(code) => return error!(port, "cannot serve the tailnet: {code:?}; check admin.tailnet_port"),
-    };
+    let mut listener = listen(port, || node.listen(port, PEER_BACKLOG)).await;
     info!(port, "the admin listener serves the tailnet");
     let places = Places::new(PEER_PLACES, CROWDED_PEER_HEAD_LIMIT);
     let leaving = Arc::new(Semaphore::new(PEER_LEAVING));
     loop {
         let place = places.take().await;
-        let Some(stream) = listener.accept().await else { return };
+        let Some(stream) = listener.accept().await else {
+            return std::future::pending().await; // the node is closed, and so is the edge in a moment
+        };
         let (overview, leaving) = (Arc::clone(&overview), Arc::clone(&leaving));
         tokio::spawn(async move { serve_peer(stream, place, &overview, &leaving).await });
+    }
+}
+
+/// Listens as soon as that is possible: a reload may have given the port up a moment ago.
+async fn listen<L>(port: u16, try_to: impl Fn() -> Result<L, Code>) -> L {
+    let mut is_told = false;
+    loop {
+        match try_to() {
+            Ok(listener) => return listener,
+            Err(code) if !is_told => {
+                error!(port, "cannot serve the tailnet: {code:?}; trying again; check admin.tailnet_port");
+                is_told = true;
+            }
+            Err(_) => {}
+        }
+        sleep(LISTEN_PAUSE).await;
     }
 }
 
@@ -268,7 +285,7 @@ fn body(code: StatusCode, content_type: &'static str, text: String) -> Response<
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    use tokio::time::sleep;
+    use tokio::time::Instant;
 
     use super::*;
     use crate::overview::tests::overview;
@@ -299,6 +316,14 @@ mod tests {
         assert_eq!(places.free.available_permits(), 0);
         sleep(Duration::from_millis(2)).await;
         assert_eq!(places.free.available_permits(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_port_of_the_node_that_is_taken_is_tried_again() {
+        let began = Instant::now();
+        let try_to = || if began.elapsed() < LISTEN_PAUSE * 2 { Err(Code::Error) } else { Ok(()) };
+        timeout(LISTEN_PAUSE * 3, listen(9464, try_to)).await.expect("it was given up");
+        assert_eq!(began.elapsed(), LISTEN_PAUSE * 2);
     }
 
     #[test]

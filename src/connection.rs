@@ -293,6 +293,9 @@ async fn pass_on<D: Dial>(
 ) -> Outcome {
     let _connected = server.connected();
     let moved = |sent, received| {
+        if received > 0 {
+            server.speaks();
+        }
         if visit.moved(sent, received) {
             server.greets_client();
         }
@@ -311,6 +314,8 @@ async fn pass_on<D: Dial>(
         service.upstream.distrusted(&service.name, server);
     }
     match outcome.end {
+        // The client has not been told, and goes on with another upstream.
+        End::Wordless => {}
         End::Failed { side: Side::Client, .. } => upstream.reset(),
         End::Failed { side: Side::Upstream, .. } => client.reset(),
         // A cut stream must not look like a finished one.
@@ -463,4 +468,4 @@ impl Outcome {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -11,7 +11,7 @@
 mod serving;
 
 use std::pin::pin;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -19,13 +19,13 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info, warn};
 
 use crate::config::Config;
 use crate::credential::Sources;
 use crate::doctor::Examiner;
 use crate::drain::{Request, Signals};
+use crate::health::Board;
 use crate::ledger::Ledger;
 use crate::listener::BindError;
 use crate::log::Logging;
@@ -37,6 +37,7 @@ use crate::sockets::{Opened, Sockets};
 use crate::state_dir::{self, StateDirError};
 use crate::supervisor::{Handed, Supervisor};
 use crate::tailnet::{JoinError, Node, linked_version};
+use crate::vital::{UnexpectedEnd, UnexpectedEnds, Vital, Vitals};
 use serving::{Admin, Parts, Serving};
 
 /// While draining, a connection that waits for its client this long is closed;
@@ -70,6 +71,9 @@ pub enum RunError {
     /// Signal handlers could not be installed.
     #[error("cannot install signal handlers: {0}")]
     Signals(#[source] std::io::Error),
+    /// A part of the edge has ended by itself.
+    #[error(transparent)]
+    TaskEnded(#[from] UnexpectedEnd),
 }
 
 impl RunError {
@@ -78,7 +82,8 @@ impl RunError {
         match self {
             RunError::Join(JoinError::Start(_) | JoinError::BadStateFile(_))
             | RunError::StateDir(_)
-            | RunError::Signals(_) => 1,
+            | RunError::Signals(_)
+            | RunError::TaskEnded(_) => 1,
             RunError::Join(_) => 3,
             RunError::Bind(_) => 4,
         }
@@ -105,6 +110,10 @@ pub struct Start {
 /// Runs the edge until a signal stops it. `Ok` is an orderly stop, also when
 /// the drain time-out cut connections.
 pub async fn run(start: Start) -> Result<(), RunError> {
+    run_with(start, Vitals::new()).await
+}
+
+async fn run_with(start: Start, (vitals, mut ends): (Vitals, UnexpectedEnds)) -> Result<(), RunError> {
     let Start { config, source, credentials, supervisor, handed, logging } = start;
     let mut signals = Signals::install(source.has_file()).map_err(RunError::Signals)?;
     info!(version = env!("CARGO_PKG_VERSION"), tailscale = linked_version(), "tailwart-edge starts");
@@ -130,7 +139,7 @@ pub async fn run(start: Start) -> Result<(), RunError> {
         lost_lines: Some(logging.lost()),
         drain,
     });
-    let mut admin = Admin::new(Arc::clone(&overview), Arc::clone(&examiner));
+    let mut admin = Admin::new(Arc::clone(&overview), Arc::clone(&examiner), vitals.clone());
     admin.serve(opened.admin.clone());
     let node = Arc::new(Node::start(&settings)?);
     node_sender.send_replace(Some(node.status()));
@@ -138,13 +147,20 @@ pub async fn run(start: Start) -> Result<(), RunError> {
     examiner.set_node(Arc::clone(&node));
     let membership = Arc::new(Membership::new(Arc::clone(&node), credentials, settings));
 
-    let parts = Parts { node: Arc::clone(&node), admin, board: board_sender, ledger, logging };
+    let parts = Parts {
+        node: Arc::clone(&node),
+        admin,
+        board: board_sender,
+        ledger,
+        logging,
+        vitals: vitals.clone(),
+    };
     let serving = Serving::new(config, sockets, opened, parts);
     let (supervisor, next_reload) = (Arc::new(supervisor), Instant::now());
-    let mut edge = Edge { serving, source, supervisor, membership, next_reload };
-    let outcome = edge.serve(&mut signals).await;
+    let mut edge = Edge { serving, source, supervisor, membership, vitals, next_reload };
+    let outcome = edge.serve(&mut signals, &mut ends).await;
     close(&node, &mut signals).await;
-    outcome.map_err(RunError::Join)
+    outcome
 }
 
 /// Closes the node, within a limit and unless a signal says at once: whatever
@@ -159,29 +175,46 @@ async fn close(node: &Node, signals: &mut Signals) {
     }
 }
 
+/// Why an edge stops that has served.
+enum Stop {
+    Signal(&'static str),
+    TaskEnded(UnexpectedEnd),
+}
+
+impl Stop {
+    /// Waits for a reason; SIGHUP is none.
+    async fn next(signals: &mut Signals, ends: &mut UnexpectedEnds) -> Stop {
+        tokio::select! {
+            signal = signals.stop() => Stop::Signal(signal),
+            end = ends.next() => Stop::TaskEnded(end),
+        }
+    }
+}
+
 /// A running edge.
 struct Edge {
     serving: Serving,
     source: Source,
     supervisor: Arc<Supervisor>,
     membership: Arc<Membership>,
+    vitals: Vitals,
     /// Not before.
     next_reload: Instant,
 }
 
 impl Edge {
-    /// Joins the tailnet, and serves until a signal; then drains.
-    async fn serve(&mut self, signals: &mut Signals) -> Result<(), JoinError> {
+    /// Joins the tailnet, and serves until a signal, or until a part of the edge fails; then drains.
+    async fn serve(&mut self, signals: &mut Signals, ends: &mut UnexpectedEnds) -> Result<(), RunError> {
         self.serving.store(&self.supervisor);
         if self.membership.node.is_enrolled()? {
             self.serving.open_holding();
         }
         let membership = Arc::clone(&self.membership);
         let supervisor = Arc::clone(&self.supervisor);
-        let mut joining = pin!(reach_tailnet(&membership, self.serving.peers()));
+        let mut joining = pin!(reach_tailnet(&membership, self.serving.watch_board()));
         let mut extending = pin!(supervisor.extend_start());
         let mut companions = Vec::new();
-        let signal = loop {
+        let stop = loop {
             let is_joining = !self.serving.is_open();
             let stop = tokio::select! {
                 joined = &mut joining, if is_joining => match joined {
@@ -191,40 +224,49 @@ impl Edge {
                     }
                     Err(refused) => {
                         self.serving.turn_away().await;
-                        return Err(refused);
+                        return Err(refused.into());
                     }
                 },
                 () = &mut extending, if is_joining => None,
                 request = signals.next() => match request {
-                    Request::Stop(signal) => Some(signal),
-                    Request::Reload => self.reload(signals).await,
+                    Request::Stop(signal) => Some(Stop::Signal(signal)),
+                    Request::Reload => self.reload(signals, ends).await,
                 },
+                end = ends.next() => Some(Stop::TaskEnded(end)),
             };
-            if let Some(signal) = stop {
-                break signal;
+            if let Some(stop) = stop {
+                break stop;
             }
         };
         self.supervisor.stopping(self.serving.drain_limit());
         drop(companions);
+        let (signal, ended) = match stop {
+            Stop::Signal(signal) => (Some(signal), None),
+            Stop::TaskEnded(end) => (None, Some(end)),
+        };
         self.serving.stop(signal, signals).await;
-        Ok(())
+        ended.or_else(|| ends.take()).map_or(Ok(()), |end| Err(end.into()))
     }
 
     /// Serves, now that the tailnet is there; what goes on beside that, until it is dropped.
-    fn begin(&mut self) -> Vec<AbortOnDropHandle<()>> {
+    fn begin(&mut self) -> Vec<Vital> {
         self.serving.open_all();
         self.membership.announce();
         self.supervisor.ready();
         let membership = Arc::clone(&self.membership);
-        let keeping = tokio::spawn(async move { membership.keep().await });
-        let (supervisor, summary) = (Arc::clone(&self.supervisor), self.serving.summary());
-        let informing = tokio::spawn(async move { supervisor.keep_informed(summary).await });
-        [keeping, informing].map(AbortOnDropHandle::new).into()
+        let mut companions =
+            vec![self.vitals.spawn("keep the tailnet", async move { membership.keep().await })];
+        if self.supervisor.is_there() {
+            let (supervisor, summary) = (Arc::clone(&self.supervisor), self.serving.summary());
+            let informing = async move { supervisor.keep_informed(summary).await };
+            companions.push(self.vitals.spawn("inform the supervisor", informing));
+        }
+        companions
     }
 
     /// Reads the configuration again and puts it in force, or says why not. A signal that ends the
     /// edge meanwhile is returned.
-    async fn reload(&mut self, signals: &mut Signals) -> Option<&'static str> {
+    async fn reload(&mut self, signals: &mut Signals, ends: &mut UnexpectedEnds) -> Option<Stop> {
         // A supervisor is told of the first readiness by the join.
         let is_ready = self.serving.is_open();
         if is_ready {
@@ -236,7 +278,7 @@ impl Edge {
         };
         let loaded = tokio::select! {
             loaded = load => loaded,
-            signal = signals.stop() => return Some(signal),
+            stop = Stop::next(signals, ends) => return Some(stop),
         };
         self.next_reload = Instant::now() + RELOAD_INTERVAL;
         match self.put_in_force(loaded).await {
@@ -269,14 +311,32 @@ impl Edge {
 /// The contact comes before the first connection, because the first packets to a
 /// peer may be lost: it may not have heard of this node yet, and WireGuard asks
 /// again only after five seconds.
-async fn reach_tailnet(membership: &Membership, peers: Vec<Arc<Peer>>) -> Result<(), JoinError> {
+async fn reach_tailnet(
+    membership: &Membership,
+    board: watch::Receiver<Option<Arc<Board>>>,
+) -> Result<(), JoinError> {
     membership.join().await?;
-    let mut greetings = JoinSet::new();
-    for peer in peers {
-        greetings.spawn(greet_upstream(Arc::clone(&membership.node), peer));
-    }
-    greetings.join_all().await;
+    greet_all(&board, |peer| greet_upstream(Arc::clone(&membership.node), peer)).await;
     Ok(())
+}
+
+/// Greets every upstream that there is, also those that a reload brings meanwhile.
+async fn greet_all<G>(board: &watch::Receiver<Option<Arc<Board>>>, greet: impl Fn(Arc<Peer>) -> G)
+where
+    G: Future<Output = ()> + Send + 'static,
+{
+    let mut greeted: Vec<Arc<Peer>> = Vec::new();
+    loop {
+        let known = board.borrow().as_ref().map(|board| board.peers.clone()).unwrap_or_default();
+        let is_new = |peer: &Arc<Peer>| !greeted.iter().any(|old| Arc::ptr_eq(old, peer));
+        let new: Vec<_> = known.iter().filter_map(Weak::upgrade).filter(is_new).collect();
+        if new.is_empty() {
+            return;
+        }
+        let mut greetings: JoinSet<()> = new.iter().cloned().map(&greet).collect();
+        while greetings.join_next().await.is_some() {}
+        greeted.extend(new);
+    }
 }
 
 /// Looks at an upstream once, so that a wrong name shows at once and not with
@@ -296,7 +356,80 @@ async fn greet_upstream(node: Arc<Node>, peer: Arc<Peer>) {
     }
 }
 
-/// Writes the one line that ends a failed run.
+/// Writes the line that says why a run has failed, unless it was written when that happened.
 pub fn report(failure: &RunError) {
-    error!("{failure}");
+    if !matches!(failure, RunError::TaskEnded(_)) {
+        error!("{failure}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::log::{self, tests::log_of};
+
+    /// An edge that cannot join, as its control server is not there; it is not enrolled.
+    fn start(dir: &std::path::Path) -> Start {
+        let text = format!(
+            "[tailnet]\nstate_dir = '{}/state'\ncontrol_url = 'http://127.0.0.1:1'\n[admin]\nlisten = 'off'\n\
+             [[listener]]\nprotocol = 'smtp'\nlisten = ['127.0.0.1:0']\n",
+            dir.display()
+        );
+        let config = Config::parse(&text, Some("stalwart"), &|_| None).unwrap();
+        Start {
+            source: Source::capture(None, None, [].into_iter()),
+            credentials: Sources::capture(&|_| None, None),
+            supervisor: Supervisor::default(),
+            handed: Vec::new(),
+            logging: Arc::new(log::start(config.log, &|_| None)),
+            config,
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    #[ignore = "run in a process of its own by a_vital_task_that_panics_ends_the_edge"]
+    async fn runs_with_a_task_that_panics() {
+        let dir = tempfile::tempdir().unwrap();
+        let start = start(dir.path());
+        let (_logging, (vitals, ends)) = (Arc::clone(&start.logging), Vitals::new());
+        let _broken = vitals.spawn("accept smtp 0.0.0.0:25", async { panic!("as this test wants it") });
+        let outcome = timeout(Duration::from_secs(30), run_with(start, (vitals, ends))).await;
+        let failure = outcome.expect("it goes on").unwrap_err();
+        assert!(matches!(failure, RunError::TaskEnded(_)), "{failure}");
+        assert_eq!(failure.exit_code(), 1);
+        report(&failure);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn upstreams_that_come_while_others_are_greeted_are_greeted_too() {
+        let peers = ["old", "added"].map(|host| Arc::new(Peer::new(host.to_owned())));
+        let board = |peers: &[Arc<Peer>]| {
+            Some(Arc::new(Board { peers: peers.iter().map(Arc::downgrade).collect(), ..Board::empty() }))
+        };
+        let (sender, receiver) = watch::channel(board(&peers[..1]));
+        let (greeted, mut hosts) = tokio::sync::mpsc::unbounded_channel();
+        let greet = |peer: Arc<Peer>| {
+            greeted.send(peer.host.clone()).unwrap();
+            tokio::time::sleep(GREETING_LIMIT)
+        };
+        let reload = async {
+            assert_eq!(hosts.recv().await.as_deref(), Some("old"));
+            sender.send_replace(board(&peers));
+            assert_eq!(hosts.recv().await.as_deref(), Some("added"));
+        };
+        let both = async { tokio::join!(greet_all(&receiver, greet), reload) };
+        timeout(GREETING_LIMIT * 3, both).await.expect("the other one is not greeted");
+        assert!(hosts.try_recv().is_err(), "each once");
+    }
+
+    #[test]
+    fn a_vital_task_that_panics_ends_the_edge() {
+        let (log, succeeds) = log_of("edge::tests::runs_with_a_task_that_panics");
+        assert!(succeeds, "{log}");
+        let told = "ERROR task \"accept smtp 0.0.0.0:25\" ended unexpectedly: it panicked: as this test wants it; \
+                    the edge stops so that its supervisor starts it anew\n";
+        assert_eq!(log.matches(told).count(), 1, "{log}");
+    }
 }

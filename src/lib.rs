@@ -13,9 +13,11 @@
 //! [`config`], [`credential`], [`secret`], [`state_dir`], [`limits`], [`sockets`],
 //! [`reload`], [`supervisor`], [`drain`], [`admin`], [`overview`], [`metrics`], [`log`],
 //! [`status`], [`healthcheck`], [`doctor`], and what several of them need: [`wall_clock`],
-//! [`printable`], [`http_client`].
+//! [`printable`], [`http_client`], [`output`], [`vital`].
 //!
 //! `ARCHITECTURE.md` has the picture and the invariants.
+
+#![deny(clippy::print_stdout, clippy::print_stderr)] // see `output`
 
 pub mod edge;
 
@@ -88,3 +90,7 @@ pub mod wall_clock;
 pub mod printable;
 
 pub mod http_client;
+
+pub mod output;
+
+pub mod vital;

@@ -1,7 +1,7 @@
 //! How many connections there may be: in all, and per client.
 //!
-//! A permit for the whole edge is taken *before* a connection is accepted, so
-//! that at the limit the kernel's backlog holds the line instead of clients
+//! A permit for the whole edge is taken when a client is there and *before* it
+//! is accepted, so that at the limit the kernel's backlog holds the line instead of clients
 //! being accepted and turned away. The client's own share can only be known
 //! after accepting. Both are given back by drop. Either limit may change while
 //! connections are open: none is cut, and nobody is let in until there are fewer
@@ -47,18 +47,13 @@ pub fn connection_limit(configured: Option<usize>, listeners: usize) -> Connecti
 
 fn limit_for(configured: Option<usize>, listeners: usize, descriptors: u64) -> ConnectionLimit {
     let free = descriptors.saturating_sub(RESERVED_DESCRIPTORS + listeners as u64);
-    // A listener holds a permit while it waits, so each needs one.
-    let free = usize::try_from(free).unwrap_or(usize::MAX).max(listeners.max(1));
+    let free = usize::try_from(free).unwrap_or(usize::MAX).max(1);
     match configured {
         Some(wanted) if wanted > free => ConnectionLimit {
             connections: free,
             reason: format!(
                 "max_connections = {wanted} lowered to what the descriptor limit of {descriptors} allows"
             ),
-        },
-        Some(wanted) if wanted < listeners => ConnectionLimit {
-            connections: listeners,
-            reason: format!("max_connections = {wanted} raised to one for each listening socket"),
         },
         Some(wanted) => ConnectionLimit { connections: wanted, reason: "max_connections".into() },
         None if free > DEFAULT_CEILING => ConnectionLimit {
@@ -237,9 +232,9 @@ mod tests {
     }
 
     #[test]
-    fn every_listener_can_always_hold_a_permit() {
-        assert_eq!(limit_for(Some(1), 10, 1024).connections, 10);
-        assert_eq!(limit_for(None, 10, 64).connections, 10);
+    fn there_is_always_a_permit() {
+        assert_eq!(limit_for(Some(1), 10, 1024).connections, 1);
+        assert_eq!(limit_for(None, 10, 64).connections, 1);
     }
 
     #[test]

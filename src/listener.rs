@@ -3,6 +3,8 @@
 //! Invariants
 //! - A permit is held before `accept`, so the kernel's backlog holds the line
 //!   at the connection limit; it goes back when the connection's task ends.
+//! - A listener without a client has no permit: however many ports are open, all
+//!   permits are for connections.
 //! - An error of `accept` never ends a listener: if it is ours to wait out, or
 //!   comes again and again, it backs off from 5 ms to 1 s and goes on, so running
 //!   out of descriptors costs time, not the port.
@@ -14,12 +16,16 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::net::{SocketFlags, acceptfrom_with};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use thiserror::Error;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::Interest;
+use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
+use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
@@ -66,8 +72,56 @@ pub struct BindError {
     pub kind: io::ErrorKind,
 }
 
+/// A listening socket. Unlike tokio's, it tells that there is somebody before it accepts.
+#[derive(Debug)]
+pub struct ListeningSocket(AsyncFd<std::net::TcpListener>);
+
+impl ListeningSocket {
+    /// Of a socket that does not block. Must be called within a tokio runtime.
+    #[expect(
+        deprecated,
+        reason = "it is unsound for types that lie about their descriptor, which the standard library's do not; its successor needs `unsafe`"
+    )]
+    pub fn new(listener: std::net::TcpListener) -> io::Result<ListeningSocket> {
+        AsyncFd::with_interest(listener, Interest::READABLE).map(ListeningSocket)
+    }
+
+    /// Where it listens.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.get_ref().local_addr()
+    }
+
+    /// Waits until somebody may be there.
+    async fn somebody(&self) -> io::Result<AsyncFdReadyGuard<'_, std::net::TcpListener>> {
+        self.0.readable().await
+    }
+
+    /// Accepts whoever is there, also where the runtime has not heard yet that somebody is.
+    fn accept_now(&self) -> io::Result<(TcpStream, SocketAddr)> {
+        let (client, peer) = acceptfrom_with(self, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
+        let peer = peer.ok_or(io::ErrorKind::AddrNotAvailable)?.try_into()?;
+        Ok((TcpStream::from_std(client.into())?, peer))
+    }
+
+    /// Accepts the next one. Dropping the future loses nobody.
+    pub async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
+        loop {
+            let mut somebody = self.somebody().await?;
+            if let Ok(accepted) = somebody.try_io(|_| self.accept_now()) {
+                return accepted;
+            }
+        }
+    }
+}
+
+impl AsFd for ListeningSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.get_ref().as_fd()
+    }
+}
+
 /// Opens a listening socket. Must be called within a tokio runtime.
-pub fn bind(name: &str, address: SocketAddr) -> Result<TcpListener, BindError> {
+pub fn bind(name: &str, address: SocketAddr) -> Result<ListeningSocket, BindError> {
     open(address).map_err(|error| BindError {
         name: name.to_owned(),
         address,
@@ -85,7 +139,7 @@ fn kind_of(error: &io::Error) -> io::ErrorKind {
     }
 }
 
-fn open(address: SocketAddr) -> io::Result<TcpListener> {
+fn open(address: SocketAddr) -> io::Result<ListeningSocket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
     socket.set_reuse_address(true)?; // restart while old connections are in TIME_WAIT
@@ -94,7 +148,7 @@ fn open(address: SocketAddr) -> io::Result<TcpListener> {
     }
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
-    TcpListener::from_std(socket.into())
+    ListeningSocket::new(socket.into())
 }
 
 fn explain(error: &io::Error, address: SocketAddr) -> String {
@@ -127,11 +181,14 @@ pub struct Admission {
 
 /// Accepts connections for as long as it is not dropped, each served in a task
 /// of its own.
-pub async fn accept<D: Dial>(listener: Arc<TcpListener>, service: Arc<Service<D>>, admission: Admission) {
+pub async fn accept<D: Dial>(listener: Arc<ListeningSocket>, service: Arc<Service<D>>, admission: Admission) {
     let mut trouble = Trouble { backoff: BACKOFF_FIRST, last: None, lost: 0 };
     loop {
+        let Ok(mut somebody) = listener.somebody().await else { return }; // only without a runtime
         let Ok(permit) = Arc::clone(&admission.permits).acquire_owned().await else { return }; // never closed
-        match listener.accept().await {
+        // Whoever was there may be gone, or another process may have taken them: then the permit goes back.
+        let Ok(accepted) = somebody.try_io(|_| listener.accept_now()) else { continue };
+        match accepted {
             Ok((client, peer)) => {
                 trouble.over(&service.name);
                 admit(&service, &admission, permit, client, peer);
@@ -150,14 +207,13 @@ pub async fn accept<D: Dial>(listener: Arc<TcpListener>, service: Arc<Service<D>
 
 /// Takes in those who wait in the kernel's backlog, which would reset them when
 /// the socket is closed, as far as the limits allow.
-pub fn accept_backlog<D: Dial>(listener: &TcpListener, service: &Arc<Service<D>>, admission: &Admission) {
+pub fn accept_backlog<D: Dial>(listener: &ListeningSocket, service: &Arc<Service<D>>, admission: &Admission) {
     for _ in 0..BACKLOG {
         let Ok(permit) = Arc::clone(&admission.permits).try_acquire_owned() else { return };
-        // Past tokio, which may not have heard yet that there is somebody.
-        let Ok((client, peer)) = SockRef::from(listener).accept() else { return };
-        let accepted = client.set_nonblocking(true).and_then(|()| TcpStream::from_std(client.into()));
-        if let (Ok(client), Some(peer)) = (accepted, peer.as_socket()) {
-            admit(service, admission, permit, client, peer);
+        match listener.accept_now() {
+            Ok((client, peer)) => admit(service, admission, permit, client, peer),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_shortage(&error) => return,
+            Err(_) => {} // lost before it was accepted
         }
     }
 }
@@ -235,5 +291,133 @@ fn prepare(client: &TcpStream) {
     let socket = SockRef::from(client);
     if let Err(e) = socket.set_tcp_keepalive(&KEEPALIVE).and_then(|()| socket.set_tcp_nodelay(true)) {
         debug!("cannot set socket options: {e}"); // the client is gone already
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt;
+    use tokio::task::JoinSet;
+    use tokio::time::{sleep, timeout};
+
+    use super::*;
+    use crate::config::ProxyProtocol;
+    use crate::connection::tests::{Loopback, service, service_to};
+    use crate::relay::Reset;
+    use crate::tailnet::{ConnectError, PingReport};
+
+    fn admission(connections: usize) -> Admission {
+        let permits = Arc::new(Semaphore::new(connections));
+        Admission { permits, clients: ClientLimit::new(0), tasks: TaskTracker::new() }
+    }
+
+    async fn until(condition: impl Fn() -> bool) {
+        let polled = async {
+            while !condition() {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(Duration::from_secs(20), polled).await.expect("it never happens");
+    }
+
+    fn socket() -> Arc<ListeningSocket> {
+        Arc::new(bind("smtp", "127.0.0.1:0".parse().unwrap()).unwrap())
+    }
+
+    /// A client that has got through to the kernel.
+    async fn client(socket: &ListeningSocket) -> TcpStream {
+        TcpStream::connect(socket.local_addr().unwrap()).await.unwrap()
+    }
+
+    /// A client that only ends its side may wait for the reply.
+    fn leave(mut client: TcpStream) {
+        client.reset();
+    }
+
+    /// Clients that are served wait for a mailbox that does not answer.
+    fn silent() -> Arc<Service<Loopback>> {
+        Arc::new(service(None, ProxyProtocol::V2))
+    }
+
+    #[tokio::test]
+    async fn all_permits_are_for_clients_however_many_ports_are_open() {
+        let (service, admission) = (silent(), admission(12));
+        let sockets: Vec<_> = (0..10).map(|_| socket()).collect();
+        let mut accepting = JoinSet::new();
+        for socket in &sockets {
+            accepting.spawn(accept(Arc::clone(socket), Arc::clone(&service), admission.clone()));
+        }
+        let mut clients = Vec::new();
+        for _ in 0..12 {
+            clients.push(client(&sockets[0]).await);
+        }
+        let open = || service.page.ledger().open();
+        until(|| open().len() == 12).await;
+        // One more on each port: the kernel has them, and nobody is served before another one leaves.
+        let mut waiting = Vec::new();
+        for socket in &sockets {
+            waiting.push(client(socket).await);
+        }
+        sleep(Duration::from_millis(50)).await;
+        assert_eq!((open().len(), admission.permits.available_permits()), (12, 0));
+        leave(clients.swap_remove(0));
+        let addresses: Vec<_> = waiting.iter().map(|client| client.local_addr().unwrap()).collect();
+        until(|| open().iter().any(|connection| addresses.contains(&connection.client()))).await;
+        assert_eq!(open().len(), 12);
+        accepting.shutdown().await;
+        clients.into_iter().chain(waiting).for_each(leave);
+        until(|| admission.permits.available_permits() == 12).await;
+    }
+
+    #[tokio::test]
+    async fn accepting_that_ends_while_it_waits_for_a_permit_takes_none_and_loses_nobody() {
+        let (service, admission, socket) = (silent(), admission(1), socket());
+        let taken = Arc::clone(&admission.permits).try_acquire_owned().unwrap();
+        let begin = || accept(Arc::clone(&socket), Arc::clone(&service), admission.clone());
+        let _client = client(&socket).await;
+        timeout(Duration::from_millis(50), begin()).await.expect_err("it accepts for as long as it may");
+        drop(taken);
+        assert_eq!(admission.permits.available_permits(), 1);
+        let _again = tokio::spawn(begin());
+        until(|| service.page.ledger().open().len() == 1).await;
+        assert_eq!(admission.permits.available_permits(), 0);
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_in_the_backlog_is_taken_in_as_far_as_there_are_permits() {
+        let (service, admission, socket) = (silent(), admission(2), socket());
+        let _clients = [client(&socket).await, client(&socket).await, client(&socket).await];
+        accept_backlog(&socket, &service, &admission);
+        assert_eq!((admission.tasks.len(), admission.permits.available_permits()), (2, 0));
+    }
+
+    /// A mistake of ours.
+    struct Broken;
+
+    impl Dial for Broken {
+        type Stream = TcpStream;
+
+        async fn dial(&self, _: &str, _: u16) -> Result<TcpStream, ConnectError> {
+            panic!("as this test wants it")
+        }
+
+        async fn ping(&self, _: &str, _: Duration) -> Result<PingReport, ConnectError> {
+            Err(ConnectError::NoSuchPeer)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_panic_costs_its_client_alone() {
+        let (service, socket) = (Arc::new(service_to(Broken, ProxyProtocol::V2)), socket());
+        let admission = Admission { clients: ClientLimit::new(1), ..admission(1) };
+        let accepting = tokio::spawn(accept(Arc::clone(&socket), Arc::clone(&service), admission.clone()));
+        for ended in 1..=3 {
+            let mut client = client(&socket).await;
+            assert_eq!(client.read(&mut [0]).await.unwrap_or(0), 0, "it is closed");
+            let counters = &service.page.ledger().counters;
+            until(|| counters.count("smtp", crate::end_state::EndState::Internal) == ended).await;
+            until(|| admission.permits.available_permits() == 1).await;
+        }
+        assert!(!accepting.is_finished());
     }
 }

@@ -7,18 +7,23 @@
 //! - A reader of the log that hangs does not stop mail: lines are written by a thread of their own, and
 //!   when too many wait the rest is lost and counted.
 //! - What is in the queue when the program ends is still written, within a second.
+//! - A panic is a log line like others: written past the queue, it would wait for a reader that hangs.
 //!
 //! Deliberately not here: how often a line may repeat itself (see `ledger.rs`).
 
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::fmt;
 use std::io::IsTerminal;
+use std::panic::PanicHookInfo;
 
+use tracing::error;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
 use crate::config::{Log, LogFormat};
+use crate::vital;
 
 /// Lines that may wait: more than the connections that there usually may be, since at a stop all that
 /// are quiet end at once.
@@ -52,6 +57,7 @@ pub fn start(settings: Log, environment: &dyn Fn(&str) -> Option<String>) -> Log
     let (format, formatter) = reload::Layer::new(format(settings, &writer, colour));
     let (choose, filter) = reload::Layer::new(choose(settings, directives.as_deref()));
     tracing_subscriber::registry().with(format).with(choose).init();
+    std::panic::set_hook(Box::new(tell_panic));
     Logging { formatter, filter, writer, colour, directives, _worker: worker }
 }
 
@@ -72,6 +78,16 @@ impl Logging {
     /// How many lines were lost because nobody read them.
     pub fn lost(&self) -> ErrorCounter {
         self.writer.error_counter()
+    }
+}
+
+fn tell_panic(panic: &PanicHookInfo<'_>) {
+    let message = vital::message(panic.payload());
+    let place = panic.location().map(ToString::to_string).unwrap_or_default();
+    let backtrace = Backtrace::capture();
+    match backtrace.status() {
+        BacktraceStatus::Captured => error!("panicked at {place}: {message}\n{backtrace}"),
+        _ => error!("panicked at {place}: {message}; please report this"),
     }
 }
 
@@ -98,12 +114,41 @@ fn choose(settings: Log, directives: Option<&str>) -> EnvFilter {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     #[test]
     fn several_values_are_one_text_and_none_is_nothing() {
         assert_eq!(list(&["tag:a", "tag:b"]).as_deref(), Some("tag:a, tag:b"));
         assert_eq!(list::<String>(&[]), None);
+    }
+
+    const JSON: Log = Log { level: tracing::Level::INFO, format: LogFormat::Json, repeats: 0 };
+
+    #[test]
+    #[ignore = "run in a process of its own by a_panic_is_a_line_of_the_log"]
+    fn panics() {
+        let _logging = start(JSON, &|_| None);
+        assert!(std::thread::spawn(|| panic!("a bug\nin two lines")).join().is_err());
+    }
+
+    /// The log of a test that is ignored otherwise, since it starts the log of its process, and whether
+    /// it succeeds.
+    pub fn log_of(test: &str) -> (String, bool) {
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", test, "--ignored", "--nocapture"]).env_remove("RUST_BACKTRACE");
+        let output = command.env_remove("RUST_LOG").output().unwrap();
+        (String::from_utf8(output.stderr).unwrap(), output.status.success())
+    }
+
+    #[test]
+    fn a_panic_is_a_line_of_the_log() {
+        let (log, succeeds) = log_of("log::tests::panics");
+        assert!(succeeds, "{log}");
+        let line: serde_json::Value = serde_json::from_str(log.trim()).expect(&log);
+        let message = line["message"].as_str().unwrap_or_default();
+        assert_eq!(line["level"], "ERROR");
+        assert!(message.starts_with("panicked at src/log.rs:"), "{message}");
+        assert!(message.ends_with(": a bug in two lines; please report this"), "{message}");
     }
 }

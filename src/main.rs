@@ -1,7 +1,9 @@
 //! The program: arguments, log output, exit codes; nothing else.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)] // see `output`
+
 use std::fmt::Display;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -15,7 +17,7 @@ use tailwart_edge::doctor::{self, Patient};
 use tailwart_edge::edge::{self, Start};
 use tailwart_edge::reload::Source;
 use tailwart_edge::supervisor::{Supervisor, handed_over};
-use tailwart_edge::{healthcheck, log, status, tailnet};
+use tailwart_edge::{healthcheck, log, output, status, tailnet};
 use tokio::runtime::Runtime;
 
 /// Wrong usage or configuration.
@@ -33,7 +35,11 @@ fn main() -> ExitCode {
         Command::Healthcheck(args) => check_health(&args),
         Command::Completions { shell } => completions(shell),
         Command::Version => {
-            println!("tailwart-edge {} (Tailscale {})", env!("CARGO_PKG_VERSION"), tailnet::linked_version());
+            output::say(format!(
+                "tailwart-edge {} (Tailscale {})",
+                env!("CARGO_PKG_VERSION"),
+                tailnet::linked_version()
+            ));
             Ok(ExitCode::SUCCESS)
         }
     };
@@ -54,12 +60,12 @@ fn load(args: &ConfigArgs) -> Result<Config, ConfigError> {
 }
 
 fn config_mistakes(mistakes: ConfigError) -> ExitCode {
-    eprintln!("{mistakes}");
+    output::complain(mistakes);
     ExitCode::from(EXIT_CONFIG)
 }
 
 fn failure(problem: impl Display) -> ExitCode {
-    eprintln!("{problem}");
+    output::complain(problem);
     ExitCode::FAILURE
 }
 
@@ -71,13 +77,13 @@ fn start_runtime() -> Result<Runtime, ExitCode> {
 fn check(args: &ConfigArgs) -> Outcome {
     let config = load(args).map_err(config_mistakes)?;
     for warning in &config.warnings {
-        eprintln!("warning: {warning}");
+        output::complain(format!("warning: {warning}"));
     }
     for listener in &config.listeners {
         let addresses: Vec<String> = listener.listen.iter().map(ToString::to_string).collect();
-        println!("{}: {} -> {}", listener.name, addresses.join(", "), listener.upstream);
+        output::say(format!("{}: {} -> {}", listener.name, addresses.join(", "), listener.upstream));
     }
-    println!("the configuration is good");
+    output::say("the configuration is good");
     Ok(ExitCode::SUCCESS)
 }
 
@@ -128,8 +134,7 @@ fn doctor(args: DoctorArgs) -> Outcome {
     let report = runtime.block_on(doctor::run(patient));
     runtime.shutdown_background();
     let text = if json { report.to_json().to_string() } else { report.to_string() };
-    // Not println!, which panics when the reader has gone.
-    let _ = writeln!(std::io::stdout(), "{text}");
+    output::say(text);
     Ok(ExitCode::from(report.exit_code()))
 }
 
@@ -159,7 +164,7 @@ fn show_status(args: &StatusArgs) -> Outcome {
         return Ok(ExitCode::SUCCESS); // nobody reads it any more
     }
     let status = runtime.block_on(status::ask(admin)).map_err(failure)?;
-    let _ = write!(std::io::stdout(), "{}", status.shown(args.json));
+    output::write(status.shown(args.json));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -167,6 +172,6 @@ fn completions(shell: Shell) -> Outcome {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), env!("CARGO_PKG_NAME"), &mut script);
     // Not straight to the terminal: generate panics when the reader has gone.
-    let _ = std::io::stdout().write_all(&script);
+    output::write(String::from_utf8_lossy(&script));
     Ok(ExitCode::SUCCESS)
 }

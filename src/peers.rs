@@ -3,45 +3,59 @@
 //! A mailbox whose machine loses power under an idle connection (IMAP IDLE) sends no FIN, and its
 //! clients would wait for mail that never comes. TCP keepalive notices it too, but only where nothing
 //! is on its way, and a user time-out would also cut a live mailbox that takes its time to accept a
-//! message. So each peer that has connections is pinged inside WireGuard, and only its silence there
-//! counts.
+//! message. So each peer that has connections is looked at again and again, by a ping inside WireGuard, and
+//! only its silence there counts.
+//!
+//! A lost packet is no silence: a ping that is not answered soon is repeated within the same look, and bytes
+//! from the peer are a sign of life too. Where one packet in ten is lost each way, a ping (two questions,
+//! each with its answer) fails with 1 - 0.9^4 = 0.34, the four of a look with 0.014, and five looks in a row
+//! with 5e-10: with a look every 8 seconds, once in 500 years.
 //!
 //! The same pings tell which path packets take. A peer that gets a connection after a quiet time is
 //! pinged at once, so that the path of a short session is known before it ends.
 //!
 //! Invariants: a peer without connections is left in peace; what is not the peer's fault (this edge
-//! is off the tailnet, or has no network) does not count as its silence; a peer is pinged once at a
-//! time, and a second apart at least.
+//! is off the tailnet, or has no network) does not count as its silence; nor does another name, as long as
+//! its address answers; a peer is pinged once at a time, and the looks are a second apart at least.
 //!
 //! Deliberately not here: whether the mail server on it is well (see `probe.rs`).
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
-use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::warn;
 
 use crate::tailnet::{ConnectError, PingReport, Route};
 use crate::upstream::Dial;
+use crate::vital::{Vital, Vitals};
 
-/// How many pings in a row a peer must leave unanswered.
-const PINGS: u32 = 5;
+/// How many looks in a row must have found nothing of a peer.
+const LOOKS: u32 = 5;
+
+/// So many looks without an answer are enough also where bytes still come: they may have come before the
+/// silence, for a client that takes its time.
+const LOOKS_BESIDE_BYTES: u32 = 3 * LOOKS;
+
+/// How many pings a look has, and how long each but the last may take. The last has what is left, for a
+/// slow path.
+const PINGS: u32 = 4;
+const FIRST_PINGS_LIMIT: Duration = Duration::from_secs(1);
 
 /// How long libtailscale looks, after a ping that was not answered, for a network of our own.
 const OWN_NETWORK_LIMIT: Duration = Duration::from_secs(2);
 
-/// The least that a ping is given: a few round trips over a relay.
-const MIN_PING_LIMIT: Duration = Duration::from_secs(1);
+/// The least that a look is given: a few round trips over a relay.
+const MIN_LOOK_LIMIT: Duration = Duration::from_secs(1);
 
 /// How long the end of a connection may take to be noticed after its reset.
 const GIVEN_UP: Duration = Duration::from_secs(2);
 
-/// The least time between the beginnings of two pings.
+/// The least time between the beginnings of two looks.
 const LEAST_PAUSE: Duration = Duration::from_secs(1);
 
 /// The path to a peer, as its last answer to a ping came.
@@ -64,6 +78,9 @@ pub struct Peer {
     /// When its connections were reset last.
     given_up: Mutex<Option<Instant>>,
     path: Mutex<Option<Path>>,
+    made: Instant,
+    /// When bytes last came from it, in milliseconds since it was made; 0 before the first.
+    heard: AtomicU64,
     /// Told when a first connection is made.
     awake: Notify,
 }
@@ -80,6 +97,8 @@ impl Peer {
             connections: AtomicUsize::new(0),
             given_up: Mutex::new(None),
             path: Mutex::new(None),
+            made: Instant::now(),
+            heard: AtomicU64::new(0),
             awake: Notify::new(),
         }
     }
@@ -90,6 +109,25 @@ impl Peer {
             self.awake.notify_one();
         }
         Connected(self)
+    }
+
+    /// Notes that bytes come from it at this moment.
+    pub fn speaks(&self) {
+        let now = self.millis(Instant::now());
+        // Written once a millisecond at most: many connections share it.
+        if self.heard.load(Ordering::Relaxed) != now {
+            self.heard.store(now, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether bytes came from it since then.
+    pub fn has_spoken_since(&self, then: Instant) -> bool {
+        let heard = self.heard.load(Ordering::Relaxed);
+        heard > 0 && heard >= self.millis(then)
+    }
+
+    fn millis(&self, at: Instant) -> u64 {
+        u64::try_from(at.duration_since(self.made).as_millis()).map_or(u64::MAX, |millis| millis + 1)
     }
 
     /// Whether its connections were reset a moment ago because it is gone.
@@ -142,14 +180,16 @@ pub struct Peers<D> {
     dialler: Arc<D>,
     limit: watch::Sender<Duration>,
     known: BTreeMap<String, Weak<Peer>>,
-    watching: JoinSet<()>,
+    vitals: Vitals,
+    /// A task for each peer; it ends when nobody has the peer any more.
+    watching: Vec<Vital>,
 }
 
 impl<D: Dial> Peers<D> {
     /// None yet.
-    pub fn new(dialler: Arc<D>, limit: Duration) -> Peers<D> {
-        let (known, watching) = (BTreeMap::new(), JoinSet::new());
-        Peers { dialler, limit: watch::Sender::new(limit), known, watching }
+    pub fn new(dialler: Arc<D>, limit: Duration, vitals: Vitals) -> Peers<D> {
+        let (known, watching) = (BTreeMap::new(), Vec::new());
+        Peers { dialler, limit: watch::Sender::new(limit), known, vitals, watching }
     }
 
     /// The peer of that name, which is watched for as long as anybody has it. Must be called within
@@ -161,12 +201,9 @@ impl<D: Dial> Peers<D> {
         let peer = Arc::new(Peer::new(host.to_owned()));
         self.known.retain(|_, peer| peer.strong_count() > 0);
         self.known.insert(host.to_owned(), Arc::downgrade(&peer));
-        while self.watching.try_join_next().is_some() {}
-        self.watching.spawn(keep_watch(
-            Arc::clone(&self.dialler),
-            Arc::downgrade(&peer),
-            self.limit.subscribe(),
-        ));
+        self.watching.retain(|task| !task.is_finished());
+        let watch = keep_watch(Arc::clone(&self.dialler), Arc::downgrade(&peer), self.limit.subscribe());
+        self.watching.push(self.vitals.spawn_finite(format!("watch peer {host}"), watch));
         peer
     }
 
@@ -183,20 +220,20 @@ impl<D: Dial> Peers<D> {
 
 /// Watches over a peer until nobody has it.
 async fn keep_watch<D: Dial>(dialler: Arc<D>, peer: Weak<Peer>, limit: watch::Receiver<Duration>) {
-    let mut unanswered = 0;
-    // Remembered, since a peer that is removed has no address any more.
+    let mut silence = Silence::default();
+    // Remembered, since a peer that is removed or has another name has no address by its name any more.
     let mut address = None;
     while let Some(peer) = peer.upgrade() {
         let began = Instant::now();
         let limit = *limit.borrow();
-        let interval = limit / (PINGS + 1); // the first one comes up to an interval late
-        let ping_limit = interval.saturating_sub(OWN_NETWORK_LIMIT).max(MIN_PING_LIMIT);
-        unanswered = match peer.connections() {
-            0 => 0,
-            _ if is_silent(&*dialler, &peer, ping_limit, &mut address).await => unanswered + 1,
-            _ => 0,
-        };
-        if let (PINGS.., Some(address)) = (unanswered, address) {
+        let interval = limit / (LOOKS + 1); // the first one comes up to an interval late
+        let look_limit = interval.saturating_sub(OWN_NETWORK_LIMIT).max(MIN_LOOK_LIMIT);
+        if peer.connections() > 0 && is_silent(&*dialler, &peer, look_limit, &mut address).await {
+            silence.goes_on(&peer, began);
+        } else {
+            silence = Silence::default();
+        }
+        if let (true, Some(address)) = (silence.is_long(), address) {
             let (upstream, connections) = (&peer.host, peer.connections());
             warn!(
                 upstream,
@@ -205,30 +242,85 @@ async fn keep_watch<D: Dial>(dialler: Arc<D>, peer: Weak<Peer>, limit: watch::Re
             );
             *peer.given_up.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
             dialler.abort(address);
-            unanswered = 0;
+            silence = Silence::default();
         }
         if peer.is_woken_before(began + interval, interval).await {
-            unanswered = 0; // what was just connected to is there
+            silence = Silence::default(); // what was just connected to is there
             sleep_until(began + LEAST_PAUSE).await;
         }
     }
 }
 
+/// Looks in a row in which a peer has answered nothing.
+#[derive(Default)]
+struct Silence {
+    looks: u32,
+    /// Those of them that began after its last byte.
+    looks_since_byte: u32,
+    /// When the last one began.
+    began: Option<Instant>,
+}
+
+impl Silence {
+    /// Counts another look.
+    fn goes_on(&mut self, peer: &Peer, began: Instant) {
+        self.looks += 1;
+        self.looks_since_byte = match self.began {
+            _ if peer.has_spoken_since(began) => 0,
+            Some(before) if peer.has_spoken_since(before) => 1,
+            _ => self.looks_since_byte + 1,
+        };
+        self.began = Some(began);
+    }
+
+    fn is_long(&self) -> bool {
+        self.looks_since_byte >= LOOKS || self.looks >= LOOKS_BESIDE_BYTES
+    }
+}
+
+/// Looks for a sign of life of a peer; false also where its silence would not be its own.
 async fn is_silent<D: Dial>(dialler: &D, peer: &Peer, limit: Duration, address: &mut Option<IpAddr>) -> bool {
-    match dialler.ping(&peer.host, limit).await {
-        Ok(report) => {
-            peer.answered(&report);
-            *address = Some(report.ip);
-            !report.answered && report.network
+    let until = Instant::now() + limit;
+    for ping in 1.. {
+        let left = until.saturating_duration_since(Instant::now());
+        let is_last = ping == PINGS || left < 2 * FIRST_PINGS_LIMIT;
+        let limit = if is_last { left.max(FIRST_PINGS_LIMIT) } else { FIRST_PINGS_LIMIT };
+        match ping_wherever(dialler, peer, limit, *address).await {
+            Ok(report) => {
+                peer.answered(&report);
+                *address = Some(report.ip);
+                if report.answered || !report.network {
+                    return false;
+                }
+            }
+            // It was removed, or the policy hides it: its connections are as dead.
+            Err(ConnectError::NoSuchPeer) => return true,
+            Err(_) => return false,
         }
-        // It was removed, or the policy hides it: its connections are as dead.
-        Err(ConnectError::NoSuchPeer) => true,
-        Err(_) => false,
+        if is_last {
+            break;
+        }
+    }
+    true
+}
+
+/// Pings a peer by its name, and if nobody has the name any more, at the address where it was.
+async fn ping_wherever<D: Dial>(
+    dialler: &D,
+    peer: &Peer,
+    limit: Duration,
+    address: Option<IpAddr>,
+) -> Result<PingReport, ConnectError> {
+    match (dialler.ping(&peer.host, limit).await, address) {
+        (Err(ConnectError::NoSuchPeer), Some(address)) => dialler.ping(&address.to_string(), limit).await,
+        (asked, _) => asked,
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicBool;
+
     use tokio::net::TcpStream;
     use tokio::time::sleep;
 
@@ -246,9 +338,24 @@ mod tests {
         asked: AtomicUsize,
         pings: Mutex<Vec<Instant>>,
         aborted: Mutex<Vec<Instant>>,
+        /// Whether nobody has its name any more.
+        renamed: AtomicBool,
+        /// The share of pings that are lost, of 1000, and what decides which.
+        lost: AtomicU64,
+        dice: AtomicU64,
     }
 
     impl Pinged {
+        /// Whether the next ping is lost (xorshift).
+        fn is_lost(&self) -> bool {
+            let mut x = self.dice.load(Ordering::Relaxed);
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            self.dice.store(x, Ordering::Relaxed);
+            x % 1000 < self.lost.load(Ordering::Relaxed)
+        }
+
         fn answers(&self, answer: Result<bool, ConnectError>) {
             *self.answer.lock().unwrap() = answer;
         }
@@ -266,14 +373,17 @@ mod tests {
             Err(ConnectError::Refused)
         }
 
-        async fn ping(&self, _: &str, limit: Duration) -> Result<PingReport, ConnectError> {
+        async fn ping(&self, host: &str, limit: Duration) -> Result<PingReport, ConnectError> {
+            if self.renamed.load(Ordering::Relaxed) && host != ADDRESS.to_string() {
+                return Err(ConnectError::NoSuchPeer);
+            }
             assert_eq!(self.asked.fetch_add(1, Ordering::Relaxed), 0, "one at a time");
             self.pings.lock().unwrap().push(Instant::now());
             let delay = *self.delay.lock().unwrap();
             sleep(delay).await;
             self.asked.fetch_sub(1, Ordering::Relaxed);
             let answer = *self.answer.lock().unwrap();
-            let answered = answer?;
+            let answered = answer? && !self.is_lost();
             if !answered {
                 sleep(limit).await;
             }
@@ -303,8 +413,11 @@ mod tests {
             asked: AtomicUsize::new(0),
             pings: Mutex::default(),
             aborted: Mutex::default(),
+            renamed: AtomicBool::new(false),
+            lost: AtomicU64::new(0),
+            dice: AtomicU64::new(0x9E37_79B9_7F4A_7C15),
         });
-        let mut peers = Peers::new(Arc::clone(&dialler), LIMIT);
+        let mut peers = Peers::new(Arc::clone(&dialler), LIMIT, Vitals::new().0);
         let peer = peers.get("stalwart");
         assert!(Arc::ptr_eq(&peer, &peers.get("stalwart")), "one for all listeners");
         (dialler, peer, peers)
@@ -323,6 +436,66 @@ mod tests {
             let took = dialler.aborted_after(began).expect("its connections are reset");
             assert!((LIMIT / 2..=LIMIT).contains(&took), "{took:?}");
         }
+    }
+
+    /// With one ping a look it does, within the same time.
+    #[tokio::test(start_paused = true)]
+    async fn a_path_that_loses_every_tenth_packet_costs_no_connection() {
+        let (dialler, peer, _peers) = start();
+        let _connected = peer.connected();
+        dialler.lost.store(344, Ordering::Relaxed); // 1 - 0.9^4
+        sleep(Duration::from_secs(7 * 24 * 3600)).await;
+        assert_eq!(dialler.aborted_after(Instant::now()), None);
+        let began = Instant::now();
+        dialler.answers(Ok(false));
+        sleep(LIMIT).await;
+        let took = dialler.aborted_after(began).expect("a dead one is found all the same");
+        assert!((LIMIT / 2..=LIMIT).contains(&took), "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn bytes_are_a_sign_of_life_for_some_time() {
+        let (dialler, peer, _peers) = start();
+        let _connected = peer.connected();
+        sleep(LIMIT).await;
+        dialler.answers(Ok(false));
+        for _ in 0..12 {
+            sleep(LIMIT / 10).await;
+            peer.speaks();
+        }
+        assert_eq!(dialler.aborted_after(Instant::now()), None);
+        let last = Instant::now();
+        sleep(LIMIT).await;
+        let took = dialler.aborted_after(last).expect("its connections are reset");
+        assert!((LIMIT / 2..=LIMIT).contains(&took), "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn bytes_alone_do_not_keep_a_peer_alive_for_ever() {
+        let (dialler, peer, _peers) = start();
+        let _connected = peer.connected();
+        sleep(LIMIT).await;
+        let began = Instant::now();
+        dialler.answers(Ok(false));
+        while dialler.aborted_after(began).is_none() {
+            peer.speaks();
+            sleep(Duration::from_secs(1)).await;
+            assert!(began.elapsed() < LIMIT * 3, "a slow client has it look alive");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_with_another_name_keeps_its_connections_while_its_address_answers() {
+        let (dialler, peer, _peers) = start();
+        let _connected = peer.connected();
+        sleep(LIMIT).await;
+        dialler.renamed.store(true, Ordering::Relaxed);
+        sleep(LIMIT * 10).await;
+        assert_eq!(dialler.aborted_after(Instant::now()), None);
+        let began = Instant::now();
+        dialler.answers(Ok(false));
+        sleep(LIMIT).await;
+        assert!(dialler.aborted_after(began).is_some(), "until that is silent, too");
     }
 
     #[tokio::test(start_paused = true)]
@@ -369,7 +542,7 @@ mod tests {
         drop(peer);
         sleep(LIMIT).await;
         assert!(known[0].upgrade().is_none() && peers.known().is_empty(), "nor shown");
-        assert!(peers.watching.try_join_next().is_some());
+        assert!(peers.watching[0].is_finished());
         let again = peers.get("stalwart");
         assert_eq!((again.connections(), peers.known.len()), (0, 1));
     }
@@ -417,7 +590,7 @@ mod tests {
         let pings = dialler.pings.lock().unwrap();
         let apart = |pings: &[Instant]| pings.windows(2).map(|two| two[1] - two[0]).min();
         let (answered, failed) = pings.split_at(13); // of 100 seconds each
-        assert!(apart(answered) >= Some(LIMIT / (PINGS + 1)), "{:?}", apart(answered));
+        assert!(apart(answered) >= Some(LIMIT / (LOOKS + 1)), "{:?}", apart(answered));
         assert!(apart(failed) >= Some(LEAST_PAUSE) && failed.len() > 50, "{:?}", failed.len());
     }
 }

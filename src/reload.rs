@@ -9,9 +9,11 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
@@ -29,6 +31,8 @@ pub struct Source {
     path: Option<PathBuf>,
     upstream: Option<String>,
     environment: HashMap<String, String>,
+    /// One permit, for the one thread that reads the file.
+    reading: Arc<Semaphore>,
 }
 
 /// Why everything stays as it was.
@@ -50,6 +54,11 @@ pub enum ReloadError {
         "the configuration file could not be read within {READ_LIMIT:?}; check the file system that it is on"
     )]
     Slow,
+    /// The read before this one has not come back: on a file system that hangs, it hangs too.
+    #[error(
+        "the configuration file is still being read for the reload before this one; check the file system that it is on"
+    )]
+    StillReading,
     /// It has mistakes: all of them, in one line.
     #[error("{}", .0.to_string().lines().collect::<Vec<_>>().join("; "))]
     Config(#[from] ConfigError),
@@ -71,7 +80,7 @@ impl Source {
             .filter(|(name, _)| !VARIABLES.contains(&name.as_str()))
             .collect();
         let path = config_path(config, &|name| environment.get(name).cloned());
-        Source { path, upstream, environment }
+        Source { path, upstream, environment, reading: Arc::new(Semaphore::new(1)) }
     }
 
     /// A variable as it was at the start; none that holds a credential.
@@ -92,16 +101,26 @@ impl Source {
         }
     }
 
-    /// Reads the file again.
+    /// Reads the file again, with one thread however often it hangs.
     pub async fn load_again(&self) -> Result<Config, ReloadError> {
         let Some(path) = self.path.clone() else { return Err(ReloadError::NoFile) };
         let source = self.clone();
-        let read = tokio::task::spawn_blocking(move || {
+        self.read_with(move || {
             if path.metadata().is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir()) {
                 return Err(ReloadError::NoRegularFile(path));
             }
             Ok(source.load(&|name| source.variable(name))?)
-        });
+        })
+        .await
+    }
+
+    async fn read_with(
+        &self,
+        read: impl FnOnce() -> Result<Config, ReloadError> + Send + 'static,
+    ) -> Result<Config, ReloadError> {
+        let permit = Arc::clone(&self.reading).try_acquire_owned().map_err(|_| ReloadError::StillReading)?;
+        // The permit comes back when the thread does, which may be long after the limit.
+        let read = tokio::task::spawn_blocking(move || (read(), permit).0);
         match timeout(READ_LIMIT, read).await {
             Ok(Ok(config)) => config,
             _ => Err(ReloadError::Slow),
@@ -260,6 +279,29 @@ mod tests {
         let source = Source::capture(Some(path), Some("mailbox".into()), [].into_iter());
         let problem = source.load_again().await.unwrap_err();
         assert!(matches!(problem, ReloadError::NoRegularFile(_)), "{problem}");
+    }
+
+    #[tokio::test]
+    async fn a_file_system_that_hangs_costs_one_thread() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        std::fs::write(&path, "").unwrap();
+        let source = Source::capture(Some(path.clone()), Some("mailbox".into()), [].into_iter());
+        let (release, hangs) = std::sync::mpsc::channel::<()>();
+        let hanging = source.read_with(move || {
+            let _ = hangs.recv();
+            Err(ReloadError::NoFile)
+        });
+        timeout(Duration::from_millis(10), hanging).await.unwrap_err();
+        for _ in 0..3 {
+            let problem = source.load_again().await.unwrap_err();
+            assert!(matches!(problem, ReloadError::StillReading), "{problem}");
+        }
+        drop(release);
+        while let Err(ReloadError::StillReading) = source.load_again().await {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        source.load_again().await.unwrap();
     }
 
     #[tokio::test]

@@ -26,11 +26,10 @@ use std::sync::Arc;
 
 use rustix::io::{FdFlags, fcntl_setfd};
 use socket2::{Domain, SockRef, Type};
-use tokio::net::TcpListener;
 use tracing::{info, warn};
 
 use crate::config::{Config, DEFAULT_ADMIN, Listener};
-use crate::listener::{BindError, bind};
+use crate::listener::{BindError, ListeningSocket, bind};
 use crate::log::list;
 use crate::supervisor::{Handed, Supervisor};
 
@@ -50,7 +49,7 @@ pub struct Socket {
     /// The configuration's address, whose port may be 0.
     address: SocketAddr,
     /// Itself.
-    pub listener: Arc<TcpListener>,
+    pub listener: Arc<ListeningSocket>,
     /// Whether it belongs to a socket unit, and not to us.
     is_units: bool,
 }
@@ -71,7 +70,7 @@ struct Inherited {
     local: SocketAddr,
     /// Whether it takes IPv4 too.
     is_dual_stack: bool,
-    listener: Arc<TcpListener>,
+    listener: Arc<ListeningSocket>,
 }
 
 /// What was handed over at the start, and what is in the supervisor's store.
@@ -254,7 +253,7 @@ impl Inherited {
         let is_dual_stack = local.is_ipv6() && !view.only_v6().unwrap_or(true);
         let listener = view.set_nonblocking(true).and_then(|()| {
             fcntl_setfd(&socket, FdFlags::CLOEXEC)?;
-            TcpListener::from_std(socket.into())
+            ListeningSocket::new(socket.into())
         });
         let listener = Arc::new(listener.map_err(|error| error.to_string())?);
         Ok(Inherited { name: name.to_owned(), local, is_dual_stack, listener })

@@ -444,6 +444,17 @@ impl Server {
         self.peer.connected()
     }
 
+    /// The peer.
+    #[cfg(test)]
+    pub fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// Notes that bytes come from its peer at this moment.
+    pub fn speaks(&self) {
+        self.peer.speaks();
+    }
+
     /// Whether its peer vanished a moment ago, so that its connections were reset.
     pub fn is_given_up(&self) -> bool {
         self.peer.is_given_up()

@@ -9,7 +9,7 @@ use crate::peers::Peer;
 use crate::tailnet::{ConnectError, PingReport};
 
 /// Dials a port of this machine, or nothing at all.
-struct Loopback(std::sync::Mutex<Option<SocketAddr>>);
+pub(crate) struct Loopback(std::sync::Mutex<Option<SocketAddr>>);
 
 impl Dial for Loopback {
     type Stream = TcpStream;
@@ -28,8 +28,11 @@ impl Dial for Loopback {
 }
 
 /// A service that turns clients away at once when the mailbox is away, and the address it dials.
-fn service(address: Option<SocketAddr>, proxy_protocol: ProxyProtocol) -> Service<Loopback> {
-    let dialler = Loopback(std::sync::Mutex::new(address));
+pub(crate) fn service(address: Option<SocketAddr>, proxy_protocol: ProxyProtocol) -> Service<Loopback> {
+    service_to(Loopback(std::sync::Mutex::new(address)), proxy_protocol)
+}
+
+pub(crate) fn service_to<D: Dial>(dialler: D, proxy_protocol: ProxyProtocol) -> Service<D> {
     let minute = Duration::from_secs(60);
     let peer = Arc::new(Peer::new("mailbox".into()));
     Service {
@@ -322,6 +325,30 @@ async fn a_mailbox_that_closes_without_a_word_is_tried_again() {
 }
 
 #[tokio::test]
+async fn a_session_that_was_tried_again_ends_in_order() {
+    let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let service = Arc::new(holding(LONG, 1).await);
+    *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+    let (mut client, accepted, peer) = client().await;
+    let serving = spawn(&service, accepted, peer);
+    for abruptly in [true, false] {
+        let (mut wordless, _) = mailbox.accept().await.unwrap();
+        wordless.read_exact(&mut [0; 12]).await.unwrap();
+        if abruptly {
+            wordless.reset();
+        }
+    }
+    let (mut stream, _) = mailbox.accept().await.unwrap();
+    stream.write_all(b"220 here\r\n").await.unwrap();
+    drop(stream);
+    let mut told = String::new();
+    client.read_to_string(&mut told).await.expect("no reset");
+    assert_eq!(told, "220 here\r\n");
+    drop(client);
+    serving.await.unwrap();
+}
+
+#[tokio::test]
 async fn a_client_that_the_mailbox_does_not_want_is_not_held() {
     let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let service = Arc::new(holding(LONG, 1).await);
@@ -453,6 +480,7 @@ async fn a_client_that_the_mailbox_does_not_want_sends_nobody_elsewhere() {
     stream.write_all(b"220 here\r\n").await.unwrap();
     welcome.read_exact(&mut [0; 10]).await.unwrap();
     until(|| server.greeted_since(began)).await; // while the session goes on
+    assert!(server.peer().has_spoken_since(began));
     let (unwanted, accepted, peer) = client().await;
     let knocking = spawn(&service, accepted, peer);
     drop(mailbox.accept().await.unwrap());

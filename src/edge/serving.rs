@@ -14,10 +14,9 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::{AbortOnDropHandle, TaskTracker};
+use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use super::QUIET;
@@ -40,6 +39,7 @@ use crate::sockets::{ADMIN, Opened, Socket, Sockets};
 use crate::supervisor::Supervisor;
 use crate::tailnet::Node;
 use crate::upstream::Upstream;
+use crate::vital::{Vital, Vitals};
 
 /// How long those who wait for a tailnet that refuses this edge may take to read the answer.
 const TURN_AWAY_LIMIT: Duration = Duration::from_secs(3);
@@ -53,13 +53,14 @@ const LAST_DIAL: Duration = Duration::from_secs(6);
 pub(super) struct Admin {
     overview: Arc<Overview>,
     examiner: Arc<Examiner>,
-    running: Option<(Socket, AbortOnDropHandle<()>)>,
-    on_tailnet: Option<(u16, AbortOnDropHandle<()>)>,
+    vitals: Vitals,
+    running: Option<(Socket, Vital)>,
+    on_tailnet: Option<(u16, Vital)>,
 }
 
 impl Admin {
-    pub fn new(overview: Arc<Overview>, examiner: Arc<Examiner>) -> Admin {
-        Admin { overview, examiner, running: None, on_tailnet: None }
+    pub fn new(overview: Arc<Overview>, examiner: Arc<Examiner>, vitals: Vitals) -> Admin {
+        Admin { overview, examiner, vitals, running: None, on_tailnet: None }
     }
 
     /// Serves at this socket, and at no other.
@@ -73,8 +74,8 @@ impl Admin {
         }
         announce(ADMIN, &socket);
         let (overview, examiner) = (Arc::clone(&self.overview), Arc::clone(&self.examiner));
-        let served = tokio::spawn(admin::serve(Arc::clone(&socket.listener), overview, examiner));
-        self.running = Some((socket, AbortOnDropHandle::new(served)));
+        let serving = admin::serve(Arc::clone(&socket.listener), overview, examiner);
+        self.running = Some((socket, self.vitals.spawn("serve admin.listen", serving)));
     }
 
     /// Serves the tailnet at this port of the node, and at no other.
@@ -84,8 +85,8 @@ impl Admin {
         }
         self.on_tailnet = port.map(|port| {
             let (node, overview) = (Arc::clone(node), Arc::clone(&self.overview));
-            let served = tokio::spawn(admin::serve_tailnet(node, port, overview));
-            (port, AbortOnDropHandle::new(served))
+            let serving = admin::serve_tailnet(node, port, overview);
+            (port, self.vitals.spawn("serve admin.tailnet_port", serving))
         });
     }
 }
@@ -98,6 +99,7 @@ pub(super) struct Parts {
     pub board: watch::Sender<Option<Arc<Board>>>,
     pub ledger: Arc<Ledger>,
     pub logging: Arc<Logging>,
+    pub vitals: Vitals,
 }
 
 /// The ports, and what is connected through them.
@@ -116,7 +118,7 @@ pub(super) struct Serving {
     held: Permits,
     peers: Peers<Node>,
     drain: CancellationToken,
-    _telling: AbortOnDropHandle<()>,
+    _telling: Vital,
 }
 
 /// Which ports accept.
@@ -134,10 +136,10 @@ struct Port {
     service: Arc<Service<Node>>,
     sockets: Vec<Socket>,
     /// A task for each socket, or none while it does not accept. A reload leaves them be if nothing changes here.
-    accepting: JoinSet<()>,
+    accepting: Vec<Vital>,
     monitors: Vec<Arc<Monitor>>,
     /// A task for each monitor, or none without probes.
-    probing: JoinSet<()>,
+    probing: Vec<Vital>,
 }
 
 /// What a service is made of. While it stays the same, so does the service.
@@ -179,10 +181,10 @@ impl Serving {
             tasks: TaskTracker::new(),
         };
         let held = Permits::new(config.limits.hold_max);
-        let peers = Peers::new(Arc::clone(&parts.node), config.timeouts.dead_peer);
+        let peers = Peers::new(Arc::clone(&parts.node), config.timeouts.dead_peer, parts.vitals.clone());
         let drain = parts.admin.overview.drain.clone();
         let ledger = Arc::clone(&parts.ledger);
-        let telling = tokio::spawn(async move { ledger.keep_telling().await });
+        let telling = parts.vitals.spawn("tell repeated lines", async move { ledger.keep_telling().await });
         let (ports, removed, opening) = (Vec::new(), Vec::new(), Opening::None);
         let mut serving = Serving {
             config,
@@ -196,7 +198,7 @@ impl Serving {
             held,
             peers,
             drain,
-            _telling: AbortOnDropHandle::new(telling),
+            _telling: telling,
         };
         serving.set_ports(opened.listeners, false);
         serving.parts.admin.serve_tailnet(&serving.parts.node, serving.config.admin_tailnet_port);
@@ -212,6 +214,11 @@ impl Serving {
     /// The mailbox's nodes.
     pub fn peers(&self) -> Vec<Arc<Peer>> {
         self.peers.known().iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// What is known of the mailbox, in each configuration that is in force.
+    pub fn watch_board(&self) -> watch::Receiver<Option<Arc<Board>>> {
+        self.parts.board.subscribe()
     }
 
     /// Whether every port accepts, as it does once the edge has been on the tailnet.
@@ -234,7 +241,7 @@ impl Serving {
         self.opening = opening;
         for port in self.ports.iter_mut().filter(|port| port.accepting.is_empty()) {
             if opening.includes(&port.service) {
-                port.accept(&self.admission, known);
+                port.accept(&self.admission, &self.parts.vitals, known);
             }
         }
     }
@@ -268,7 +275,7 @@ impl Serving {
         // Where accepting ends, clients wait in the backlog for this moment, and the permits come back.
         let mut known = Vec::new();
         for port in self.ports.iter_mut().filter(|port| !port.accepting.is_empty() && !stays(port)) {
-            port.accepting.shutdown().await;
+            port.stop_accepting().await;
             known.extend(port.sockets.iter().map(|socket| (port.service.name.clone(), socket.clone())));
         }
         if !is_limit_told {
@@ -325,7 +332,7 @@ impl Serving {
                 port.service.upstream.continues(&old.upstream);
             }
             if is_new || is_probed_anew {
-                port.probe(&self.parts.node, config.probe);
+                port.probe(&self.parts.node, &self.parts.vitals, config.probe);
             }
             self.ports.push(port);
         }
@@ -354,7 +361,7 @@ impl Serving {
         });
         let servers = service.upstream.servers().iter();
         let monitors = servers.map(|server| Arc::new(Monitor::new(&service, server))).collect();
-        let (accepting, probing) = (JoinSet::new(), JoinSet::new());
+        let (accepting, probing) = (Vec::new(), Vec::new());
         Port { definition, service, sockets, accepting, monitors, probing }
     }
 
@@ -380,8 +387,8 @@ impl Serving {
     }
 
     /// Closes the ports and waits for the connections within the drain time-out; another signal ends
-    /// the wait.
-    pub async fn stop(&mut self, signal: &str, signals: &mut Signals) {
+    /// the wait. `signal` is the one that asked for it, if one did.
+    pub async fn stop(&mut self, signal: Option<&str>, signals: &mut Signals) {
         if self.opening == Opening::None {
             return info!(signal, "stopping before anything was served");
         }
@@ -420,7 +427,7 @@ impl Serving {
     /// has too stays open there, and queues clients for the next start.
     async fn close_ports(&mut self) {
         for mut port in std::mem::take(&mut self.ports) {
-            port.accepting.shutdown().await;
+            port.stop_accepting().await;
             if self.opening.includes(&port.service) {
                 let take_in = |socket: &Socket| {
                     listener::accept_backlog(&socket.listener, &port.service, &self.admission);
@@ -465,19 +472,28 @@ impl Port {
         })
     }
 
-    fn accept(&mut self, admission: &Admission, known: &[(String, Socket)]) {
+    fn accept(&mut self, admission: &Admission, vitals: &Vitals, known: &[(String, Socket)]) {
         for socket in &self.sockets {
             if !known.iter().any(|(name, old)| *name == self.service.name && old.is(socket)) {
                 announce(&self.service.name, socket);
             }
             let (listener, service) = (Arc::clone(&socket.listener), Arc::clone(&self.service));
-            self.accepting.spawn(listener::accept(listener, service, admission.clone()));
+            let address = socket.local().map(|address| address.to_string()).unwrap_or_default();
+            let name = format!("accept {} {address}", self.service.name);
+            let accepting = listener::accept(listener, service, admission.clone());
+            self.accepting.push(vitals.spawn(name, accepting));
+        }
+    }
+
+    async fn stop_accepting(&mut self) {
+        for task in self.accepting.drain(..) {
+            task.stop().await;
         }
     }
 
     /// Probes every server from now on, or none, and forgets then what a probe has found.
-    fn probe(&mut self, node: &Arc<Node>, settings: config::Probe) {
-        self.probing = JoinSet::new();
+    fn probe(&mut self, node: &Arc<Node>, vitals: &Vitals, settings: config::Probe) {
+        self.probing.clear();
         for (monitor, server) in self.monitors.iter_mut().zip(self.service.upstream.servers()) {
             if settings.interval.is_zero() {
                 *monitor = Arc::new(Monitor::new(&self.service, server));
@@ -487,7 +503,9 @@ impl Port {
             let (service, server, node) = (Arc::clone(&self.service), Arc::clone(server), Arc::clone(node));
             let monitor = Arc::clone(monitor);
             monitor.begin();
-            self.probing.spawn(health::keep_probing(monitor, service, server, node, settings));
+            let name = format!("probe {server} for {}", service.name);
+            let probing = health::keep_probing(monitor, service, server, node, settings);
+            self.probing.push(vitals.spawn(name, probing));
         }
     }
 }
