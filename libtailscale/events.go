@@ -417,8 +417,11 @@ func (n *node) ping(host string, limit time.Duration) (pingReport, error) {
 	}
 	ctx, cancel := context.WithTimeout(n.ctx, limit)
 	defer cancel()
+	// A lost one must leave time for the ping that counts.
+	disco, cancelDisco := context.WithTimeout(ctx, limit/2)
+	defer cancelDisco()
 	for range 3 {
-		result, err := n.backend.Ping(ctx, p.ip, tailcfg.PingDisco, 0)
+		result, err := n.backend.Ping(disco, p.ip, tailcfg.PingDisco, 0)
 		if err != nil || result.Err != "" {
 			break
 		}

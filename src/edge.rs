@@ -141,7 +141,7 @@ async fn run_with(start: Start, (vitals, mut ends): (Vitals, UnexpectedEnds)) ->
     });
     let mut admin = Admin::new(Arc::clone(&overview), Arc::clone(&examiner), vitals.clone());
     admin.serve(opened.admin.clone());
-    let node = Arc::new(Node::start(&settings)?);
+    let node = Arc::new(Node::start_with(&settings, &vitals)?);
     node_sender.send_replace(Some(node.status()));
     let _ = overview.library.set(Arc::clone(&node));
     examiner.set_node(Arc::clone(&node));

@@ -22,6 +22,7 @@ use tracing::{debug, error, info, warn};
 use crate::config;
 use crate::credential::{Credential, Sources};
 use crate::log::list;
+use crate::output;
 use crate::tailnet::{JoinError, Node, NodeStatus, Trouble};
 use journal::{Journal, Moment};
 use pace::{LOOK, Pace};
@@ -120,7 +121,9 @@ impl Membership {
                 let url = status.borrow_and_update().login_url.clone();
                 if !url.is_empty() && url != shown {
                     // For a person, not for the log, whose level may hide it.
-                    eprintln!("\nTo enrol this edge, open this address in a browser:\n\n\t{url}\n");
+                    output::complain(format_args!(
+                        "\nTo enrol this edge, open this address in a browser:\n\n\t{url}\n"
+                    ));
                     shown = url;
                 }
                 if status.changed().await.is_err() {

@@ -31,6 +31,7 @@ use crate::config;
 use crate::credential::{Credential, Kind, Proof};
 use crate::printable::harmless;
 use crate::relay::Reset;
+use crate::vital::{Vital, Vitals};
 use ffi::{Conn, LineSink, Listener, NodeHandle, Setting};
 
 pub use error::{ConnectError, JoinError};
@@ -128,6 +129,8 @@ pub struct Node {
     tags: Vec<String>,
     /// Whether the tags were once found right; before that nothing is dialled.
     tagged: AtomicBool,
+    /// Those who read its log and its state.
+    _readers: [Vital; 2],
 }
 
 impl Node {
@@ -135,25 +138,30 @@ impl Node {
     /// the tailnet.
     ///
     /// Must be called within a tokio runtime, which then carries the node's
-    /// log lines (target `tailscale`, at debug) and its state.
+    /// log lines (target `tailscale`, at debug) and its state, as vital tasks.
     pub fn start(settings: &config::Tailnet) -> Result<Node, JoinError> {
+        Node::start_with(settings, &Vitals::new().0)
+    }
+
+    /// The same for somebody who hears of tasks that have ended.
+    pub fn start_with(settings: &config::Tailnet, vitals: &Vitals) -> Result<Node, JoinError> {
         let handle = Arc::new(NodeHandle::new());
         let (sender, status) = watch::channel(NodeStatus::default());
         let control = settings.control_url.clone().unwrap_or_else(|| "controlplane.tailscale.com".into());
         let started = configure(&handle, settings)
-            .and_then(|()| follow(&handle, sender.clone()))
+            .and_then(|()| follow(&handle, sender.clone(), vitals))
             .map_err(JoinError::Start)
-            .and_then(|()| {
-                handle.start().map_err(|code| start_error(&control, code, failure(&handle, code)))
+            .and_then(|readers| match handle.start() {
+                Ok(()) => Ok(readers),
+                Err(code) => Err(start_error(&control, code, failure(&handle, code))),
             });
-        if let Err(error) = started {
+        let _readers = started.inspect_err(|_| {
             // Not started, so there is nothing that it could fail to do.
             let _ = handle.close();
-            return Err(error);
-        }
+        })?;
         let (tags, tagged) = (settings.tags.clone(), AtomicBool::new(false));
         let state_dir = settings.state_dir.clone();
-        Ok(Node { handle, sender, status, control, state_dir, tags, tagged })
+        Ok(Node { handle, sender, status, control, state_dir, tags, tagged, _readers })
     }
 
     /// Joins the tailnet within `limit`, with what the node has on disk, and checks that every
@@ -429,23 +437,30 @@ fn configure(handle: &NodeHandle, settings: &config::Tailnet) -> Result<(), Stri
 }
 
 /// Reads the node's log and state lines for as long as it lives.
-fn follow(handle: &NodeHandle, status: watch::Sender<NodeStatus>) -> Result<(), String> {
+fn follow(
+    handle: &NodeHandle,
+    status: watch::Sender<NodeStatus>,
+    vitals: &Vitals,
+) -> Result<[Vital; 2], String> {
     let log = sink(handle, LineSink::Log).map_err(|e| format!("cannot make a pipe for the log: {e}"))?;
     let events = sink(handle, LineSink::Events).map_err(|e| format!("cannot make a pipe for events: {e}"))?;
-    tokio::spawn(async move {
-        // A line that was cut in the middle of a character is a line too.
-        let mut lines = BufReader::new(log).split(b'\n');
-        while let Ok(Some(line)) = lines.next_segment().await {
-            tracing::debug!(target: "tailscale", "{}", harmless(&String::from_utf8_lossy(&line)));
+    let tell = |line: &str| tracing::debug!(target: "tailscale", "{}", harmless(line));
+    let log = read_lines(log, tell);
+    let events = read_lines(events, move |line: &str| take_in(line, &status));
+    Ok([vitals.spawn("read the node's log", log), vitals.spawn("read the node's state", events)])
+}
+
+/// Reads lines, and then waits: the pipe ends with the node. What is not UTF-8, such as a line that was
+/// cut in the middle of a character, is a line too. Returns only if the pipe fails.
+async fn read_lines(pipe: pipe::Receiver, mut take: impl FnMut(&str)) {
+    let mut lines = BufReader::new(pipe).split(b'\n');
+    loop {
+        match lines.next_segment().await {
+            Ok(Some(line)) => take(&String::from_utf8_lossy(&line)),
+            Ok(None) => std::future::pending().await,
+            Err(error) => return tracing::error!("cannot read from the tailnet library: {error}"),
         }
-    });
-    tokio::spawn(async move {
-        let mut lines = BufReader::new(events).lines();
-        while let Ok(Some(line)) = lines.next_line().await {
-            take_in(&line, &status);
-        }
-    });
-    Ok(())
+    }
 }
 
 /// Makes a line of the library the node's state. One that cannot be read is no more than an error in the
