@@ -139,7 +139,7 @@ func (n *Net) Close() error {
 	}
 	errs := shutDownAll(nodes)
 	if n.control != nil {
-		n.control.stop()
+		n.control.close()
 	}
 	if n.relay != nil {
 		n.relay.close()

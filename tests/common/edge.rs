@@ -276,6 +276,17 @@ impl Edge {
         self.daemon.signal(name);
     }
 
+    /// Has it stand still, and waits until it does.
+    #[track_caller]
+    pub fn pause(&self) {
+        self.daemon.pause();
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        self.daemon.resume();
+    }
+
     /// Puts another configuration in the place of its own, at once: it may be read at any time.
     pub fn replace_config(&self, text: &str) {
         let new = self.config.with_extension("new");

@@ -429,6 +429,6 @@ fn tls_in_front_of(plain: SocketAddr, certificate: &Certificate) -> (SocketAddr,
     let config = certificate.cert.with_file_name("haproxy.cfg");
     std::fs::write(&config, settings).expect("its directory takes files");
     let daemon = Daemon::spawn("haproxy", Command::new("haproxy").arg("-db").arg("-f").arg(config));
-    daemon.wait_ready(LIMIT, None, || is_listening(address.port()));
+    daemon.wait_ready(LIMIT, None, || is_listening(address));
     (address, daemon)
 }
