@@ -88,3 +88,8 @@ pub mod wall_clock;
 pub mod printable;
 
 pub mod http_client;
+
+#[cfg(test)]
+#[path = "../tests/common/net.rs"]
+#[expect(dead_code, reason = "the other tests use the rest")]
+mod test_net;

@@ -1,4 +1,6 @@
 //! Ports and sockets on loopback.
+//!
+//! The program's unit tests include this file too, so it uses nothing else of `tests/common`.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
@@ -81,7 +83,10 @@ pub fn is_listening_beside(pid: u32, addr: SocketAddr) -> bool {
 #[track_caller]
 pub fn backlog(listener: SocketAddr) -> u32 {
     // A listener's second queue is its backlog.
-    receive_queues(std::process::id(), listener, "0A").first().copied().unwrap_or_else(|| panic!("nobody listens on {listener}"))
+    receive_queues(std::process::id(), listener, "0A")
+        .first()
+        .copied()
+        .unwrap_or_else(|| panic!("nobody listens on {listener}"))
 }
 
 /// How many bytes wait in the kernel to be read, for each connection that was made to this IPv4

@@ -141,8 +141,10 @@ impl Daemon {
         let group = self.pid();
         // Whoever has left the group, as what `script` runs on a terminal of its own, is found only as long
         // as its parents live.
-        let strays: Vec<u32> =
-            descendants(group).into_iter().filter(|pid| stat(*pid).is_some_and(|it| it.group != group)).collect();
+        let strays: Vec<u32> = descendants(group)
+            .into_iter()
+            .filter(|pid| stat(*pid).is_some_and(|it| it.group != group))
+            .collect();
         send_signal("KILL", &format!("-{group}"));
         strays.iter().for_each(|pid| send_signal("KILL", &pid.to_string()));
         tell_watchdog(&format!("- {group}"));
@@ -181,7 +183,9 @@ pub fn descendants(ancestor: u32) -> BTreeSet<u32> {
             let children = std::fs::read_to_string(threads.join(thread.to_string()).join("children"));
             let children = children.unwrap_or_default();
             let alive = children.split_whitespace().filter_map(|pid| pid.parse().ok());
-            parents.extend(alive.filter(|&pid| stat(pid).is_some_and(|it| it.state != 'Z') && found.insert(pid)));
+            parents.extend(
+                alive.filter(|&pid| stat(pid).is_some_and(|it| it.state != 'Z') && found.insert(pid)),
+            );
         }
     }
     found
