@@ -60,7 +60,7 @@ func TestUpWithoutAControlServer(t *testing.T) {
 	tailnet := startNet(t, testnet.Options{})
 	tailnet.StopControl()
 	n := unstarted(t, tailnet)
-	n.upTimeout.Store(500)
+	n.upTimeout.Store(2000) // a part of it is for finding out why
 	wantCode(t, n.up(), codeControlUnreachable)
 	if text := errorText(n); !strings.Contains(text, "refused") {
 		t.Fatalf("text: %q", text)
