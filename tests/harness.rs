@@ -16,9 +16,9 @@ const LIMIT: Duration = Duration::from_secs(20);
 
 #[test]
 fn killing_a_daemon_takes_those_along_who_have_left_its_group() {
-    // `script` gives what it runs a session of its own.
-    let mut daemon =
-        Daemon::spawn("script", Command::new("script").args(["-qec", "sleep 1000", "/dev/null"]));
+    // `script` gives what it runs a session of its own; the end of the terminal is no end for an edge either.
+    let run = "trap '' HUP; sleep 1000 & wait";
+    let mut daemon = Daemon::spawn("script", Command::new("script").args(["-qec", run, "/dev/null"]));
     let sleeps = |pid: &u32| {
         std::fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains("sleep\01000"))
     };
