@@ -20,7 +20,8 @@ fn killing_a_daemon_takes_those_along_who_have_left_its_group() {
     let run = "trap '' HUP; sleep 1000 & wait";
     let mut daemon = Daemon::spawn("script", Command::new("script").args(["-qec", run, "/dev/null"]));
     let sleeps = |pid: &u32| {
-        std::fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains("sleep\01000"))
+        std::fs::read_to_string(format!("/proc/{pid}/cmdline"))
+            .is_ok_and(|line| line.contains("sleep\x001000"))
     };
     assert!(eventually(LIMIT, || descendants(daemon.pid()).iter().any(sleeps)), "{}", daemon.output().tail());
     let strays: Vec<u32> = descendants(daemon.pid()).into_iter().collect();
