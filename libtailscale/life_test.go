@@ -78,7 +78,8 @@ func TestAControlServerThatHasRemovedTheNodeIsLeftAlone(t *testing.T) {
 	}
 	began := time.Now()
 	check(t, e.node.up())
-	if took := time.Since(began); took > 3*time.Second {
+	// One of the client's waits would be part of it, and they grow to 45 s.
+	if took := time.Since(began); took > testTimeout/2 {
 		t.Errorf("enrolling again took %v", took)
 	}
 }

@@ -110,7 +110,7 @@ func TestUpWithAWrongClock(t *testing.T) {
 	theirs := time.Now().Add(year)
 	n := unstarted(t, startNet(t, testnet.Options{}))
 	n.server.ControlURL = serveTLS(t, theirs, theirs)
-	n.upTimeout.Store(int64(time.Second))
+	n.upTimeout.Store(int64(3 * time.Second)) // a part of it is for a TLS handshake
 	wantCode(t, n.up(), codeClockWrong)
 	if text := errorText(n); !strings.Contains(text, theirs.UTC().Format("2006-01-02")) {
 		t.Errorf("text: %q", text)
@@ -138,10 +138,10 @@ func withoutAPI(t *testing.T, tailnet *testnet.Net) string {
 	return front.URL
 }
 
-// Finding out why it took so long is part of the time. What is allowed beyond it
-// is for a busy machine.
+// Finding out why it took so long is part of the time, and would show if it were
+// not. A busy machine may need more once, and not each time.
 func TestUpKeepsToItsTime(t *testing.T) {
-	const limit, slack = 2 * time.Second, 1500 * time.Millisecond
+	const limit, slack, tries = 2 * time.Second, 1500 * time.Millisecond, 3
 	silent := listen(t, func(c *net.TCPConn) {
 		defer c.Close()
 		io.Copy(io.Discard, c)
@@ -157,12 +157,17 @@ func TestUpKeepsToItsTime(t *testing.T) {
 		{"one that says nothing in TLS", "https://" + silent, credential{authKey: "tskey-auth-test"}, silent},
 		{"an API that says nothing", withoutAPI(t, tailnet), secret, "for an auth key"},
 	} {
-		n := enrolling(t, tailnet, tt.with)
-		n.server.ControlURL = tt.url
-		n.upTimeout.Store(int64(limit))
-		began := time.Now()
-		wantCode(t, n.up(), codeControlUnreachable)
-		if took := time.Since(began); took < limit/2 || took > limit+slack {
+		var n *node
+		took := time.Hour
+		for try := 0; try < tries && took > limit+slack; try++ {
+			n = enrolling(t, tailnet, tt.with)
+			n.server.ControlURL = tt.url
+			n.upTimeout.Store(int64(limit))
+			began := time.Now()
+			wantCode(t, n.up(), codeControlUnreachable)
+			took = time.Since(began)
+		}
+		if took < limit/2 || took > limit+slack {
 			t.Errorf("%s: up took %v", tt.what, took)
 		}
 		if text := errorText(n); !strings.Contains(text, tt.names) {

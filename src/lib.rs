@@ -94,3 +94,8 @@ pub mod http_client;
 pub mod output;
 
 pub mod vital;
+
+#[cfg(test)]
+#[path = "../tests/common/net.rs"]
+#[expect(dead_code, reason = "the other tests use the rest")]
+mod test_net;

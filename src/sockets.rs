@@ -403,12 +403,14 @@ mod tests {
     use socket2::{Socket as RawSocket, Type};
 
     use super::*;
+    use crate::test_net::own_addr;
 
     fn listening(address: SocketAddr, dual_stack: bool) -> (OwnedFd, SocketAddr) {
         let socket = RawSocket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
         if address.is_ipv6() {
             socket.set_only_v6(!dual_stack).unwrap();
         }
+        socket.set_reuse_address(true).unwrap();
         socket.bind(&address.into()).unwrap();
         socket.listen(1).unwrap();
         let local = socket.local_addr().unwrap().as_socket().unwrap();
@@ -465,7 +467,7 @@ mod tests {
     async fn a_units_name_goes_before_the_file_and_its_address_for_no_other_listener() {
         let (named, at) = listening(local(), false);
         let sockets = handed(vec![("a", named)]);
-        let free = listening(local(), false).1; // closed again
+        let free = own_addr();
         let opened = sockets.open(&config(&[&[free]]), &Opened::default()).unwrap();
         assert_eq!(locals(&opened), [[at]]);
         // `b` wants the address of a's socket, which is a's as long as there is an a.
@@ -485,9 +487,9 @@ mod tests {
     #[tokio::test]
     async fn a_kept_socket_is_used_for_exactly_its_address() {
         let (same, at) = listening(local(), false);
-        let (other, elsewhere) = listening(local(), false);
+        let (other, elsewhere) = listening(own_addr(), false);
         let mut sockets = handed(vec![("kept.a", same), ("kept.b", other)]);
-        let free = listening(local(), false).1; // closed again
+        let free = own_addr();
         let opened = sockets.open(&config(&[&[at], &[free]]), &Opened::default()).unwrap();
         assert_eq!(locals(&opened), [[at], [free]]);
         sockets.close_unused(&opened);
@@ -513,7 +515,7 @@ mod tests {
         let address = UnixAddr::from_abstract_name(name.as_bytes()).unwrap();
         let supervisor =
             Supervisor::find(&|variable| (variable == "NOTIFY_SOCKET").then(|| format!("@{name}")));
-        let addresses = [(); 2].map(|()| listening(local(), false).1); // closed again
+        let addresses = [(); 2].map(|()| own_addr());
         let mut sockets = Sockets::default();
         let opened = sockets.open(&config(&[&addresses]), &Opened::default()).unwrap();
         sockets.store(&supervisor, &opened);
@@ -547,7 +549,7 @@ mod tests {
     #[tokio::test]
     async fn addresses_change_hands_without_being_bound_anew() {
         let sockets = Sockets::default();
-        let [a, b] = [(); 2].map(|()| listening(local(), false).1); // closed again
+        let [a, b] = [(); 2].map(|()| own_addr());
         let opened = sockets.open(&config(&[&[a], &[b]]), &Opened::default()).unwrap();
         let swapped = sockets.open(&config(&[&[b], &[a]]), &opened).unwrap();
         assert!(swapped.listeners[0].1[0].is(&opened.listeners[1].1[0]));

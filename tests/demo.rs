@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use common::process::Daemon;
+use common::process::{Daemon, descendants};
 use common::stub::{self, Stub};
 use common::tailnet::TestTailnet;
 use common::tools::run;
@@ -110,22 +110,6 @@ fn assert_nothing_left(temp: &Path, processes: &BTreeSet<u32>) {
     let alive = || processes.iter().filter(|pid| parent(**pid).is_some());
     let clean = eventually(LIMIT, || files().count() + alive().count() == 0);
     assert!(clean, "left: {:?} {:?}", files().collect::<Vec<_>>(), alive().collect::<Vec<_>>());
-}
-
-/// The ids of all that a process has started, directly or not.
-fn descendants(ancestor: u32) -> BTreeSet<u32> {
-    let mut found = BTreeSet::from([ancestor]);
-    let processes = fs::read_dir("/proc").expect("/proc is mounted").flatten();
-    let processes: Vec<u32> = processes.filter_map(|it| it.file_name().to_str()?.parse().ok()).collect();
-    // Again until nothing new turns up: a child may be listed before its parent.
-    while let Some(&child) = processes
-        .iter()
-        .find(|pid| !found.contains(pid) && parent(**pid).is_some_and(|it| found.contains(&it)))
-    {
-        found.insert(child);
-    }
-    found.remove(&ancestor);
-    found
 }
 
 /// The parent's id; none when there is no such process, or only its entry that nobody has asked for.

@@ -238,11 +238,8 @@ fn the_packaged_service_serves_in_its_sandbox() {
     tells_its_start(&machine);
 
     assert!(eventually(LIMIT, || machine.property("ActiveState") == "active"), "systemd was not told");
-    assert!(
-        machine.property("StatusText").contains("listeners: 5"),
-        "status: {:?}",
-        machine.property("StatusText")
-    );
+    let status = || machine.property("StatusText");
+    assert!(eventually(LIMIT, || status().contains("listeners: 5")), "status: {:?}", status());
 
     // A reload is refused when the new configuration is wrong, and then changes nothing.
     let config = "/etc/tailwart-edge/config.toml";

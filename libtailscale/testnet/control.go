@@ -38,7 +38,7 @@ type control struct {
 	reg      *registry
 	api      *api
 
-	addr string // host:port, fixed, since nodes keep the URL
+	port *keptPort // fixed, since nodes keep the URL
 
 	mu      sync.Mutex
 	server  *http.Server // nil while stopped
@@ -48,8 +48,13 @@ type control struct {
 
 // newControl starts a control server on a free port.
 func newControl(cfg controlConfig) (*control, error) {
-	ln, err := net.Listen("tcp", net.JoinHostPort(cfg.host, "0"))
+	port, err := keepPort(cfg.host)
 	if err != nil {
+		return nil, fmt.Errorf("a port for control: %w", err)
+	}
+	ln, err := net.Listen("tcp", port.addr.String())
+	if err != nil {
+		port.close()
 		return nil, fmt.Errorf("listening for control: %w", err)
 	}
 	reg := newRegistry(cfg.domain, cfg.authKeys)
@@ -59,13 +64,13 @@ func newControl(cfg controlConfig) (*control, error) {
 		noiseKey:      key.NewMachine(),
 		reg:           reg,
 		api:           newAPI(reg),
-		addr:          ln.Addr().String(),
+		port:          port,
 	}
 	c.serve(ln)
 	return c, nil
 }
 
-func (c *control) baseURL() string { return "http://" + c.addr }
+func (c *control) baseURL() string { return "http://" + c.port.addr.String() }
 
 // start listens again after stop.
 func (c *control) start() error {
@@ -74,7 +79,7 @@ func (c *control) start() error {
 	if c.server != nil {
 		return nil
 	}
-	ln, err := net.Listen("tcp", c.addr)
+	ln, err := net.Listen("tcp", c.port.addr.String())
 	if err != nil {
 		return fmt.Errorf("listening for control again: %w", err)
 	}
@@ -103,16 +108,6 @@ func (c *control) alias() (url string, err error) {
 	return "http://" + ln.Addr().String(), nil
 }
 
-// close stops it for good.
-func (c *control) close() {
-	c.stop()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, server := range c.aliases {
-		server.Close()
-	}
-}
-
 // stop refuses new connections and cuts the present ones. What nodes were seen
 // online stays so, as long as control cannot know better.
 func (c *control) stop() {
@@ -125,6 +120,17 @@ func (c *control) stop() {
 	c.server.Close()
 	c.tracker.closeConns()
 	c.server, c.tracker = nil, nil
+}
+
+// close stops it for good.
+func (c *control) close() {
+	c.stop()
+	c.port.close()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, server := range c.aliases {
+		server.Close()
+	}
 }
 
 // outerMux answers what comes in without encryption.

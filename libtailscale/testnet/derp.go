@@ -28,7 +28,7 @@ type derpAndSTUN struct {
 	logf     logger.Logf
 	derpKey  key.NodePrivate
 	cert     tls.Certificate
-	derpAddr *net.TCPAddr // fixed, since nodes are told once
+	port     *keptPort // fixed, since nodes are told once
 	stunAddr *net.UDPAddr
 	stopSTUN context.CancelFunc
 
@@ -43,8 +43,13 @@ func newDERPAndSTUN(host string, logf logger.Logf) (*derpAndSTUN, error) {
 	if err != nil {
 		return nil, fmt.Errorf("making the DERP certificate: %w", err)
 	}
-	ln, err := net.Listen("tcp", net.JoinHostPort(host, "0"))
+	port, err := keepPort(host)
 	if err != nil {
+		return nil, fmt.Errorf("a port for DERP: %w", err)
+	}
+	ln, err := net.Listen("tcp", port.addr.String())
+	if err != nil {
+		port.close()
 		return nil, fmt.Errorf("listening for DERP: %w", err)
 	}
 	ctx, stopSTUN := context.WithCancel(context.Background())
@@ -52,6 +57,7 @@ func newDERPAndSTUN(host string, logf logger.Logf) (*derpAndSTUN, error) {
 	if err := stun.Listen(net.JoinHostPort(host, "0")); err != nil {
 		stopSTUN()
 		ln.Close()
+		port.close()
 		return nil, fmt.Errorf("listening for STUN: %w", err)
 	}
 	go stun.Serve()
@@ -61,7 +67,7 @@ func newDERPAndSTUN(host string, logf logger.Logf) (*derpAndSTUN, error) {
 		logf:     logf,
 		derpKey:  key.NewNode(),
 		cert:     cert,
-		derpAddr: ln.Addr().(*net.TCPAddr),
+		port:     port,
 		stunAddr: stun.LocalAddr().(*net.UDPAddr),
 		stopSTUN: stopSTUN,
 	}
@@ -88,7 +94,7 @@ func (d *derpAndSTUN) start() error {
 	if d.derp != nil {
 		return nil
 	}
-	ln, err := net.ListenTCP("tcp", d.derpAddr)
+	ln, err := net.Listen("tcp", d.port.addr.String())
 	if err != nil {
 		return fmt.Errorf("listening for DERP again: %w", err)
 	}
@@ -127,7 +133,7 @@ func (d *derpAndSTUN) derpMap() *tailcfg.DERPMap {
 				IPv6:             "none",
 				STUNPort:         d.stunAddr.Port,
 				STUNTestIP:       d.host,
-				DERPPort:         d.derpAddr.Port,
+				DERPPort:         int(d.port.addr.Port()),
 				InsecureForTests: true,
 			}},
 		}},
@@ -137,6 +143,7 @@ func (d *derpAndSTUN) derpMap() *tailcfg.DERPMap {
 func (d *derpAndSTUN) close() {
 	d.stop()
 	d.stopSTUN()
+	d.port.close()
 }
 
 // selfSignedCert makes the DERP server's certificate. Nodes do not check it

@@ -46,7 +46,7 @@ func TestStopAndStartDERP(t *testing.T) {
 	mustEcho(t, c)
 	for range 2 { // the second time does nothing
 		n.StopDERP()
-		if c, err := net.Dial("tcp", n.relay.derpAddr.String()); err == nil {
+		if c, err := net.Dial("tcp", n.relay.port.addr.String()); err == nil {
 			c.Close()
 			t.Error("the relay answers though it is stopped")
 		}

@@ -209,10 +209,10 @@ func TestRefused(t *testing.T) {
 	}
 	refused("no forward", 26)
 
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	closed, err := keepPort("127.0.0.1")
 	check(t, err)
-	ln.Close()
-	check(t, n.Forward("mailbox", 26, ln.Addr().String()))
+	defer closed.close()
+	check(t, n.Forward("mailbox", 26, closed.addr.String()))
 	refused("server down", 26)
 
 	check(t, n.Forward("mailbox", 26, listen(t, echo)))

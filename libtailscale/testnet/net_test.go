@@ -1,10 +1,12 @@
 package testnet
 
 import (
+	"net"
 	"os"
 	"path/filepath"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	"tailscale.com/tstest"
 )
 
@@ -61,3 +63,27 @@ func TestMisuse(t *testing.T) {
 }
 
 func second[T any](_ T, err error) error { return err }
+
+// Nobody else is given the port of a server that is stopped: its nodes go on asking
+// there, and it comes back there.
+func TestStoppedServersKeepTheirPorts(t *testing.T) {
+	n := startNet(t, Options{})
+	n.StopControl()
+	n.StopDERP()
+	for _, port := range []*keptPort{n.control.port, n.relay.port} {
+		if c, err := net.Dial("tcp", port.addr.String()); err == nil {
+			c.Close()
+			t.Errorf("%v is served", port.addr)
+		}
+		// As the kernel does that looks for a free port, it does not share.
+		another, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		check(t, err)
+		defer unix.Close(another)
+		address := &unix.SockaddrInet4{Port: int(port.addr.Port()), Addr: port.addr.Addr().As4()}
+		if err := unix.Bind(another, address); err != unix.EADDRINUSE {
+			t.Errorf("%v goes to somebody else: %v", port.addr, err)
+		}
+	}
+	check(t, n.StartControl())
+	check(t, n.StartDERP())
+}

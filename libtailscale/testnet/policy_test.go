@@ -96,9 +96,10 @@ func TestStopAndStartNode(t *testing.T) {
 		t.Errorf("addresses %v after restart, want %v", info.IPs, ips)
 	}
 	mustEcho(t, mustDial(t, client, ips[0], 25))
-	if online, _ := peer(t, client, ips[0]); !online {
-		t.Error("the client does not see it online again")
-	}
+	eventually(t, "the client to see it online again", func() bool {
+		online, _ := peer(t, client, ips[0])
+		return online
+	})
 }
 
 func TestSetOnline(t *testing.T) {

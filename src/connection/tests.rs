@@ -7,6 +7,7 @@ use super::*;
 use crate::ledger::Ledger;
 use crate::peers::Peer;
 use crate::tailnet::{ConnectError, PingReport};
+use crate::test_net::own_addr;
 
 /// Dials a port of this machine, or nothing at all.
 pub(crate) struct Loopback(std::sync::Mutex<Option<SocketAddr>>);
@@ -142,20 +143,14 @@ async fn a_reset_after_the_clients_end_of_stream_is_noticed() {
 
 #[tokio::test]
 async fn an_upstream_that_refuses_closes_the_client_in_order() {
-    let unused = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let (mut client, accepted, peer) = client().await;
-    served(&service(Some(unused), ProxyProtocol::V2), accepted, peer).await;
+    served(&service(Some(own_addr()), ProxyProtocol::V2), accepted, peer).await;
     assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
-}
-
-/// An address where nobody listens.
-async fn closed_port() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
 }
 
 /// A service on smtp that holds its clients, and has nothing to connect to.
 async fn holding(limit: Duration, places: usize) -> Service<Loopback> {
-    let mut service = service(Some(closed_port().await), ProxyProtocol::V1);
+    let mut service = service(Some(own_addr()), ProxyProtocol::V1);
     service.protocol = Protocol::Smtp;
     service.hold = Hold { limit, places: Arc::new(Semaphore::new(places)), last_dial: Duration::ZERO };
     service

@@ -170,7 +170,7 @@ mod tests {
 
     #[tokio::test]
     async fn no_date_is_worth_a_warning() {
-        let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let closed = crate::test_net::own_addr();
         for (url, words) in [
             (format!("http://{closed}"), "cannot connect to"),
             ("http://gone.example.com".to_owned(), "has no address"),

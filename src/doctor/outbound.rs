@@ -119,7 +119,7 @@ mod tests {
     async fn a_refusal_looks_like_a_block() {
         let zone = Zone::new(&[]).serve();
         let resolver = Resolver::new(Some(zone.address()));
-        let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let closed = crate::test_net::own_addr();
         let refused = check(&closed.to_string(), &resolver).await;
         assert_eq!(refused.outcome, Outcome::Warn);
         assert!(refused.remedy.unwrap().contains("block outbound port 25"));

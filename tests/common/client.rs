@@ -5,7 +5,8 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
-const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// The edge may have to look for its upstream first.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// Speaks in lines, with a deadline for each answer. Every mismatch panics with what came instead.
 pub struct LineClient {

@@ -81,7 +81,7 @@ fn launch(dir: &Path, addrs: &[SocketAddr]) -> Daemon {
     // -F: stay in the foreground, as a child of ours.
     let daemon = Daemon::spawn("dovecot", Command::new(program()).arg("-F").arg("-c").arg(config_path(dir)));
     let log = Log::file("dovecot", &log_path(dir));
-    daemon.wait_ready(START_LIMIT, Some(&log), || addrs.iter().all(|addr| is_listening(addr.port())));
+    daemon.wait_ready(START_LIMIT, Some(&log), || addrs.iter().all(|addr| is_listening(*addr)));
     daemon
 }
 

@@ -221,7 +221,7 @@ impl Edge {
     /// passes.
     #[track_caller]
     pub fn wait_ready(&self, deadline: Duration) {
-        self.daemon.wait_ready(deadline, None, || self.log().text().lines().any(is_ready));
+        self.daemon.wait_ready(deadline, None, || self.log().lines().iter().any(|line| is_ready(line)));
     }
 
     /// The IPv4 address of a listener (`admin` is one too), as soon as it is bound.
@@ -239,7 +239,7 @@ impl Edge {
     #[track_caller]
     fn bound(&self, listener: &str, family: fn(&SocketAddr) -> bool) -> SocketAddr {
         let wanted = |(name, addr): &(String, SocketAddr)| name == listener && family(addr);
-        let probe = || self.log().text().lines().filter_map(parse_listening).find(wanted);
+        let probe = || self.log().lines().iter().filter_map(|line| parse_listening(line)).find(wanted);
         let found =
             wait_for(BOUND_LIMIT, || probe().map(Some).or_else(|| self.daemon.has_exited().then_some(None)));
         // The last lines may have come between the look at the log and the look at the process.
@@ -276,6 +276,17 @@ impl Edge {
         self.daemon.signal(name);
     }
 
+    /// Has it stand still, and waits until it does.
+    #[track_caller]
+    pub fn pause(&self) {
+        self.daemon.pause();
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        self.daemon.resume();
+    }
+
     /// Puts another configuration in the place of its own, at once: it may be read at any time.
     pub fn replace_config(&self, text: &str) {
         let new = self.config.with_extension("new");
@@ -290,11 +301,11 @@ impl Edge {
         self.replace_config(&builder.config());
         let is_told =
             |line: &str| line.contains("configuration reloaded") || line.contains("was not reloaded");
-        let lines = || self.log().text().lines().filter(|line| is_told(line)).map(str::to_owned).collect();
-        let before = Vec::len(&lines());
+        let told = || self.log().lines().into_iter().filter(|line| is_told(line));
+        let before = told().count();
         self.signal("HUP");
-        let told = wait_for(deadline, || Vec::into_iter(lines()).nth(before));
-        told.unwrap_or_else(|| panic!("nothing is told of a reload\n{}", self.log().tail()))
+        let line = wait_for(deadline, || told().nth(before));
+        line.unwrap_or_else(|| panic!("nothing is told of a reload\n{}", self.log().tail()))
     }
 
     pub fn pid(&self) -> u32 {

@@ -33,7 +33,7 @@ impl Haproxy {
         std::fs::write(&config, settings(addr, backend)).expect("the configuration can be written");
         // -db: one process, in the foreground.
         let daemon = Daemon::spawn("haproxy", Command::new(program()).arg("-db").arg("-f").arg(config));
-        daemon.wait_ready(START_LIMIT, None, || is_listening(addr.port()));
+        daemon.wait_ready(START_LIMIT, None, || is_listening(addr));
         Haproxy { addr, daemon, _dir: dir }
     }
 

@@ -66,6 +66,13 @@ impl Log {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
+    /// The complete lines so far: the last piece of the text may be a line that is still being written.
+    pub fn lines(&self) -> Vec<String> {
+        let text = self.text();
+        let complete = &text[..text.rfind('\n').map_or(0, |end| end + 1)];
+        complete.lines().map(str::to_owned).collect()
+    }
+
     /// The last lines, for panic messages.
     pub fn tail(&self) -> String {
         let text = self.text();
@@ -89,12 +96,7 @@ impl Log {
     /// The first complete line for which `wanted` holds; `what` names it in the panic message.
     #[track_caller]
     pub fn wait_line(&self, what: &str, deadline: Duration, wanted: impl Fn(&str) -> bool) -> String {
-        let found = wait_for(deadline, || {
-            let text = self.text();
-            // The last piece is either empty or a line still being written.
-            let complete = &text[..text.rfind('\n').map_or(0, |end| end + 1)];
-            complete.lines().find(|line| wanted(line)).map(str::to_owned)
-        });
+        let found = wait_for(deadline, || self.lines().into_iter().find(|line| wanted(line)));
         match found {
             Some(line) => line,
             None => panic!("{} did not log {what} within {deadline:?}\n{}", self.name, self.tail()),

@@ -1,4 +1,6 @@
 //! Ports and sockets on loopback.
+//!
+//! The program's unit tests include this file too, so it uses nothing else of `tests/common`.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
@@ -7,7 +9,8 @@ use std::time::Duration;
 
 use socket2::{Domain, SockRef, Socket, Type};
 
-pub const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// A SYN that finds a full backlog is sent again after 1, 3, 7 and 15 seconds.
+pub const CONNECT_LIMIT: Duration = Duration::from_secs(20);
 /// The edge may have to look for its upstream first.
 const ECHO_LIMIT: Duration = Duration::from_secs(30);
 
@@ -18,17 +21,33 @@ const ECHO_LIMIT: Duration = Duration::from_secs(30);
 /// them set SO_REUSEADDR) can bind and listen, connections before that are refused, and the kernel
 /// gives the port to nobody of its own accord.
 pub fn free_port() -> u16 {
-    static RESERVED: Mutex<Vec<Socket>> = Mutex::new(Vec::new());
     const TRIES: usize = 100;
     for _ in 0..TRIES {
-        let v4 = reserve((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback has a free port");
-        let port = v4.local_addr().ok().and_then(|addr| addr.as_socket()).expect("it is bound").port();
+        let port = v4_port();
         // The port may be in use on the other family alone.
         let Ok(v6) = reserve((Ipv6Addr::LOCALHOST, port).into()) else { continue };
-        RESERVED.lock().unwrap_or_else(PoisonError::into_inner).extend([v4, v6]);
+        keep(v6);
         return port;
     }
     panic!("no port is free on both 127.0.0.1 and ::1 (is IPv6 enabled on the loopback interface?)");
+}
+
+/// An address of 127.0.0.1 as [`free_port`] has them. A server that is gone then still has its port: whoever
+/// goes on looking for it there is refused, and does not come to another test's server.
+pub fn own_addr() -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, v4_port()).into()
+}
+
+fn v4_port() -> u16 {
+    let socket = reserve((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback has a free port");
+    let port = socket.local_addr().ok().and_then(|addr| addr.as_socket()).expect("it is bound").port();
+    keep(socket);
+    port
+}
+
+fn keep(socket: Socket) {
+    static RESERVED: Mutex<Vec<Socket>> = Mutex::new(Vec::new());
+    RESERVED.lock().unwrap_or_else(PoisonError::into_inner).push(socket);
 }
 
 /// Binds without address reuse, so that a port in use is noticed, and allows reuse only then.
@@ -47,48 +66,48 @@ pub fn free_addr() -> SocketAddr {
     (Ipv4Addr::LOCALHOST, free_port()).into()
 }
 
-/// Whether anybody listens on this port, without connecting: a server behind PROXY would log the
+/// Whether anybody listens on this IPv4 address, without connecting: a server behind PROXY would log the
 /// bare connection.
-pub fn is_listening(port: u16) -> bool {
-    is_listening_beside(std::process::id(), port)
+#[track_caller]
+pub fn is_listening(addr: SocketAddr) -> bool {
+    is_listening_beside(std::process::id(), addr)
 }
 
 /// The same in the network namespace of that process.
-pub fn is_listening_beside(pid: u32, port: u16) -> bool {
-    const LISTEN: &str = "0A";
-    let wanted = format!(":{port:04X}");
-    ["tcp", "tcp6"].map(|table| format!("/proc/{pid}/net/{table}")).iter().any(|table| {
-        std::fs::read_to_string(table).unwrap_or_default().lines().any(|line| {
-            // sl, local address, remote address, state
-            let mut fields = line.split_whitespace().skip(1);
-            fields.next().is_some_and(|local| local.ends_with(&wanted)) && fields.nth(1) == Some(LISTEN)
-        })
-    })
+#[track_caller]
+pub fn is_listening_beside(pid: u32, addr: SocketAddr) -> bool {
+    !receive_queues(pid, addr, "0A").is_empty()
 }
 
 /// How many connections of an IPv4 listener wait in the kernel to be accepted.
 #[track_caller]
 pub fn backlog(listener: SocketAddr) -> u32 {
     // A listener's second queue is its backlog.
-    receive_queues(listener, "0A").first().copied().unwrap_or_else(|| panic!("nobody listens on {listener}"))
+    receive_queues(std::process::id(), listener, "0A")
+        .first()
+        .copied()
+        .unwrap_or_else(|| panic!("nobody listens on {listener}"))
 }
 
 /// How many bytes wait in the kernel to be read, for each connection that was made to this IPv4
 /// address.
 #[track_caller]
 pub fn unread(listener: SocketAddr) -> Vec<u32> {
-    receive_queues(listener, "01")
+    receive_queues(std::process::id(), listener, "01")
 }
 
-/// The second queue of each socket of a port in this state.
+/// The second queue of each socket with this local address in this state, in the network namespace of that
+/// process. A port alone would not tell: those of other addresses of this host have the same numbers.
 #[track_caller]
-fn receive_queues(local: SocketAddr, state: &str) -> Vec<u32> {
-    let wanted = format!(":{:04X}", local.port());
-    let table = std::fs::read_to_string("/proc/self/net/tcp").expect("/proc is mounted");
+fn receive_queues(pid: u32, local: SocketAddr, state: &str) -> Vec<u32> {
+    let IpAddr::V4(ip) = local.ip() else { panic!("{local} is in another table") };
+    // The address as a number of this machine's.
+    let wanted = format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), local.port());
+    let table = std::fs::read_to_string(format!("/proc/{pid}/net/tcp")).unwrap_or_default();
     let queue = |line: &str| {
         // sl, local address, remote address, state, queues
         let fields: Vec<&str> = line.split_whitespace().collect();
-        let ours = fields.get(1)?.ends_with(&wanted) && fields.get(3) == Some(&state);
+        let ours = *fields.get(1)? == wanted && fields.get(3) == Some(&state);
         let (_, queue) = fields.get(4)?.split_once(':').filter(|_| ours)?;
         u32::from_str_radix(queue, 16).ok()
     };

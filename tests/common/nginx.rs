@@ -35,7 +35,7 @@ impl Nginx {
         command.arg("-c").arg(config).arg("-p").arg(dir.path()).arg("-e").arg(&errors);
         let daemon = Daemon::spawn("nginx", &mut command);
         let (errors, access) = (Log::file("nginx", &errors), Log::file("nginx's connections", &access));
-        daemon.wait_ready(START_LIMIT, Some(&errors), || is_listening(addr.port()));
+        daemon.wait_ready(START_LIMIT, Some(&errors), || is_listening(addr));
         Nginx { addr, daemon, errors, access, _dir: dir }
     }
 

@@ -164,7 +164,7 @@ fn launch(dir: &Path, addrs: &[SocketAddr]) -> Daemon {
     let mut command = Command::new(master_program());
     let daemon = Daemon::spawn("postfix", command.arg("-d").arg("-c").arg(dir));
     let log = Log::file("postfix", &log_path(dir));
-    daemon.wait_ready(START_LIMIT, Some(&log), || addrs.iter().all(|addr| is_listening(addr.port())));
+    daemon.wait_ready(START_LIMIT, Some(&log), || addrs.iter().all(|addr| is_listening(*addr)));
     daemon
 }
 

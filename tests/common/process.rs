@@ -9,6 +9,7 @@
 //! whatever reason, it kills the groups and removes the temporary directories that are still there.
 //! That also ends what lives in a `static`.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -106,6 +107,20 @@ impl Daemon {
         }
     }
 
+    /// Has the process stand still, and waits until it does: a signal takes effect on a thread only when
+    /// that comes to it.
+    #[track_caller]
+    pub fn pause(&self) {
+        self.signal("STOP");
+        let stands = eventually(STOP_LIMIT, || thread_states(self.pid()).iter().all(|state| *state == 'T'));
+        assert!(stands, "{} goes on: its threads are in {:?}", self.name, thread_states(self.pid()));
+    }
+
+    /// Lets it go on after [`Daemon::pause`].
+    pub fn resume(&self) {
+        self.signal("CONT");
+    }
+
     /// Waits for the process to end by itself, then kills what it left behind.
     pub fn wait_exit(&mut self, deadline: Duration) -> Option<ExitStatus> {
         if !eventually(deadline, || self.has_exited()) {
@@ -124,7 +139,14 @@ impl Daemon {
             return status;
         }
         let group = self.pid();
+        // Whoever has left the group, as what `script` runs on a terminal of its own, is found only as long
+        // as its parents live.
+        let strays: Vec<u32> = descendants(group)
+            .into_iter()
+            .filter(|pid| stat(*pid).is_some_and(|it| it.group != group))
+            .collect();
         send_signal("KILL", &format!("-{group}"));
+        strays.iter().for_each(|pid| send_signal("KILL", &pid.to_string()));
         tell_watchdog(&format!("- {group}"));
         let status = self.child.wait().expect("the child was not reaped before");
         self.stopped = Some(status);
@@ -146,12 +168,40 @@ impl Drop for Daemon {
 /// The ids of all processes of a group, without those that are dead and only wait for init to
 /// notice.
 pub fn group_members(group: u32) -> Vec<u32> {
-    let processes = std::fs::read_dir("/proc").expect("/proc is mounted");
-    processes
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .filter(|&pid| stat(pid).is_some_and(|stat| stat.group == group && stat.state != 'Z'))
-        .collect()
+    let is_member = |stat: Stat| stat.group == group && stat.state != 'Z';
+    numbers_in(Path::new("/proc")).into_iter().filter(|&pid| stat(pid).is_some_and(is_member)).collect()
+}
+
+/// The ids of all that a process has started and that live, directly or not.
+pub fn descendants(ancestor: u32) -> BTreeSet<u32> {
+    let mut found = BTreeSet::new();
+    let mut parents = vec![ancestor];
+    while let Some(parent) = parents.pop() {
+        // Each thread has children of its own.
+        let threads = Path::new("/proc").join(parent.to_string()).join("task");
+        for thread in numbers_in(&threads) {
+            let children = std::fs::read_to_string(threads.join(thread.to_string()).join("children"));
+            let children = children.unwrap_or_default();
+            let alive = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+            parents.extend(
+                alive.filter(|&pid| stat(pid).is_some_and(|it| it.state != 'Z') && found.insert(pid)),
+            );
+        }
+    }
+    found
+}
+
+/// The entries of a directory that are numbers; none if it is not there.
+fn numbers_in(dir: &Path) -> Vec<u32> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// What each thread of a process does, in the kernel's letters.
+fn thread_states(pid: u32) -> Vec<char> {
+    let threads = Path::new("/proc").join(pid.to_string()).join("task");
+    let stat = |thread: u32| stat_in(&threads.join(thread.to_string()));
+    numbers_in(&threads).into_iter().filter_map(stat).map(|stat| stat.state).collect()
 }
 
 struct Stat {
@@ -159,9 +209,14 @@ struct Stat {
     group: u32,
 }
 
-/// State and process group out of `/proc/PID/stat`; none when there is no such process.
+/// State and process group of a process; none when there is no such process.
 fn stat(pid: u32) -> Option<Stat> {
-    let text = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
+    stat_in(&Path::new("/proc").join(pid.to_string()))
+}
+
+/// The same of whatever has this directory under `/proc`.
+fn stat_in(dir: &Path) -> Option<Stat> {
+    let text = std::fs::read_to_string(dir.join("stat")).ok()?;
     // The name, in parentheses, may hold anything; then: state, parent, process group.
     let mut fields = text[text.rfind(')')? + 1..].split_whitespace();
     let state = fields.next()?.chars().next()?;

@@ -19,7 +19,7 @@ use super::{START_LIMIT, temp_dir};
 /// How often it scrapes: rates want a few samples soon.
 const INTERVAL: &str = "250ms";
 
-const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 const PROMTOOL_LIMIT: Duration = Duration::from_secs(20);
 
 /// A running Prometheus that scrapes one target.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use socket2::SockRef;
 
+use super::net::own_addr;
 use super::proxy_header;
 use super::wait::{eventually, wait_for};
 
@@ -50,9 +51,9 @@ pub struct Record {
 }
 
 impl Stub {
-    /// Listens on a port of 127.0.0.1.
+    /// Listens on a port of 127.0.0.1, which nobody else gets afterwards.
     pub fn start(script: impl Fn(Conn) + Send + Sync + 'static) -> Stub {
-        Stub::start_at((Ipv4Addr::LOCALHOST, 0).into(), script)
+        Stub::start_at(own_addr(), script)
     }
 
     /// Listens on this address, so that a server can be stopped and started again; see

@@ -67,6 +67,7 @@ fn a_peer_is_told_as_much_as_the_policy_lets_it() {
     let (tailnet, mut edge) = tailnet_with_peer(|edge| edge.set("admin", "listen", r#""off""#));
     let addresses = seen_by_peer(&tailnet);
     for address in &addresses {
+        answers_peer(*address, &edge);
         let ready =
             wait_for(LIMIT, || Some(http::get(*address, "/readyz")).filter(|ready| ready.code == 200));
         assert!(ready.is_some_and(|ready| ready.body.contains(r#""ready":true"#)), "{}", edge.log().tail());
@@ -139,8 +140,8 @@ fn a_peer_that_does_not_take_its_answer_leaves_nothing_with_the_stack() {
     answers_peer(peer, &edge);
     let endpoints = || metric(&edge, "tailwart_edge_stack_endpoints").expect("it is measured");
     let handles = || metric(&edge, "tailwart_edge_stack_handles").expect("it is measured");
-    assert!(eventually(SOONER, || handles() == 0.0), "{}", edge.log().tail());
-    let before = endpoints();
+    let nothing_is_left = || (endpoints(), handles()) == (0.0, 0.0);
+    assert!(eventually(SOONER, nothing_is_left), "{} {}", endpoints(), handles());
     let deaf: Vec<TcpStream> = (0..20)
         .map(|_| {
             let mut stream = connect(peer);
@@ -150,9 +151,9 @@ fn a_peer_that_does_not_take_its_answer_leaves_nothing_with_the_stack() {
             stream
         })
         .collect();
-    assert!(eventually(LIMIT, || endpoints() >= before + 20.0), "{} of {before}", endpoints());
+    assert!(eventually(LIMIT, || endpoints() == 20.0), "{}", endpoints());
     answers_peer(peer, &edge);
-    assert!(eventually(SOONER, || endpoints() <= before && handles() == 0.0), "{} of {before}", endpoints());
+    assert!(eventually(SOONER, nothing_is_left), "{} {}", endpoints(), handles());
     // Reset, and not only closed: nothing that a peer does ends its side.
     for mut stream in deaf {
         stream.set_read_timeout(Some(LIMIT)).expect("the deadline is not zero");

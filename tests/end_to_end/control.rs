@@ -133,7 +133,7 @@ fn nginx_with(location: &str, dir: &Path) -> (SocketAddr, Daemon) {
     let mut command = Command::new(nginx::program());
     command.args(["-c", &path, "-p", &dir.to_string(), "-e", &format!("{dir}/error.log")]);
     let daemon = Daemon::spawn("nginx", &mut command);
-    daemon.wait_ready(START_LIMIT, None, || is_listening(addr.port()));
+    daemon.wait_ready(START_LIMIT, None, || is_listening(addr));
     (addr, daemon)
 }
 

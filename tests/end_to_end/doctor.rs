@@ -17,7 +17,7 @@ use crate::common::process::Daemon;
 use crate::common::stub::{self, Conn, Stub};
 use crate::common::tailnet::TestTailnet;
 use crate::common::tools::{self, Finished};
-use crate::common::wait::eventually;
+use crate::common::wait::{eventually, wait_for};
 use crate::common::{private_dir, temp_dir};
 use crate::setup::{
     AT_ONCE, EDGE, LIMIT, MAILBOX, closed_tailnet, edge_on, enrol, fails, stops, tailnet_with,
@@ -201,12 +201,15 @@ fn a_running_edge_looks_once_at_a_time() {
     let admin = edge.addr("admin");
     // Whichever is the first.
     let both = [ask(admin, "GET"), ask(admin, "GET")];
-    let mut answers = both.each_ref().map(status);
-    answers.sort();
-    assert_eq!(answers, [None, Some("HTTP/1.1 429 Too Many Requests\r\n".to_owned())]);
+    let answered = wait_for(LIMIT, || (0..2).find_map(|which| Some((which, status(&both[which])?))));
+    let (second, refusal) = answered.expect("one of them is refused");
+    assert_eq!(refusal, "HTTP/1.1 429 Too Many Requests\r\n");
+    assert_eq!(status(&both[1 - second]), None, "the first goes on looking");
     let report = doctor(&patient.edge);
     report.says("tailnet", "warn", &["looking for another doctor", "in a moment"]);
-    assert_eq!(status(&ask(admin, "HEAD")).as_deref(), Some("HTTP/1.1 405 Method Not Allowed\r\n"));
+    let head = ask(admin, "HEAD");
+    let told = wait_for(LIMIT, || status(&head));
+    assert_eq!(told.as_deref(), Some("HTTP/1.1 405 Method Not Allowed\r\n"));
     // Who goes away leaves the turn to others.
     drop(both);
     assert!(eventually(LIMIT, || status(&ask(admin, "GET")).is_none()), "nobody else may look");
@@ -233,10 +236,10 @@ fn an_edge_that_hangs_is_noticed() {
     let patient = patient(&mailbox);
     let edge = patient.edge.spawn();
     edge.wait_ready(LIMIT);
-    edge.signal("STOP");
+    edge.pause();
     let report = doctor(&patient.edge);
     report.says("tailnet", "fail", &["does not answer on the admin address", "restart it if it hangs"]);
-    edge.signal("CONT");
+    edge.resume();
     let off = patient.edge.clone().set("admin", "listen", r#""off""#);
     doctor(&off).says("tailnet", "warn", &["admin.listen is off"]);
 }
@@ -429,6 +432,6 @@ fn tls_in_front_of(plain: SocketAddr, certificate: &Certificate) -> (SocketAddr,
     let config = certificate.cert.with_file_name("haproxy.cfg");
     std::fs::write(&config, settings).expect("its directory takes files");
     let daemon = Daemon::spawn("haproxy", Command::new("haproxy").arg("-db").arg("-f").arg(config));
-    daemon.wait_ready(LIMIT, None, || is_listening(address.port()));
+    daemon.wait_ready(LIMIT, None, || is_listening(address));
     (address, daemon)
 }

@@ -2,6 +2,9 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -25,8 +28,12 @@ fn drain(limit: &str) -> impl FnOnce(Builder) -> Builder {
     move |edge| edge.set("timeouts", "drain", &limit)
 }
 
-/// Sends all of it and hears all of it back, with a pause after the first piece until `go_on`.
-fn exchange(edge: SocketAddr, begun: std::sync::mpsc::Sender<()>) -> JoinHandle<(Vec<u8>, Vec<u8>)> {
+/// Sends all of it and hears all of it back, slowly until `go_on`: it moves all the time, so that it is not
+/// taken for quiet, and does not end.
+fn exchange(edge: SocketAddr, begun: Sender<()>, go_on: Arc<AtomicBool>) -> JoinHandle<(Vec<u8>, Vec<u8>)> {
+    // All of it would take a minute.
+    const PIECE: usize = LARGE / 6000;
+    const PAUSE: Duration = Duration::from_millis(10);
     std::thread::spawn(move || {
         let sent = pattern(LARGE);
         let mut client = connect(edge);
@@ -36,9 +43,13 @@ fn exchange(edge: SocketAddr, begun: std::sync::mpsc::Sender<()>) -> JoinHandle<
             writer.write_all(&bytes).expect("the edge takes everything");
             writer.shutdown(Shutdown::Write).expect("it is connected");
         });
-        let mut received = vec![0; MIB];
-        client.read_exact(&mut received).expect("a first part comes back");
-        begun.send(()).expect("somebody waits for it");
+        let mut received = Vec::new();
+        while !eventually(PAUSE, || go_on.load(Ordering::SeqCst)) {
+            let mut piece = [0; PIECE];
+            client.read_exact(&mut piece).expect("a part comes back");
+            received.extend(piece);
+            let _ = begun.send(()); // the first is waited for
+        }
         client.read_to_end(&mut received).expect("the rest comes back");
         writing.join().expect("the writer does not panic");
         (sent, received)
@@ -49,12 +60,14 @@ fn exchange(edge: SocketAddr, begun: std::sync::mpsc::Sender<()>) -> JoinHandle<
 fn a_large_transfer_each_way_is_not_cut_short() {
     let mailbox = Stub::start(stub::echo_after_header);
     let mut setup = start_with(&[(2525, mailbox.addr)], &[listener("tcp")], drain("10m"));
-    let (begun, has_begun) = std::sync::mpsc::channel();
-    let client = exchange(setup.edge.addr("mail"), begun);
+    let (begun, has_begun) = channel();
+    let go_on = Arc::new(AtomicBool::new(false));
+    let client = exchange(setup.edge.addr("mail"), begun, Arc::clone(&go_on));
     has_begun.recv_timeout(LIMIT).expect("the transfer begins");
     setup.edge.signal("TERM");
     setup.edge.wait_log(" stopping ", LIMIT);
     assert!(!client.is_finished(), "the stop comes in the middle");
+    go_on.store(true, Ordering::SeqCst);
     let (sent, received) = client.join().expect("a good client");
     assert!(sent == received, "{} bytes sent, other {} received", sent.len(), received.len());
     stops(&mut setup.edge, LIMIT);
@@ -98,9 +111,10 @@ fn each_connection_is_counted_as_what_became_of_it() {
         assert_eq!(client.read(&mut [0]).expect("an orderly end"), 0);
     }
     stops(&mut setup.edge, LIMIT);
-    assert!(began.elapsed() < Duration::from_secs(2 + 7), "took {:?}", began.elapsed());
+    let took = began.elapsed();
+    assert!((Duration::from_secs(2)..Duration::from_secs(2 + 7)).contains(&took), "took {took:?}");
     let told = setup.edge.wait_log(" stopped: ", LIMIT);
-    tells(&told, &["connections ended by themselves: 0, closed while quiet: 3, cut: 1, in 2."]);
+    tells(&told, &["connections ended by themselves: 0, closed while quiet: 3, cut: 1, in "]);
     drop(busy);
 }
 
@@ -116,11 +130,12 @@ fn whoever_came_before_the_stop_is_served() {
     let dialled = connect(mail);
     assert!(eventually(LIMIT, || mailbox.accepted() == 1));
     // The kernel has accepted them, and the edge has not heard of it when the signal comes.
-    setup.edge.signal("STOP");
+    setup.edge.pause();
     let waiting: Vec<TcpStream> = (0..WAITING).map(|_| connect(mail)).collect();
-    assert_eq!(backlog(mail), WAITING);
+    // The last part of a handshake is the kernel's own, and may come a moment later.
+    assert!(eventually(LIMIT, || backlog(mail) == WAITING), "{} of {WAITING} wait", backlog(mail));
     setup.edge.signal("TERM");
-    setup.edge.signal("CONT");
+    setup.edge.resume();
     let clients: Vec<JoinHandle<()>> = waiting
         .into_iter()
         .chain([dialled])

@@ -126,7 +126,8 @@ fn settings(edge: Builder) -> Builder {
         .set("timeouts", "connect", r#""2s""#)
         .set("timeouts", "half_close", r#""1s""#)
         .set("timeouts", "dead_peer", r#""15s""#)
-        .set("timeouts", "drain", r#""4s""#)
+        // Meanwhile the edge is asked what it has counted.
+        .set("timeouts", "drain", r#""10s""#)
 }
 
 #[test]
@@ -231,8 +232,8 @@ fn unreachable(edge: &Edge) {
         reset(client);
     });
     provokes(edge, "briefly", EndState::HoldEnded, waits);
-    provokes(edge, "briefly", EndState::ClientLeftHeld, |client| {
-        are_in(edge, "briefly", "held", 1.0);
+    provokes(edge, "holds", EndState::ClientLeftHeld, |client| {
+        are_in(edge, "holds", "held", 1.0);
         drop(client);
     });
 }

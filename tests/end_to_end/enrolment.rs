@@ -475,8 +475,9 @@ fn a_start_that_leads_nowhere_ends_within_its_time() {
     let url = format!("http://{}", silent.addr);
     let edge = Edge::builder(env!("CARGO_BIN_EXE_tailwart-edge")).control_url(&url).upstream(MAILBOX);
     let began = Instant::now();
-    // The default, and some room for a busy machine.
-    let line = fails(edge.auth_key(KEY).listener(tcp("mail")).spawn(), 3, Duration::from_secs(15 + 4));
+    // The default.
+    let within = Duration::from_secs(15) + AFTER_JOIN;
+    let line = fails(edge.auth_key(KEY).listener(tcp("mail")).spawn(), 3, within);
     tells(&line, &["cannot reach the control server", &url, "check the network"]);
     assert!(began.elapsed() > Duration::from_secs(10), "it gave up after {:?}", began.elapsed());
 }

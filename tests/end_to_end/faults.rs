@@ -20,8 +20,8 @@ const OTHER: &str = "other";
 const CONNECT: Duration = Duration::from_secs(2);
 
 /// What may pass before a client is closed: the connect time-out, two seconds to
-/// find out why, and room for a busy machine.
-const CLOSED_WITHIN: Duration = Duration::from_secs(2 + 2 + 3);
+/// find out why, and room for a busy machine, but less than with the default time-out.
+const CLOSED_WITHIN: Duration = Duration::from_secs(2 + 2 + 5);
 
 /// The port behind which the echo is.
 const ECHO: u16 = 2525;

@@ -322,23 +322,21 @@ impl Measured {
         assert!(grown < BOUND_KB, "a stalled connection costs {grown} kB");
     }
 
-    /// Questions on another connection are answered as fast as ever (about a millisecond, a few on a
-    /// busy machine). One of them may take a second, when a packet is lost; if they waited for the
-    /// stalled connection, all would take until it is read.
+    /// Questions on another connection are answered, about a millisecond each: if they waited for the
+    /// stalled connection, the first would have no answer before that is read.
     #[track_caller]
     fn assert_others_are_served(&self) {
         const QUESTIONS: u32 = 100;
-        const USUALLY: Duration = Duration::from_millis(100);
         let mut client = client_of(self.edge().addr("echo"));
-        let mut quick = 0;
+        let began = Instant::now();
         for question in 0..QUESTIONS {
-            let (asked, mut answer) = (Instant::now(), [0; 4]);
+            let mut answer = [0; 4];
             send(&client, &question.to_le_bytes());
             client.read_exact(&mut answer).expect("another connection is answered");
             assert_eq!(u32::from_le_bytes(answer), question);
-            quick += u32::from(asked.elapsed() < USUALLY);
         }
-        assert!(quick > QUESTIONS / 2, "only {quick} of {QUESTIONS} answers came within {USUALLY:?}");
+        // On a busy machine each may take as long as others use the processor.
+        assert!(began.elapsed() < LIMIT, "{QUESTIONS} answers took {:?}", began.elapsed());
     }
 }
 

@@ -90,10 +90,9 @@ fn are_held_until_it_is_back(away: fn(&TestTailnet), back: fn(&TestTailnet)) {
         stub.wait_client(&header_of(client), LIMIT, |record| record.bytes == expected);
     }
     drop((silent, talker));
-    let is_end = |line: &str| line.contains("why=\"client closed\"") && line.contains("listener=\"smtp\"");
-    for _ in 0..2 {
-        setup.edge.log().wait_line("the end of a session", LIMIT, is_end);
-    }
+    let is_end = |line: &&str| line.contains("why=\"client closed\"") && line.contains("listener=\"smtp\"");
+    let ended = || setup.edge.log().text().lines().filter(is_end).count();
+    assert!(eventually(LIMIT, || ended() == 2), "{} sessions are told\n{}", ended(), setup.edge.log().tail());
     nothing_is_left(&setup, before);
 }
 
@@ -333,8 +332,9 @@ fn refusing_edge(hold: &str) -> Setup {
 
 #[test]
 fn every_protocol_is_told_to_come_later_in_its_own_words() {
-    const HOLD: Duration = Duration::from_millis(1500);
-    let setup = refusing_edge(&format!("{}ms", HOLD.as_millis()));
+    // All of them come before it is over for the first, on a busy machine too.
+    const HOLD: Duration = Duration::from_secs(6);
+    let setup = refusing_edge(&format!("{}s", HOLD.as_secs()));
     let before = setup.edge.fds();
     let came = Instant::now();
     let visit = |(protocol, _, refusal): (&'static str, u16, &'static [u8])| {
@@ -347,7 +347,7 @@ fn every_protocol_is_told_to_come_later_in_its_own_words() {
     let clients: Vec<_> = REFUSALS.into_iter().chain([silently]).flat_map(visit).collect();
     holds(&setup.edge, clients.len());
     hears_last(&mut connect(setup.edge.addr("tcp")), b"");
-    assert!(came.elapsed() < HOLD, "others are held for nothing");
+    assert_eq!(held(&setup.edge), clients.len(), "others are held for nothing");
     for (protocol, mut client, refusal) in clients {
         let address = client.local_addr().expect("it is connected");
         hears_last(&mut client, refusal);
@@ -487,13 +487,14 @@ fn nobody_is_held_longer_than_they_may_be_by_the_first_attempt() {
     let (_setup, mut client) = waits_for_silence("2s");
     let came = Instant::now();
     hears_last(&mut client, SMTP_REFUSAL.as_bytes());
-    assert!(came.elapsed() < Duration::from_secs(4), "after {:?}", came.elapsed());
+    // The attempt itself would take ten seconds.
+    assert!(came.elapsed() < AT_ONCE, "after {:?}", came.elapsed());
 }
 
 #[test]
 fn who_waits_for_the_first_attempt_counts_as_held_and_is_told_when_the_edge_stops() {
     let (mut setup, mut client) = waits_for_silence("45s");
-    assert!(eventually(Duration::from_secs(4), || held(&setup.edge) == 1), "{}", setup.edge.log().tail());
+    assert!(eventually(AT_ONCE, || held(&setup.edge) == 1), "{}", setup.edge.log().tail());
     setup.edge.signal("TERM");
     let told = Instant::now();
     hears_last(&mut client, SMTP_REFUSAL.as_bytes());
@@ -509,7 +510,8 @@ fn a_client_that_leaves_during_the_first_attempt_is_gone_at_once() {
     drop(client);
     let left = Instant::now();
     setup.edge.wait_log("end=CQ why=\"client left while it was held\"", LIMIT);
-    assert!(left.elapsed() < Duration::from_secs(3), "after {:?}", left.elapsed());
+    // The attempt itself would take ten seconds.
+    assert!(left.elapsed() < AT_ONCE, "after {:?}", left.elapsed());
 }
 
 // Mailboxes that are there, and yet are not.
@@ -524,10 +526,10 @@ fn a_mailbox_that_closes_without_a_word_is_tried_again_until_the_time_is_over() 
     let header = header_of(&client);
     hears_last(&mut client, SMTP_REFUSAL.as_bytes());
     assert!((HOLD..HOLD + AT_ONCE).contains(&came.elapsed()), "after {:?}", came.elapsed());
-    // At 0, 1 and 3 seconds.
-    assert_eq!(stub.accepted(), 3);
-    for index in 0..3 {
-        assert_eq!(stub.record(index).expect("it came").bytes, header);
+    // At 0, 1 and 3 seconds, and never earlier; on a busy machine the third may come too late.
+    assert!((2..=3).contains(&stub.accepted()), "tried {} times", stub.accepted());
+    for index in 0..stub.accepted() {
+        stub.wait_record(index, LIMIT, |record| record.bytes == header);
     }
     let line = setup.edge.wait_log("end=sQ", LIMIT);
     tells(&line, &[" INFO ", "held until its time was over", "closes the connection without a word"]);
@@ -657,8 +659,9 @@ fn what_a_strange_mailbox_says_is_passed_on_and_its_probe_names_it() {
         let labels = format!("{{listener={name:?},upstream=\"stalwart:{port}\"}}");
         metric(&setup.edge, &format!("tailwart_edge_upstream_up{labels}"))
     };
-    let expected = [Some(1.0), is_soak().then_some(0.0)];
-    assert_eq!([up("good", 2500), up("silent", 2501)], expected);
+    assert_eq!(up("good", 2500), Some(1.0));
+    // Unknown until its probe has given up.
+    assert_ne!(up("silent", 2501), Some(1.0));
     // Its client was not closed for all that, and may leave when it wants.
     waits_long.set_nonblocking(true).expect("a socket option");
     let nothing = waits_long.peek(&mut [0]).map_err(|error| error.kind());

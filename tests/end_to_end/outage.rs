@@ -19,7 +19,7 @@ use crate::common::postfix::Sender;
 use crate::common::sink::{Taken, takes_mail, takes_mail_after};
 use crate::common::stub::Stub;
 use crate::common::wait::{eventually, pace};
-use crate::setup::{LIMIT, MAILBOX, Setup, held, is_soak, no_crash, start_with};
+use crate::setup::{AT_ONCE, LIMIT, MAILBOX, Setup, held, is_soak, no_crash, start_with};
 
 /// Sessions a second.
 const RATE: u32 = 50;
@@ -146,6 +146,11 @@ impl Load {
         }
     }
 
+    /// How many sessions have not ended.
+    fn unfinished(&self) -> usize {
+        self.sessions.iter().filter(|(_, session)| !session.is_finished()).count()
+    }
+
     /// Waits for all of them. What was acknowledged was taken exactly once, what was refused never,
     /// and what was cut at most once.
     #[track_caller]
@@ -187,14 +192,9 @@ fn outage(length: Duration, hold: Duration) -> Report {
     let mut load = Load::start(setup.edge.addr("smtp"), hold + LIMIT);
     load.run(&setup, CALM);
     setup.tailnet.unforward(MAILBOX, 25);
-    // One that came a moment ago may not be counted yet, and dropping the mailbox would cut it.
-    let none = || setup.tailnet.stats(MAILBOX).open == 0;
-    let idle = eventually(LIMIT, || {
-        none() && {
-            std::thread::sleep(Duration::from_millis(500));
-            none()
-        }
-    });
+    // Who is not held may be on the way to the mailbox, and dropping that would cut the session.
+    let on_the_way = || load.unfinished().saturating_sub(held(&setup.edge));
+    let idle = eventually(LIMIT, || on_the_way() == 0 && setup.tailnet.stats(MAILBOX).open == 0);
     assert!(idle, "a session goes on and on");
     drop(mailbox);
     load.run(&setup, length);
@@ -216,8 +216,8 @@ fn outage_within_hold(length: Duration) {
     let report = outage(length, Duration::from_secs(45));
     assert_eq!(report.fates.keys().collect::<Vec<_>>(), [&Fate::Taken], "{report:?}");
     assert!(report.most_held > 0, "nobody was held: {report:?}");
-    // Who came first waits longest; the mailbox is tried every two seconds.
-    assert!(report.longest_wait < length + Duration::from_secs(2 + 3), "{report:?}");
+    // Who came first waits longest; the mailbox is tried every two seconds. The rest is for a busy machine.
+    assert!(report.longest_wait < length + Duration::from_secs(2) + AT_ONCE, "{report:?}");
 }
 
 /// Beyond it the ones that came too early are told to come later, and nothing else happens to them.
@@ -231,7 +231,8 @@ fn outage_beyond_hold(length: Duration, hold: Duration) {
     // The mailbox is tried every two seconds, in which it would have been too late for some.
     let slack = f64::from(RATE) * 3.0;
     assert!((expected - slack..expected + slack).contains(&refused), "{expected} expected: {report:?}");
-    assert!(report.longest_wait < hold + Duration::from_secs(3), "{report:?}");
+    // Whether the time is kept is told by who was refused; this is only for those who are forgotten.
+    assert!(report.longest_wait < hold + AT_ONCE, "{report:?}");
 }
 
 #[test]
@@ -383,12 +384,11 @@ fn a_sending_postfix_keeps_what_it_could_not_deliver_and_delivers_it_later() {
     setup.tailnet.unforward(MAILBOX, 25);
     submit("beyond the hold");
     sender.log().wait("status=deferred", LIMIT);
-    let [reason] = &waiting()[..] else { panic!("{:?}", waiting()) };
-    for words in
-        ["alice@example.test", "421 4.3.2 mx.example.org Service not available, please try again later"]
-    {
-        assert!(reason.contains(words), "{words:?} is missing from: {reason}");
-    }
+    let words =
+        ["alice@example.test", "421 4.3.2 mx.example.org Service not available, please try again later"];
+    // Its log says so before its queue does.
+    let is_kept = || matches!(&waiting()[..], [reason] if words.iter().all(|words| reason.contains(words)));
+    assert!(eventually(LIMIT, is_kept), "{:?}", waiting());
     assert_eq!(sender.log().count("status=bounced"), 0, "{}", sender.log().tail());
     setup.tailnet.forward(MAILBOX, 25, mail.postfix.smtp);
     sender.flush();

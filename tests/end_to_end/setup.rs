@@ -264,6 +264,6 @@ pub fn tls_server(host: &Namespace, certificate: &Certificate, directives: &str)
     let config = certificate.cert.with_file_name("haproxy.cfg");
     std::fs::write(&config, settings).expect("its directory takes files");
     let daemon = Daemon::spawn("haproxy", host.command("haproxy").arg("-db").arg("-f").arg(config));
-    daemon.wait_ready(LIMIT, None, || is_listening_beside(daemon.pid(), 443));
+    daemon.wait_ready(LIMIT, None, || is_listening_beside(daemon.pid(), ([127, 0, 0, 1], 443).into()));
     daemon
 }

@@ -19,8 +19,8 @@ use crate::common::net::{connect, echoes};
 use crate::common::process::Daemon;
 use crate::common::stub::{self, MIB, Stub, pattern};
 use crate::common::wait::{eventually, wait_for};
-use crate::common::{http, private_dir, proxy_header, temp_dir};
-use crate::setup::{LIMIT, Setup, edge_on, start_with, stops, tailnet_with, tells};
+use crate::common::{private_dir, proxy_header, temp_dir};
+use crate::setup::{LIMIT, Setup, becomes, edge_on, no_crash, start_with, stops, tailnet_with, tells};
 
 /// The answer that the mailbox gives at the end of an upload.
 const ANSWER: usize = 1000;
@@ -108,8 +108,7 @@ fn a_signal_closes_the_ports_and_idle_connections_and_lets_transfers_finish() {
         setup.edge.signal(signal);
         tells(&setup.edge.wait_log(" stopping ", LIMIT), &[name, "connections="]);
         addresses.into_iter().for_each(refuses_connections);
-        let ready = http::get(setup.edge.addr("admin"), "/readyz");
-        assert_eq!((ready.code, ready.body.contains("the edge is stopping")), (503, true), "{ready:?}");
+        becomes(&setup.edge, 503, "the edge is stopping");
         idle.set_read_timeout(Some(LIMIT)).expect("the deadline is not zero");
         assert_eq!(idle.read(&mut [0]).expect("an orderly end"), 0);
 
@@ -208,6 +207,15 @@ fn starting(builder: &Builder) -> (Edge, File, TempDir) {
     (edge, pipe, dir)
 }
 
+/// It stops in order, and its only errors are those of reading a pipe again.
+#[track_caller]
+fn ends_well(edge: &mut Edge) {
+    assert_eq!(edge.wait_exit(LIMIT).code(), Some(0), "{}", edge.log().tail());
+    no_crash(edge.log());
+    let (errors, expected) = (edge.log().count(" ERROR "), edge.log().count("was not reloaded"));
+    assert_eq!(errors, expected, "{}", edge.log().tail());
+}
+
 #[test]
 fn a_signal_during_the_start_is_as_good_as_a_later_one() {
     let stub = Stub::start(stub::echo_after_header);
@@ -226,7 +234,7 @@ fn a_signal_during_the_start_is_as_good_as_a_later_one() {
     edge.wait_log("was not reloaded", LIMIT);
     edge.wait_ready(LIMIT);
     edge.signal("TERM");
-    assert_eq!(edge.wait_exit(LIMIT).code(), Some(0), "{}", edge.log().tail());
+    ends_well(&mut edge);
     for _ in 0..3 {
         let (mut edge, mut pipe, _dir) = starting(&builder);
         edge.signal("HUP");
@@ -246,7 +254,7 @@ fn a_signal_during_the_start_is_as_good_as_a_later_one() {
         assert!(eventually(LIMIT, || edge.log().count("was not reloaded") > before), "{}", edge.log().tail());
         tells(&edge.wait_log("was not reloaded", LIMIT), &["is no regular file"]);
         edge.signal("TERM");
-        assert_eq!(edge.wait_exit(LIMIT).code(), Some(0), "{}", edge.log().tail());
+        ends_well(&mut edge);
     }
 }
 
