@@ -310,10 +310,12 @@ func webAddress(text string) string {
 	return text
 }
 
-// complaints is what Tailscale itself finds wrong, in an order that stays.
+// complaints is what Tailscale itself finds wrong, in an order that stays. Some of it
+// comes from the control server, so it is bounded.
 func (n *node) complaints(current *ipnstate.Status) []string {
+	const most = 20
 	var parts []string
-	for _, sentence := range current.Health {
+	for _, sentence := range current.Health[:min(len(current.Health), most)] {
 		parts = append(parts, n.harmless(strings.TrimRight(sentence, ".")))
 	}
 	slices.Sort(parts)

@@ -181,8 +181,9 @@ int tailscale_set_tags(tailscale sd, const char* tags);
 // May be changed at any time. (Not in upstream.)
 int tailscale_set_up_timeout(tailscale sd, int64_t timeout_ms);
 // Where Tailscale's log lines go, one write each; -1, the default, drops
-// them. The library owns the descriptor from here on, makes it non-blocking
-// and closes it in tailscale_close; lines are dropped while it is full.
+// them. The library owns the descriptor from here on, also when the call fails:
+// it makes it non-blocking and closes it, in tailscale_close or at once. Lines are
+// dropped while it is full.
 int tailscale_set_logfd(tailscale sd, int fd);
 // Where the node's state goes: one line of JSON for every change, beginning
 // with the state at start. Ownership as for tailscale_set_logfd. While there

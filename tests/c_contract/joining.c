@@ -49,6 +49,20 @@ static void a_credential_after_the_start(tailscale sd) {
     EXPECT(tailscale_up(sd), TAILSCALE_NEEDS_LOGIN);
 }
 
+// The library's from the call on, also when it refuses them.
+static void descriptors_that_are_refused(tailscale sd) {
+    int (*const takers[])(tailscale, int) = {tailscale_set_logfd, tailscale_set_eventfd};
+    for (size_t i = 0; i < sizeof takers / sizeof *takers; i++) {
+        int late[2], lost[2];
+        make_pipe(late, 0);
+        make_pipe(lost, 0);
+        EXPECT(takers[i](sd, late[1]), TAILSCALE_BAD_STATE);
+        EXPECT(takers[i](-1, lost[1]), TAILSCALE_BAD_HANDLE);
+        drain(late[0]);
+        drain(lost[0]);
+    }
+}
+
 static void without_a_key(void) {
     int logs[2], events[2];
     make_pipe(logs, 1);
@@ -64,6 +78,7 @@ static void without_a_key(void) {
     EXPECT(tailscale_set_ephemeral(sd, 1), TAILSCALE_BAD_STATE);
     EXPECT(tailscale_set_logfd(sd, -1), TAILSCALE_BAD_STATE);
     EXPECT(tailscale_set_eventfd(sd, -1), TAILSCALE_BAD_STATE);
+    descriptors_that_are_refused(sd);
     a_credential_after_the_start(sd);
     ssize_t length = read(events[0], text, sizeof text);
     TRUE(length > 2 && strncmp(text, "{\"state\":\"", 10) == 0 && strncmp(text + length - 2, "}\n", 2) == 0);
