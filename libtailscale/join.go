@@ -335,8 +335,11 @@ func (j *join) leavesTagsToKey() bool {
 	return true
 }
 
-// register enrols with a key.
+// register enrols with a key. One at a time: a login that is asked for late would use
+// the key a second time.
 func (n *node) register(key string, tags []string) error {
+	n.registering.Lock()
+	defer n.registering.Unlock()
 	if err := n.restartAsking(tags, ipn.Options{AuthKey: key}); err != nil {
 		return err
 	}

@@ -132,6 +132,7 @@ type node struct {
 	// enrolWith is not given to tsnet, which would use it before it is needed.
 	credentialMu sync.Mutex
 	enrolWith    credential
+	registering  sync.Mutex // held while a key is used
 
 	// Set by start, before any connection, and then constant.
 	backend *ipnlocal.LocalBackend

@@ -531,3 +531,32 @@ impl Reset for TailnetStream {
         self.conn.abort();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_that_cannot_be_read_leaves_the_one_before() {
+        let (sender, status) = watch::channel(NodeStatus::default());
+        take_in(r#"{"state":"Running","tags":["tag:a"]}"#, &sender);
+        let before = status.borrow().clone();
+        assert!(before.is_running());
+        for line in ["", "{", "12", r#"{"state":1}"#, r#"{"ips":["nowhere"]}"#] {
+            take_in(line, &sender);
+            assert_eq!(*status.borrow(), before, "{line}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_line_that_is_not_text_is_a_line_too() {
+        let (reader, writer) = io::pipe().unwrap();
+        let reader = pipe::Receiver::from_owned_fd(reader.into()).unwrap();
+        io::Write::write_all(&mut { writer }, b"one\n\xff\xfe\ntwo\n").unwrap(); // and then it is closed
+        let mut lines = Vec::new();
+        let reading = read_lines(reader, |line: &str| lines.push(line.to_owned()));
+        let goes_on = tokio::time::timeout(Duration::from_millis(200), reading).await.is_err();
+        assert!(goes_on, "the end of the pipe is no end of the task");
+        assert_eq!(lines, ["one", "\u{fffd}\u{fffd}", "two"]);
+    }
+}
