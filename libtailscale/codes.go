@@ -45,6 +45,7 @@ const (
 	codeBadStateFile       = code(C.TAILSCALE_BAD_STATE_FILE)
 	codeBadCredential      = code(C.TAILSCALE_BAD_CREDENTIAL)
 	codeUpgradeBlocked     = code(C.TAILSCALE_UPGRADE_BLOCKED)
+	codeOtherControl       = code(C.TAILSCALE_OTHER_CONTROL)
 )
 
 const (

@@ -587,7 +587,7 @@ func TestAPanicInConnectLeavesNoToken(t *testing.T) {
 	to := netip.AddrPortFrom(e.mailbox.IPs[0], 25)
 	func() {
 		defer func() { recover() }()
-		c.begin(e.mailbox.IPs[0], to)
+		c.startHandshake(e.mailbox.IPs[0], to)
 		t.Error("no panic")
 	}()
 	if !queue.IsEmpty() || !ep.closed {

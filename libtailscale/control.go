@@ -32,7 +32,7 @@ func (n *node) checkControl(state *stateFile) error {
 	}
 	known, err := state.ReadState(controlKeyID)
 	if err != nil {
-		return n.report(codeBadStateFile, otherControl(state.path, before, wanted, "the key of that server is not known yet, so it cannot be told whether they are one"))
+		return n.report(codeOtherControl, otherControl(state.path, before, wanted, "the key of the former was never stored, so the edge cannot check that both are one server: set control_url back and start once, then change it"))
 	}
 	ctx, cancel := context.WithTimeout(n.ctx, sameServerLimit)
 	defer cancel()
@@ -41,14 +41,14 @@ func (n *node) checkControl(state *stateFile) error {
 		return n.report(codeControlUnreachable, fmt.Errorf("%w (the identity in %s is of a node of %s, so it has to be asked whether it is the same server)", err, state.path, before))
 	}
 	if serverKey.String() != string(known) {
-		return n.report(codeBadStateFile, otherControl(state.path, before, wanted, "which is another server: it has another key"))
+		return n.report(codeOtherControl, otherControl(state.path, before, wanted, "the latter is another server, with another key: set control_url back"))
 	}
 	n.movedFrom = before
 	return nil
 }
 
 func otherControl(path, before, wanted, why string) error {
-	return fmt.Errorf("%s: it is of a node of %s, and the control server is %s now, %s: set that back", path, before, wanted, why)
+	return fmt.Errorf("the identity in %s is of a node of %s, and control_url is %s now; %s", path, before, wanted, why)
 }
 
 // rememberControl stores the key of the control server that this node has joined,

@@ -68,8 +68,8 @@ func TestAnotherControlServer(t *testing.T) {
 	check(t, before.close())
 	other := startNet(t, testnet.Options{})
 	n := comesBack(t, before, other.ControlURL())
-	wantCode(t, n.up(), codeBadStateFile)
-	for _, words := range []string{before.server.ControlURL, other.ControlURL(), "another key", "set that back"} {
+	wantCode(t, n.up(), codeOtherControl)
+	for _, words := range []string{before.server.ControlURL, other.ControlURL(), "another key", "set control_url back"} {
 		if text := errorText(n); !strings.Contains(text, words) {
 			t.Errorf("%q is missing from %q", words, text)
 		}
@@ -94,8 +94,8 @@ func TestAnotherURLWhereTheKeyIsNotKnown(t *testing.T) {
 	alias, err := tailnet.AliasControl()
 	check(t, err)
 	n := comesBack(t, before, alias)
-	wantCode(t, n.up(), codeBadStateFile)
-	if text := errorText(n); !strings.Contains(text, "the key of that server is not known yet") {
+	wantCode(t, n.up(), codeOtherControl)
+	if text := errorText(n); !strings.Contains(text, "was never stored") {
 		t.Errorf("text: %q", text)
 	}
 	check(t, comesBack(t, before, tailnet.ControlURL()).up())
@@ -157,7 +157,7 @@ func TestWhatIsNoControlServer(t *testing.T) {
 	}))
 	t.Cleanup(server.Close)
 	err := probe(t, server.URL)
-	if err == nil || !strings.Contains(err.Error(), "answered without a key") {
+	if err == nil || !strings.Contains(err.Error(), "did not answer with a key") {
 		t.Errorf("got %v", err)
 	}
 }

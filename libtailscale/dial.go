@@ -62,15 +62,15 @@ func (n *node) connect(source netip.Addr, to netip.AddrPort, token uintptr) (*co
 		return nil, codeOf(terr)
 	}
 	c.ep = ep
-	if err := c.begin(source, to); err != nil {
+	if err := c.startHandshake(source, to); err != nil {
 		return nil, err
 	}
 	return c, nil
 }
 
-// begin starts the handshake. After a failure, a panic of the stack's included, it
+// startHandshake sends the SYN. After a failure, a panic of the stack's included, it
 // is closed: C frees what the token names then.
-func (c *conn) begin(source netip.Addr, to netip.AddrPort) error {
+func (c *conn) startHandshake(source netip.Addr, to netip.AddrPort) error {
 	begun := false
 	defer func() {
 		if !begun {

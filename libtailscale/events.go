@@ -440,11 +440,16 @@ func (n *node) ping(host string, limit time.Duration) (pingReport, error) {
 	if err != nil || result.Err != "" {
 		ctx, cancel := context.WithTimeout(n.ctx, probeLimit)
 		defer cancel()
-		if n.isForgotten(ctx) {
+		deleted, heard := n.isDeleted(ctx)
+		if deleted {
 			return pingReport{}, codeNotRunning // no peer knows us any more
 		}
-		_, err := askForKey(ctx, n.controlURL())
-		report.Network = err == nil
+		if report.Network = heard; !heard {
+			ctx, cancel := context.WithTimeout(n.ctx, probeLimit)
+			defer cancel()
+			_, err := askForKey(ctx, n.controlURL())
+			report.Network = err == nil
+		}
 		return report, codeTimedOut
 	}
 	report.Answered, report.Network = true, true

@@ -258,7 +258,8 @@ func (j *join) decide(notify *ipn.Notify) (outcome error, decided bool) {
 			return nil, false
 		}
 		n.removed.Store(false)
-		n.forgotten.Store(false)
+		n.deleted.Store(nil)
+		n.updateRejected.Store(false)
 		n.loginRefused.Store(false)
 		n.needsLogUpload.Store(false)
 		n.refreshSelf()

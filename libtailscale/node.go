@@ -3,7 +3,7 @@
 // contract; README.md says what matches upstream libtailscale and what not.
 //
 // export.go and tailscale.c are the C side. node.go, join.go, credential.go,
-// control.go, known.go, probe.go, events.go and figures.go are a node's life; dial.go, listen.go and
+// control.go, deleted.go, probe.go, events.go and figures.go are a node's life; dial.go, listen.go and
 // conn.go its connections. Nothing here ever uses the host's resolver or network on behalf
 // of a connection.
 package main
@@ -35,6 +35,7 @@ import (
 	"tailscale.com/net/netns"
 	"tailscale.com/tailcfg"
 	"tailscale.com/tsnet"
+	"tailscale.com/types/key"
 	"tailscale.com/wgengine/netstack"
 )
 
@@ -145,7 +146,10 @@ type node struct {
 	needsLogUpload atomic.Bool                    // the tailnet refuses nodes without it
 	controlSaid    atomic.Pointer[controlProblem] // the backend's last error with the control server
 	controlProbed  atomic.Pointer[controlProblem] // why probeControl failed the last time
-	forgotten      atomic.Bool                    // removed, and its map poll lives on (known.go)
+	deleted        atomic.Pointer[key.NodePublic] // the control server has no node of this key (deleted.go)
+	updateRejected atomic.Bool                    // it has answered an update so
+	askTurn        sync.Mutex                     // held while it is asked
+	askedLast      time.Time                      // guarded by askTurn
 	loginRefused   atomic.Bool                    // since the node last had a place
 	remembered     atomic.Bool                    // the control server's key is stored
 	asking         atomic.Bool                    // while it is at work

@@ -46,7 +46,7 @@ func (e clockError) Error() string {
 type upgradeError struct{ url, status string }
 
 func (e upgradeError) Error() string {
-	return fmt.Sprintf("it answers, but POST %s with an Upgrade header was answered with %s, not with 101: a proxy in front of it does not pass the upgrade on",
+	return fmt.Sprintf("it answers, but POST %s with an Upgrade header was answered with %s, not with 101 Switching Protocols: a proxy in front of it does not pass the upgrade on",
 		e.url, e.status)
 }
 
@@ -57,7 +57,7 @@ func adviceOn(err error) string {
 	case errors.As(err, new(clockError)):
 		return "set the clock of this machine (timedatectl set-ntp true)"
 	case errors.As(err, new(upgradeError)):
-		return "make the proxy pass the headers Upgrade and Connection on for /ts2021 (WebSocket support; Cloudflare's proxy cannot), or go past it"
+		return "make the proxy pass the headers Upgrade and Connection on for /ts2021 (WebSocket support; Cloudflare's proxy cannot), or set control_url to an address that bypasses the proxy"
 	default:
 		return ""
 	}
@@ -115,7 +115,7 @@ func askForKey(ctx context.Context, url string) (serverKey key.MachinePublic, er
 	}
 	var answer tailcfg.OverTLSPublicKeyResponse
 	if json.Unmarshal(body, &answer) != nil || answer.PublicKey.IsZero() {
-		return serverKey, fmt.Errorf("%s answered without a key, as no control server does; check the URL", keyURL)
+		return serverKey, fmt.Errorf("%s did not answer with a key, so it is not a control server; check control_url", keyURL)
 	}
 	return answer.PublicKey, nil
 }
@@ -143,10 +143,15 @@ func probeUpgrade(ctx context.Context, url string, serverKey key.MachinePublic) 
 		return fmt.Errorf("%s: %w", url, err)
 	}
 	defer response.Body.Close()
-	if response.StatusCode != http.StatusSwitchingProtocols {
+	switch code := response.StatusCode; {
+	case code == http.StatusSwitchingProtocols:
+		return nil
+	case code/100 == 3, code == http.StatusTooManyRequests, code == http.StatusBadGateway,
+		code == http.StatusServiceUnavailable, code == http.StatusGatewayTimeout:
+		return fmt.Errorf("%s answered %s", url, response.Status) // that says nothing about upgrades
+	default:
 		return upgradeError{url, response.Status}
 	}
-	return nil
 }
 
 // judgeClock tells a wrong clock of ours from a certificate that has expired: by
@@ -178,6 +183,9 @@ func get(ctx context.Context, transport *http.Transport, url string) (*http.Resp
 		return nil, nil, fmt.Errorf("%s: %w", url, err)
 	}
 	defer response.Body.Close()
-	body, _ := io.ReadAll(io.LimitReader(response.Body, maxAnswerBytes))
+	body, err := io.ReadAll(io.LimitReader(response.Body, maxAnswerBytes))
+	if err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", url, err)
+	}
 	return response, body, nil
 }

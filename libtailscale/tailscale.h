@@ -106,8 +106,7 @@ enum tailscale_code {
     // The control server's certificate does not count, because this machine's
     // clock is wrong; the text has both times.
     TAILSCALE_CLOCK_WRONG = -48,
-    // The file of the node's identity cannot be understood, or is of another
-    // control server, which is one with another key (tailscale_start and
+    // The file of the node's identity cannot be understood (tailscale_start and
     // tailscale_up); the text names it.
     TAILSCALE_BAD_STATE_FILE = -49,
     // The credential cannot become an auth key here; the text says why.
@@ -115,6 +114,9 @@ enum tailscale_code {
     // The control server answers, but something in front of it does not pass the
     // upgrade to the control protocol on; the text has its answer.
     TAILSCALE_UPGRADE_BLOCKED = -51,
+    // The identity is of another control server, which is one with another key, or
+    // may be (tailscale_start and tailscale_up); the text has both URLs.
+    TAILSCALE_OTHER_CONTROL = -52,
 };
 
 // What a wake reports. Both bits are set when the connection failed or ended.

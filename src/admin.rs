@@ -104,8 +104,11 @@ pub async fn serve_tailnet(node: Arc<Node>, port: u16, overview: Arc<Overview>) 
     let leaving = Arc::new(Semaphore::new(PEER_LEAVING));
     loop {
         let place = places.take().await;
-        let Some(stream) = listener.accept().await else {
-            return std::future::pending().await; // the node is closed, and so is the edge in a moment
+        let stream = match listener.accept().await {
+            Ok(stream) => stream,
+            // The node is closed, and so is the edge in a moment.
+            Err(Code::NotRunning) => return std::future::pending().await,
+            Err(code) => return error!(port, "cannot accept from the tailnet: {code:?}; please report this"),
         };
         let (overview, leaving) = (Arc::clone(&overview), Arc::clone(&leaving));
         tokio::spawn(async move { serve_peer(stream, place, &overview, &leaving).await });

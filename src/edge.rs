@@ -4,7 +4,8 @@
 //! mistake there does not use up an auth key. A node that is enrolled accepts at
 //! once, and holds its clients until it is on the tailnet. One that is not may
 //! never be, and some listeners hold nobody: there, clients wait in the kernel's
-//! backlog until then.
+//! backlog until then. Where control_url was changed the node starts only when the new
+//! server has shown, within 5 s, that it is the one of the identity.
 //!
 //! A reload works at any time after the node has started, also while it joins.
 
@@ -80,7 +81,7 @@ impl RunError {
     /// The process's exit code: 3 tailnet, 4 cannot bind, 1 anything else.
     pub fn exit_code(&self) -> u8 {
         match self {
-            RunError::Join(JoinError::Start(_) | JoinError::BadStateFile(_))
+            RunError::Join(JoinError::Start(_) | JoinError::BadStateFile(_) | JoinError::OtherControl(_))
             | RunError::StateDir(_)
             | RunError::Signals(_)
             | RunError::TaskEnded(_) => 1,

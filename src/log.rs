@@ -7,7 +7,8 @@
 //! - A reader of the log that hangs does not stop mail: lines are written by a thread of their own, and
 //!   when too many wait the rest is lost and counted.
 //! - What is in the queue when the program ends is still written, within a second.
-//! - A panic is a log line like others: written past the queue, it would wait for a reader that hangs.
+//! - A panic is logged like any other line. Rust's own handler writes to standard error itself, and would
+//!   wait for a reader that hangs.
 //!
 //! Deliberately not here: how often a line may repeat itself (see `ledger.rs`).
 

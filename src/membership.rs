@@ -144,7 +144,7 @@ impl Membership {
         if !status.control_moved_from.is_empty() {
             let control = self.settings.control_url.as_deref().unwrap_or("Tailscale's own URL");
             info!(
-                "the control server is at {control} now, and was at {}: it has the same key, so it is the same",
+                "the control server moved from {} to {control}: it has the same key, so this node keeps its identity",
                 status.control_moved_from
             );
         }

@@ -200,7 +200,7 @@ impl Node {
             }
             Err(JoinError::WrongTags { held, missing, .. }) => {
                 let remedy = format!(
-                    "a node gets the tags of its key, so {credential} does not carry them all: create one that does, remove the files in {} (this node has joined as something else) and the node from the tailnet, and start again; or give the node the tag (Headscale: headscale nodes tag; Tailscale: edit ACL tags in the admin console)",
+                    "a node gets the tags of its key, so {credential} does not carry them all: create one that does, remove the files in {} (they are of a node without these tags) and the node from the tailnet, and start again; or give the node the tag (Headscale: headscale nodes tag; Tailscale: edit ACL tags in the admin console)",
                     self.state_dir.display()
                 );
                 Err(JoinError::WrongTags { held, missing, remedy })
@@ -228,24 +228,19 @@ impl Node {
         }
     }
 
-    /// What to do where the tags were refused, for one of two causes. Without a credential a person has
-    /// logged in, and only the policy can be the cause.
+    /// What to do where the tags were refused. Without a credential a person has logged in.
     fn tags_remedy(&self, credential: Option<&Credential>) -> String {
         let tags = self.tags.join(", ");
-        let (owner, carrier) = match credential {
-            None => {
-                return format!(
-                    "name the person who logs in as an owner of {tags} in the policy's tagOwners"
-                );
-            }
+        let owned = |owner: &str| format!("name {owner} as an owner of {tags} in the policy's tagOwners");
+        match credential {
+            None => owned("the person who logs in"),
             Some(Credential { kind: Kind::AuthKey(_), .. }) => {
-                ("whoever created the key", "the key".to_owned())
+                format!("{}, and use a key that carries {tags}", owned("whoever creates the key"))
             }
-            Some(credential) => ("its tags", credential.to_string()),
-        };
-        format!(
-            "either the policy's tagOwners does not name {owner} as an owner of {tags}, or {carrier} does not carry them itself"
-        )
+            Some(credential) => {
+                format!("{}, and give {credential} {tags}", owned(&format!("the tags of {credential}")))
+            }
+        }
     }
 
     /// As [`Node::up`], and waits for a person to visit the login URL of [`NodeStatus`] if the
@@ -323,6 +318,11 @@ impl Node {
     /// than the join.
     fn check_tags(&self) -> Result<(), JoinError> {
         let status = self.look()?;
+        if !status.is_running() {
+            let reason =
+                "it is not running any more, or the library said so in a way that cannot be read".to_owned();
+            return Err(JoinError::TimedOut { after: Duration::ZERO, reason });
+        }
         let missing: Vec<&str> =
             self.tags.iter().filter(|tag| !status.tags.contains(tag)).map(String::as_str).collect();
         if missing.is_empty() {
@@ -405,6 +405,7 @@ impl Node {
 fn start_error(control: &str, code: Code, reason: String) -> JoinError {
     match code {
         Code::BadStateFile => JoinError::BadStateFile(reason),
+        Code::OtherControl => JoinError::OtherControl(reason),
         Code::ControlUnreachable => JoinError::ControlUnreachable { control: control.to_owned(), reason },
         _ => JoinError::Start(reason),
     }
@@ -486,10 +487,10 @@ pub struct TailnetListener {
 }
 
 impl TailnetListener {
-    /// The next connection; `None` once the node is closed.
-    pub async fn accept(&mut self) -> Option<TailnetStream> {
-        let conn = std::future::poll_fn(|cx| self.listener.poll_accept(cx)).await;
-        conn.ok().map(|conn| TailnetStream { conn })
+    /// The next connection; [`Code::NotRunning`] once the node is closed, any other is a fault.
+    pub async fn accept(&mut self) -> Result<TailnetStream, Code> {
+        let conn = std::future::poll_fn(|cx| self.listener.poll_accept(cx)).await?;
+        Ok(TailnetStream { conn })
     }
 }
 

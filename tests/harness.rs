@@ -36,9 +36,8 @@ fn a_process_that_is_paused_does_nothing_more() {
         let daemon = Daemon::spawn("counter", Command::new("sh").args(["-c", script]));
         daemon.output().wait("1000", LIMIT);
         daemon.pause();
-        // What it wrote before is read to the end; the pipe is all that can be on the way.
         let before = std::fs::read_to_string(format!("/proc/{}/schedstat", daemon.pid())).expect("it lives");
-        std::thread::yield_now();
+        std::thread::sleep(Duration::from_millis(20)); // what would run, runs
         let after = std::fs::read_to_string(format!("/proc/{}/schedstat", daemon.pid())).expect("it lives");
         assert_eq!(before, after, "it has run");
         daemon.resume();

@@ -116,6 +116,11 @@ pub enum JoinError {
         "cannot use this node's identity: {0}; restore the file, name another tailnet.state_dir, or remove the file to enrol as a new node with another tailnet address"
     )]
     BadStateFile(String),
+    /// The identity on disk is of another control server.
+    #[error(
+        "cannot use this node's identity here: {0}; to join the new server as a new node, with another tailnet address, set another tailnet.state_dir"
+    )]
+    OtherControl(String),
     /// Tailscale could not start, for example because of its state directory.
     #[error("cannot start the tailnet node: {0}")]
     Start(String),

@@ -64,6 +64,7 @@ pub enum Code {
     BadStateFile,
     BadCredential,
     UpgradeBlocked,
+    OtherControl,
 }
 
 impl Code {
@@ -99,6 +100,7 @@ impl Code {
             TAILSCALE_BAD_STATE_FILE => Code::BadStateFile,
             TAILSCALE_BAD_CREDENTIAL => Code::BadCredential,
             TAILSCALE_UPGRADE_BLOCKED => Code::UpgradeBlocked,
+            TAILSCALE_OTHER_CONTROL => Code::OtherControl,
             _ => Code::Error,
         })
     }

@@ -112,7 +112,10 @@ impl Daemon {
     #[track_caller]
     pub fn pause(&self) {
         self.signal("STOP");
-        let stands = eventually(STOP_LIMIT, || thread_states(self.pid()).iter().all(|state| *state == 'T'));
+        let stands = eventually(STOP_LIMIT, || {
+            let states = thread_states(self.pid());
+            !states.is_empty() && states.iter().all(|state| *state == 'T')
+        });
         assert!(stands, "{} goes on: its threads are in {:?}", self.name, thread_states(self.pid()));
     }
 

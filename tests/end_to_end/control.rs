@@ -36,7 +36,6 @@ fn a_node_that_headscale_has_deleted_is_told_so_though_its_long_poll_lives_on() 
     edge.wait_ready(LIMIT);
     // No key is good any more, or it would come back by itself.
     tailnet.set_auth_key_table(&[]);
-    let before = node(&tailnet)["ips"].clone();
     tailnet.remove_node(EDGE);
     // Whoever comes meets silence, which is reason enough to ask.
     let _client = connect(edge.addr("mail"));
@@ -44,12 +43,15 @@ fn a_node_that_headscale_has_deleted_is_told_so_though_its_long_poll_lives_on() 
     let line = edge.wait_log("trouble on the tailnet: the node was removed", LIMIT);
     tells(&line, &["provide a key to enrol with"]);
     edge.wait_log("cannot join the tailnet again", LIMIT);
+}
 
-    // Started again with a good key, it is back as another node.
-    drop(edge);
+#[test]
+fn a_node_that_headscale_has_deleted_comes_back_with_a_key_at_hand() {
+    let stub = Stub::start(stub::echo_after_header);
     let (tailnet, edge) = headscale_with_mailbox(&stub);
     let edge = edge.spawn();
     edge.wait_ready(LIMIT);
+    let before = node(&tailnet)["ips"].clone();
     tailnet.remove_node(EDGE);
     let _client = connect(edge.addr("mail"));
     edge.wait_log("enrolling it again", LIMIT);
@@ -91,7 +93,7 @@ fn a_control_server_that_was_renamed_is_the_same_and_another_one_is_not() {
 
         let alias = tailnet.alias_control();
         let mut renamed = edge.clone().control_url(&alias).spawn();
-        let line = renamed.wait_log("it is the same", LIMIT);
+        let line = renamed.wait_log("this node keeps its identity", LIMIT);
         tells(&line, &[&alias, tailnet.control_url(), "the same key"]);
         renamed.wait_ready(LIMIT);
         assert_eq!(node(&tailnet)["ips"], before);
@@ -102,7 +104,7 @@ fn a_control_server_that_was_renamed_is_the_same_and_another_one_is_not() {
         let (other, _) = control.closed_tailnet();
         let elsewhere = edge.control_url(other.control_url());
         let line = fails(elsewhere.clone().spawn(), 1, AT_ONCE);
-        tells(&line, &["it has another key", &alias, other.control_url(), "restore the file"]);
+        tells(&line, &["another key", &alias, other.control_url(), "another tailnet.state_dir"]);
         assert_eq!(other.nodes().len(), 0);
         // Whether it is the same cannot be asked.
         other.stop_control();

@@ -4,12 +4,13 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"net/http"
 	"strings"
+	"time"
 
 	"tailscale.com/ipn"
 	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
 )
 
 // This file finds out whether the control server still knows this node. Tailscale's
@@ -22,41 +23,61 @@ import (
 // (control/controlclient/direct.go, sendMapRequest, has the words before it).
 const notFound = "initial fetch failed 404: node not found"
 
+// askAgainAfter is the least time between two questions whether this node is known.
+const askAgainAfter = 5 * time.Second
+
 // noteUpdateError learns from an update about this node that did not get through,
 // which the backend tries again and tells nobody.
 func (n *node) noteUpdateError(err error) {
 	if strings.Contains(err.Error(), notFound) {
-		n.forgotten.Store(true)
+		n.updateRejected.Store(true)
 	}
 }
 
-// isForgotten asks a control server that is heard whether it knows this node, and
-// notes it if not. Who asks has another reason to doubt it: a peer that is silent.
-func (n *node) isForgotten(ctx context.Context) bool {
-	control := n.controlURL()
-	heard := n.server.Sys().HealthTracker.Get().GetInPollNetMap()
-	if !heard || ipn.IsLoginServerSynonym(control) || n.removed.Load() {
-		return false // what it has to say comes by itself
+// isDeleted asks a control server that is heard whether it knows this node, and notes
+// it if not; heard is whether it answered. Call it only when a peer is silent: it is a
+// request to the control server, though no more than one in askAgainAfter.
+func (n *node) isDeleted(ctx context.Context) (deleted, heard bool) {
+	polls := n.server.Sys().HealthTracker.Get().GetInPollNetMap()
+	if !polls || canonicalControl(n.server.ControlURL) == ipn.DefaultControlURL || n.removed.Load() {
+		return false, false // Tailscale's own ends the poll of a deleted node, so nothing has to be asked
 	}
-	answer, err := n.registerAgain(ctx)
+	if !n.askTurn.TryLock() {
+		return false, false
+	}
+	defer n.askTurn.Unlock()
+	if time.Since(n.askedLast) < askAgainAfter {
+		return false, false
+	}
+	n.askedLast = time.Now()
+	self, ok := n.selfKey()
+	if !ok {
+		return false, false
+	}
+	answer, err := n.registerAgain(ctx, self)
 	if err != nil || answer.AuthURL == "" {
-		return false
+		return false, err == nil
 	}
-	n.forgotten.Store(true)
-	return true
+	n.deleted.Store(&self)
+	return true, true
+}
+
+// selfKey is the node key of the network map.
+func (n *node) selfKey() (self key.NodePublic, ok bool) {
+	current := n.backend.NetMapNoPeers()
+	if current == nil || !current.SelfNode.Valid() {
+		return self, false
+	}
+	return current.SelfNode.Key(), true
 }
 
 // registerAgain tells the control server the node's key, as a client does that
 // starts again: one that it knows is let in as it is, and one that it does not is
 // asked to log in.
-func (n *node) registerAgain(ctx context.Context) (answer tailcfg.RegisterResponse, err error) {
-	current := n.backend.NetMapNoPeers()
-	if current == nil {
-		return answer, errors.New("there is no network map")
-	}
+func (n *node) registerAgain(ctx context.Context, self key.NodePublic) (answer tailcfg.RegisterResponse, err error) {
 	request := tailcfg.RegisterRequest{
 		Version: tailcfg.CurrentCapabilityVersion,
-		NodeKey: current.SelfNode.Key(),
+		NodeKey: self,
 		Hostinfo: &tailcfg.Hostinfo{
 			Hostname:    n.server.Hostname,
 			RequestTags: n.server.AdvertiseTags,
@@ -84,7 +105,7 @@ func (n *node) registerAgain(ctx context.Context) (answer tailcfg.RegisterRespon
 // could be neither replaced nor closed during one: it waits with its lock held,
 // for up to 45 seconds (control/controlclient/auto.go, mapRoutine).
 func (n *node) leaveControl() {
-	if !n.removed.Load() && !n.forgotten.Load() {
+	if !n.removed.Load() && !n.updateRejected.Load() && n.deleted.Load() == nil {
 		return
 	}
 	select {
@@ -93,13 +114,15 @@ func (n *node) leaveControl() {
 	default:
 		return // up waits for the answer
 	}
-	switch {
-	case n.forgotten.Swap(false):
-		// The poll first: while there is one, the node counts as not removed.
+	// What was said of another key is of a node before this one.
+	self, _ := n.selfKey()
+	deleted := n.deleted.Swap(nil)
+	isDeleted := n.updateRejected.Swap(false) || deleted != nil && *deleted == self
+	if n.removed.Load() || isDeleted {
 		n.backend.DisconnectControl()
-		n.removed.Store(true)
-	case n.removed.Load():
-		n.backend.DisconnectControl()
+	}
+	if isDeleted {
+		n.removed.Store(true) // not before: while there is a poll, the node counts as there
 	}
 }
 
