@@ -5,7 +5,10 @@ mod common;
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
+use std::thread::JoinHandle;
 use std::time::Duration;
+
+use command_fds::CommandFdExt;
 
 use common::net::{backlog, connect, is_listening, own_addr};
 use common::process::{Daemon, descendants};
@@ -73,4 +76,20 @@ fn a_port_of_a_stub_is_nobody_elses_afterwards() {
     // A server that comes back may.
     let _again = Stub::start_at(address, stub::silent);
     assert_ne!(own_addr(), address);
+}
+
+#[test]
+fn a_stub_can_be_started_again_while_others_start_programs() {
+    const PROGRAMS: usize = 200;
+    let address = own_addr();
+    let start = || {
+        let mut program = Command::new("true");
+        // As those for whom descriptors are put in order: the copy of this process lasts longer.
+        program.fd_mappings(Vec::new()).expect("there are none");
+        program.status().expect("it runs");
+    };
+    let others = [(); 4].map(|()| std::thread::spawn(move || (0..PROGRAMS).for_each(|_| start())));
+    while !others.iter().all(JoinHandle::is_finished) {
+        drop(Stub::start_at(address, stub::silent));
+    }
 }

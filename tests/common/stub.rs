@@ -11,8 +11,8 @@ use std::time::Duration;
 use socket2::SockRef;
 
 use super::net::own_addr;
-use super::proxy_header;
 use super::wait::{eventually, wait_for};
+use super::{START_LIMIT, proxy_header};
 
 /// One mebibyte, the unit in which tests send much.
 pub const MIB: usize = 1 << 20;
@@ -59,7 +59,7 @@ impl Stub {
     /// Listens on this address, so that a server can be stopped and started again; see
     /// [`free_addr`](super::net::free_addr).
     pub fn start_at(addr: SocketAddr, script: impl Fn(Conn) + Send + Sync + 'static) -> Stub {
-        let listener = TcpListener::bind(addr).unwrap_or_else(|error| panic!("listen on {addr}: {error}"));
+        let listener = listen(addr);
         let addr = listener.local_addr().expect("it is bound");
         let shared = Arc::new(Shared { stopping: AtomicBool::new(false), connections: Mutex::default() });
         let acceptor = std::thread::spawn({
@@ -148,6 +148,21 @@ impl Drop for Stub {
             }
         }
     }
+}
+
+/// Another thread may just be starting a program: until it has, its copy of this process has all descriptors,
+/// and so a listener that was here before.
+fn listen(addr: SocketAddr) -> TcpListener {
+    let mut last = None;
+    let listener = wait_for(START_LIMIT, || match TcpListener::bind(addr) {
+        Ok(listener) => Some(listener),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            last = Some(error);
+            None
+        }
+        Err(error) => panic!("listen on {addr}: {error}"),
+    });
+    listener.unwrap_or_else(|| panic!("listen on {addr}: {last:?}"))
 }
 
 fn accept_all<F: Fn(Conn) + Send + Sync + 'static>(

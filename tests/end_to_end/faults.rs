@@ -12,7 +12,9 @@ use crate::common::net::{backlog, client_from, connect, echoes, hears_itself, re
 use crate::common::proxy_header;
 use crate::common::stub::{self, Record, Stub};
 use crate::common::wait::eventually;
-use crate::setup::{LIMIT, MAILBOX, Setup, edge_on, no_crash, start_with, stops, tailnet_with, tells};
+use crate::setup::{
+    LIMIT, MAILBOX, Setup, edge_on, no_crash, start_with, stops, tailnet_with, tells, warnings,
+};
 
 /// Beside the mailbox, so that one can fail while the other goes on.
 const OTHER: &str = "other";
@@ -242,7 +244,7 @@ fn a_client_that_resets_while_its_upstream_is_dialled_ends_the_dial_at_once() {
     nothing_is_left(&setup, before, LIMIT);
     let told = || setup.edge.log().count("client left while connecting");
     assert!(eventually(LIMIT, || told() == CLIENTS), "{} lines tell it", told());
-    assert_eq!(setup.edge.log().count(" WARN "), 0, "{}", setup.edge.log().tail());
+    assert_eq!(warnings(&setup.edge), 0, "{}", setup.edge.log().tail());
     assert_eq!(stub.accepted(), 0);
     // A dial still going on would hold the end up until the drain time-out.
     setup.edge.signal("TERM");

@@ -18,7 +18,7 @@ use crate::common::wait::{eventually, wait_for};
 use crate::common::{http, private_dir, sink, temp_dir};
 use crate::setup::{
     AT_ONCE, LIMIT, MAILBOX, Setup, edge_on, enrol, header_of, hears, hears_last, held, holds, is_soak,
-    metric, no_crash, start_with, stops, tailnet_with, tells, without_probe,
+    metric, no_crash, start_with, stops, tailnet_with, tells, warnings, without_probe,
 };
 
 const GREETING: &str = "220 mail.example.test ESMTP\r\n";
@@ -120,7 +120,7 @@ fn clients_are_held_until_a_port_that_refused_is_open() {
     let _stub = Stub::start_at(to, stub::greet(GREETING));
     hears(&mut client, GREETING.as_bytes());
     tells(&setup.edge.wait_log("reached again", LIMIT), &[" INFO ", "upstream=stalwart:25"]);
-    assert_eq!(setup.edge.log().count(" WARN "), 1, "once is enough\n{}", setup.edge.log().tail());
+    assert_eq!(warnings(&setup.edge), 1, "once is enough\n{}", setup.edge.log().tail());
 }
 
 #[test]

@@ -20,7 +20,7 @@ use crate::common::systemd::Systemd;
 use crate::common::tailnet::TestTailnet;
 use crate::common::wait::eventually;
 use crate::common::{private_dir, temp_dir};
-use crate::setup::{LIMIT, edge_on, header_of, is_soak, stops, tailnet_with, tells};
+use crate::setup::{LIMIT, edge_on, header_of, is_soak, stops, tailnet_with, tells, warnings};
 
 fn tcp(name: &str, address: &str) -> Listener {
     Listener::new(name, "tcp", 2525).set("listen", &format!("[\"{address}\"]"))
@@ -170,7 +170,7 @@ fn an_ipv4_client_of_a_dual_stack_socket_is_an_ipv4_client_to_the_mailbox() {
         let header = header_of(&client);
         mailbox.wait_client(&header, LIMIT, |record| record.bytes == header);
     }
-    assert_eq!(edge.log().count(" WARN "), 0, "{}", edge.log().tail());
+    assert_eq!(warnings(&edge), 0, "{}", edge.log().tail());
     stop(edge);
 }
 

@@ -246,6 +246,14 @@ pub fn no_crash(log: &Log) {
     }
 }
 
+/// How many warnings there are, without that of a mailbox's node which is slow to answer the first ping: a node
+/// that has just joined may still be unknown to it, and that is no test's subject.
+pub fn warnings(edge: &Edge) -> usize {
+    let is_counted =
+        |line: &&String| line.contains(" WARN ") && !line.contains("upstream does not answer a ping");
+    edge.log().lines().iter().filter(is_counted).count()
+}
+
 /// The line tells all of these.
 #[track_caller]
 pub fn tells(line: &str, words: &[&str]) {
