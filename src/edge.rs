@@ -54,6 +54,9 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 /// takes up to two more.
 const GREETING_LIMIT: Duration = Duration::from_secs(7);
 
+/// How long an edge may drain of which a part is missing: nobody new is served meanwhile.
+const BROKEN_DRAIN: Duration = Duration::from_secs(30);
+
 /// Between two reloads: a storm of signals becomes a few of them.
 const RELOAD_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -239,6 +242,9 @@ impl Edge {
                 break stop;
             }
         };
+        if matches!(stop, Stop::TaskEnded(_)) {
+            self.serving.bound_drain(BROKEN_DRAIN);
+        }
         self.supervisor.stopping(self.serving.drain_limit());
         drop(companions);
         let (signal, ended) = match stop {

@@ -43,7 +43,7 @@ fn main() -> ExitCode {
             Ok(ExitCode::SUCCESS)
         }
     };
-    code
+    if output::is_incomplete() { ExitCode::FAILURE } else { code }
 }
 
 /// The environment as the configuration sees it. A value that is not UTF-8

@@ -1,11 +1,20 @@
 //! What a command writes for its user: on standard output what was asked for, on standard error what went
 //! wrong.
 //!
-//! Invariant: a reader that has gone (`tailwart-edge status | head -1`) is no error, and no panic. For that
-//! reason nobody else uses `println!` and `eprintln!`; clippy sees to it.
+//! Invariant: a reader that has gone (`tailwart-edge status | head -1`) is no error, and no panic; a full disk
+//! is an error, also for scripts. For that reason nobody else uses `println!` and `eprintln!`; clippy sees to
+//! it.
 
 use std::fmt::Display;
 use std::io::{self, ErrorKind, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+static IS_INCOMPLETE: AtomicBool = AtomicBool::new(false);
+
+/// Whether something that was asked for could not be written, and somebody wanted to read it.
+pub fn is_incomplete() -> bool {
+    IS_INCOMPLETE.load(Ordering::Relaxed)
+}
 
 /// Writes a line on standard output.
 pub fn say(line: impl Display) {
@@ -16,6 +25,7 @@ pub fn say(line: impl Display) {
 pub fn write(text: impl Display) {
     match write_to(io::stdout().lock(), text) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            IS_INCOMPLETE.store(true, Ordering::Relaxed);
             complain(format_args!("cannot write to standard output: {error}"));
         }
         _ => {}

@@ -39,6 +39,16 @@ fn nobody_reads_standard_output() {
 }
 
 #[test]
+fn a_full_disk_is_an_error() {
+    for args in [&["version"][..], &["check", "--upstream", "mailbox"], &["completions", "bash"]] {
+        let full = std::fs::File::create("/dev/full").expect("it is always full");
+        let Output { status, stderr, .. } = edge(args).stdout(full).output().expect("it runs");
+        assert_eq!(status.code(), Some(1), "{args:?}");
+        assert!(String::from_utf8_lossy(&stderr).contains("cannot write to standard output"), "{args:?}");
+    }
+}
+
+#[test]
 fn nobody_reads_the_status() {
     let admin = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = admin.local_addr().expect("its address").to_string();

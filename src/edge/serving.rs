@@ -206,6 +206,11 @@ impl Serving {
         serving
     }
 
+    /// Bounds how long a stop may take, whatever the configuration allows.
+    pub fn bound_drain(&mut self, most: Duration) {
+        self.config.timeouts.drain = self.config.timeouts.drain.min(most);
+    }
+
     /// How long a stop may take.
     pub fn drain_limit(&self) -> Duration {
         self.config.timeouts.drain
