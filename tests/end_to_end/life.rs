@@ -390,7 +390,7 @@ fn an_identity_is_not_taken_to_another_control_server() {
     let line = fails(edge(&second).spawn(), 1, AT_ONCE);
     tells(
         &line,
-        &["it is of a node of", first.control_url(), second.control_url(), "another tailnet.state_dir"],
+        &["is of a node of", first.control_url(), second.control_url(), "another tailnet.state_dir"],
     );
     assert_eq!(second.nodes().len(), 0);
     enrol(&edge(&first));
