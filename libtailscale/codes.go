@@ -46,6 +46,7 @@ const (
 	codeBadCredential      = code(C.TAILSCALE_BAD_CREDENTIAL)
 	codeUpgradeBlocked     = code(C.TAILSCALE_UPGRADE_BLOCKED)
 	codeOtherControl       = code(C.TAILSCALE_OTHER_CONTROL)
+	codeKeyExpired         = code(C.TAILSCALE_KEY_EXPIRED)
 )
 
 const (

@@ -26,7 +26,7 @@ const sameServerLimit = 5 * time.Second
 // checkControl makes sure that the identity in state is of the node's control
 // server.
 func (n *node) checkControl(state *stateFile) error {
-	before, wanted := state.controlURL(), canonicalControl(n.server.ControlURL)
+	before, wanted := storedPrefs(state).ControlURL, canonicalControl(n.server.ControlURL)
 	if before == "" || canonicalControl(before) == wanted {
 		return nil
 	}
@@ -71,16 +71,15 @@ func (n *node) rememberControl() {
 	})
 }
 
-// controlURL is where the control server of the identity was; empty if there is
-// none.
-func (s *stateFile) controlURL() string {
-	var prefs ipn.Prefs
-	current, _ := s.ReadState(ipn.CurrentProfileStateKey)
-	profile, err := s.ReadState(ipn.StateKey(current))
-	if err != nil || ipn.PrefsFromBytes(profile, &prefs) != nil {
-		return ""
+// storedPrefs is what Tailscale keeps of an identity; empty if there is none.
+func storedPrefs(store ipn.StateStore) *ipn.Prefs {
+	prefs := new(ipn.Prefs)
+	current, _ := store.ReadState(ipn.CurrentProfileStateKey)
+	profile, err := store.ReadState(ipn.StateKey(current))
+	if err != nil || ipn.PrefsFromBytes(profile, prefs) != nil {
+		return new(ipn.Prefs)
 	}
-	return prefs.ControlURL
+	return prefs
 }
 
 // canonicalControl is one of the spellings of a control server's URL.

@@ -2,11 +2,8 @@ package main
 
 import (
 	"io"
-	"log"
 	"net/http"
 	"net/http/httptest"
-	"net/http/httputil"
-	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -105,10 +102,7 @@ func TestAnotherURLWhereTheKeyIsNotKnown(t *testing.T) {
 // upgrades: without the headers that are for one hop.
 func withoutUpgrade(t *testing.T, tailnet *testnet.Net) string {
 	t.Helper()
-	to, err := url.Parse(tailnet.ControlURL())
-	check(t, err)
-	proxy := httputil.NewSingleHostReverseProxy(to)
-	proxy.ErrorLog = log.New(io.Discard, "", 0)
+	proxy := proxyTo(t, tailnet)
 	front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r.Header.Del("Connection")
 		r.Header.Del("Upgrade")

@@ -71,6 +71,21 @@ func (n *node) selfKey() (self key.NodePublic, ok bool) {
 	return current.SelfNode.Key(), true
 }
 
+// isExpired asks the control server whether the key of the stored identity has
+// expired. Headscale keeps the expiry of a tagged node: an auth key would be spent, and
+// Tailscale's client would lose the node key that goes with it, by taking the answer
+// that this one has expired too for a demand to make another
+// (hscontrol/state/state.go, HandleNodeFromPreAuthKey; control/controlclient/direct.go,
+// doLogin).
+func (n *node) isExpired(ctx context.Context) bool {
+	persist := storedPrefs(n.server.Store).Persist
+	if persist == nil || persist.PrivateNodeKey.IsZero() {
+		return false
+	}
+	answer, err := n.registerAgain(ctx, persist.PublicNodeKey())
+	return err == nil && answer.NodeKeyExpired
+}
+
 // registerAgain tells the control server the node's key, as a client does that
 // starts again: one that it knows is let in as it is, and one that it does not is
 // asked to log in.

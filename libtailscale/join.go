@@ -313,6 +313,9 @@ func (j *join) login() (outcome error, decided bool) {
 		if err != nil || ctx.Err() != nil {
 			return err // or it is too late, and decided what comes of it
 		}
+		if !strings.HasPrefix(key, "tskey-") && n.isExpired(ctx) {
+			return credentialError{codeKeyExpired, errors.New("the key of this node has expired there, and stays so whatever it enrols with")}
+		}
 		j.key.Store(&key)
 		return n.register(key, n.server.AdvertiseTags)
 	})

@@ -152,7 +152,7 @@ type node struct {
 	askedLast      time.Time                      // guarded by askTurn
 	loginRefused   atomic.Bool                    // since the node last had a place
 	remembered     atomic.Bool                    // the control server's key is stored
-	asking         atomic.Bool                    // while it is at work
+	asking         atomic.Bool                    // while askWhy or rememberControl is at work
 	networkChanges atomic.Int64                   // major ones of this machine's network
 	wakeUps        atomic.Int64                   // of this machine, from sleep
 

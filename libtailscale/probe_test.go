@@ -117,14 +117,21 @@ func TestUpWithAWrongClock(t *testing.T) {
 	}
 }
 
-// withoutAPI passes everything on to the control server but requests to the API,
-// which are never answered.
-func withoutAPI(t *testing.T, tailnet *testnet.Net) string {
+// proxyTo passes requests on to the control server.
+func proxyTo(t *testing.T, tailnet *testnet.Net) *httputil.ReverseProxy {
 	t.Helper()
 	to, err := url.Parse(tailnet.ControlURL())
 	check(t, err)
 	proxy := httputil.NewSingleHostReverseProxy(to)
 	proxy.ErrorLog = log.New(io.Discard, "", 0)
+	return proxy
+}
+
+// withoutAPI passes everything on to the control server but requests to the API,
+// which are never answered.
+func withoutAPI(t *testing.T, tailnet *testnet.Net) string {
+	t.Helper()
+	proxy := proxyTo(t, tailnet)
 	front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if strings.HasPrefix(r.URL.Path, "/api/") {
 			io.Copy(io.Discard, r.Body) // the end of the request is not noticed otherwise

@@ -117,6 +117,9 @@ enum tailscale_code {
     // The identity is of another control server, which is one with another key, or
     // may be (tailscale_start and tailscale_up); the text has both URLs.
     TAILSCALE_OTHER_CONTROL = -52,
+    // The node's key has expired, and the control server (a Headscale) would keep that
+    // expiry whatever the node enrols with; the credential was not used.
+    TAILSCALE_KEY_EXPIRED = -53,
 };
 
 // What a wake reports. Both bits are set when the connection failed or ended.

@@ -217,7 +217,9 @@ impl Node {
         let tags = self.tags.join(", ");
         match credential.kind {
             Kind::AuthKey(_) => {
-                format!("if that is about the key, create a new one that carries {tags} and set TS_AUTHKEY")
+                format!(
+                    "if that is about the key, create a new one that carries {tags}, in place of {credential}"
+                )
             }
             Kind::OAuthClient { .. } => format!(
                 "check {credential}: it needs the scope Auth Keys: Write and all of {tags}, and its secret as it was shown once"
@@ -307,6 +309,7 @@ impl Node {
             Code::NeedsApproval => JoinError::NeedsApproval,
             Code::NeedsLogUpload => JoinError::NeedsLogUpload,
             Code::ClockWrong => JoinError::ClockWrong { control, reason },
+            Code::KeyExpired => JoinError::KeyExpired { control },
             Code::UpgradeBlocked => JoinError::UpgradeBlocked { control, reason },
             Code::UpTimedOut => JoinError::TimedOut { after, reason },
             code => start_error(&control, code, reason),

@@ -57,6 +57,14 @@ pub enum JoinError {
         /// What to do, which depends on the credential.
         remedy: String,
     },
+    /// Expired on a Headscale, where no credential brings a tagged node back.
+    #[error(
+        "the control server {control} keeps this node's key expired, so no auth key was used; run `headscale nodes expire --identifier N --disable` there, or delete the node there and start again"
+    )]
+    KeyExpired {
+        /// The control server.
+        control: String,
+    },
     /// Waiting for a person.
     #[error(
         "this node waits for approval by an admin of the tailnet; approve it in the admin console, or use a pre-approved auth key (tailnet.preauthorized = true for an OAuth client)"

@@ -65,6 +65,7 @@ pub enum Code {
     BadCredential,
     UpgradeBlocked,
     OtherControl,
+    KeyExpired,
 }
 
 impl Code {
@@ -101,6 +102,7 @@ impl Code {
             TAILSCALE_BAD_CREDENTIAL => Code::BadCredential,
             TAILSCALE_UPGRADE_BLOCKED => Code::UpgradeBlocked,
             TAILSCALE_OTHER_CONTROL => Code::OtherControl,
+            TAILSCALE_KEY_EXPIRED => Code::KeyExpired,
             _ => Code::Error,
         })
     }
