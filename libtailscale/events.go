@@ -244,7 +244,7 @@ func (n *node) statusOf(current *ipnstate.Status) status {
 	s := status{
 		State:          current.BackendState,
 		LoginURL:       webAddress(current.AuthURL),
-		Health:         n.complaints(current),
+		Health:         n.warnings(current),
 		Enrolled:       current.HaveNodeKey,
 		Removed:        n.removed.Load(),
 		NeedsLogUpload: n.needsLogUpload.Load(),
@@ -308,6 +308,18 @@ func webAddress(text string) string {
 		return ""
 	}
 	return text
+}
+
+// warnings is complaints without the one that a node is logged out which only waits
+// for its control server: that would send people after keys.
+func (n *node) warnings(current *ipnstate.Status) []string {
+	complaints := n.complaints(current)
+	login, ok := n.server.Sys().HealthTracker.Get().CurrentState().Warnings[tsconst.HealthWarnableLoginState]
+	if !ok || current.BackendState == ipn.NeedsLogin.String() {
+		return complaints
+	}
+	loggedOut := n.harmless(strings.TrimRight(login.Text, "."))
+	return slices.DeleteFunc(complaints, func(text string) bool { return text == loggedOut })
 }
 
 // complaints is what Tailscale itself finds wrong, in an order that stays. Some of it

@@ -88,6 +88,14 @@ func TestEnrolledNodeNeedsNoKey(t *testing.T) {
 	giveKey(second, "spent")
 	second.upTimeout.Store(int64(time.Second / 2))
 	wantCode(t, second.up(), codeUpTimedOut)
+	current := second.backend.StatusWithoutPeers()
+	isLoggedOut := func(text string) bool { return strings.Contains(text, "logged out") }
+	if !slices.ContainsFunc(second.complaints(current), isLoggedOut) {
+		t.Errorf("Tailscale says nothing of a login: %q", second.complaints(current))
+	}
+	if warnings := second.warnings(current); slices.ContainsFunc(warnings, isLoggedOut) {
+		t.Errorf("it is told that it is logged out: %q", warnings)
+	}
 	check(t, tailnet.StartControl())
 	second.upTimeout.Store(int64(testTimeout))
 	check(t, second.up())
