@@ -4,7 +4,7 @@
 #
 # compose.yaml runs it. `make check-release` runs what the COPY lines below put together.
 
-FROM golang:1.26-bookworm AS go
+FROM golang:1.27-bookworm AS go
 
 FROM rust:1.95-bookworm AS build
 RUN apt-get update \

@@ -1,10 +1,11 @@
 # What a developer of tailwart-edge types. `make` alone lists the targets; there is nothing here that could
 # not be typed by hand. Needs GNU make; scripts/install-deps says what else.
 #
-# Variables: CARGO, GO, and TARGET for `make release`, `make deb` and `make dist`.
+# Variables: CARGO, GO, TARGET for `make release`, `make deb` and `make dist`, TAILSCALE for `make update`.
 
 CARGO ?= cargo
 GO    ?= go
+GO_COMMAND = GO='$(GO)' '$(CURDIR)/scripts/go'
 
 # Release builds have a target directory of their own: switching flags in a shared one rebuilds everything.
 STATIC_DIR := target/static
@@ -56,7 +57,7 @@ step = @printf '\n==> %s\n' '$(1)'
 # be the last thing on the screen.
 .NOTPARALLEL:
 .PHONY: help test check deps format vet lint test-go test-rust soak doc reference book release check-release
-.PHONY: demo clean staticcheck vulnerabilities deny msrv manifests package-files image-root deb check-deb sbom dist
+.PHONY: demo clean update staticcheck vulnerabilities deny msrv manifests package-files image-root deb check-deb sbom dist
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -81,8 +82,8 @@ format: ## check the formatting of Rust and Go
 
 vet: ## go vet, with the release's build tags and without
 	$(call step,go vet)
-	cd libtailscale && $(GO) vet ./...
-	cd libtailscale && $(GO) vet -tags="$(GO_TAGS)" .
+	cd libtailscale && $(GO_COMMAND) vet ./...
+	cd libtailscale && $(GO_COMMAND) vet -tags="$(GO_TAGS)" .
 
 lint: ## clippy, warnings denied
 	$(call step,clippy)
@@ -91,7 +92,7 @@ lint: ## clippy, warnings denied
 
 test-go: ## the Go tests, under the race detector
 	$(call step,Go tests)
-	cd libtailscale && $(GO) test -race -timeout 15m ./...
+	cd libtailscale && $(GO_COMMAND) test -race -timeout 15m ./...
 
 test-rust: ## unit, integration, end-to-end and documentation tests (root: Postfix and Dovecot run in them)
 	$(call step,Rust tests)
@@ -134,11 +135,11 @@ check-release: image-root ## build the release and run it where there is nothing
 
 staticcheck: ## staticcheck on the Go code
 	$(call step,staticcheck)
-	cd libtailscale && $(GO) run $(STATICCHECK) ./...
+	cd libtailscale && $(GO_COMMAND) run $(STATICCHECK) ./...
 
 vulnerabilities: ## known vulnerabilities of the Go code that is used (network)
 	$(call step,govulncheck)
-	cd libtailscale && $(GO) run $(GOVULNCHECK) ./...
+	cd libtailscale && $(GO_COMMAND) run $(GOVULNCHECK) ./...
 
 deny: $(TOOLS)/$(CARGO_DENY) ## licences, sources, bans, and known vulnerabilities of the crates (network)
 	$(call step,cargo deny)
@@ -152,10 +153,10 @@ msrv: ## build with the oldest Rust that Cargo.toml promises
 
 manifests: $(TOOLS)/linters ## lint the workflows, the Dockerfile, the Kubernetes manifests and the shell scripts
 	$(call step,manifests)
-	$(GO) run $(ACTIONLINT) -shellcheck=
+	$(GO_COMMAND) run $(ACTIONLINT) -shellcheck=
 	$(TOOLS)/linters/bin/hadolint --ignore DL3008 Dockerfile
 	$(TOOLS)/linters/bin/kubernetes-validate --strict packaging/kubernetes/*.yaml
-	shellcheck scripts/install-deps .ci/run packaging/debian/scripts/*
+	shellcheck scripts/* .ci/run packaging/debian/scripts/*
 
 package-files: ## man pages and completions, in dist/package-files
 	$(call step,man pages and completions)
@@ -183,7 +184,7 @@ sbom: release $(TOOLS)/$(CARGO_CYCLONEDX) ## dist/*.cdx.json: what is linked in,
 	$(TOOLS)/$(CARGO_CYCLONEDX)/bin/cargo-cyclonedx cyclonedx --format json --no-build-deps \
 		--target $(TARGET) --override-filename rust.cdx
 	mv rust.cdx.json dist/tailwart-edge.rust.cdx.json
-	$(GO) run $(CYCLONEDX_GOMOD) bin -json -output dist/tailwart-edge.go.cdx.json $(RELEASE)
+	$(GO_COMMAND) run $(CYCLONEDX_GOMOD) bin -json -output dist/tailwart-edge.go.cdx.json $(RELEASE)
 
 # The archive's name is the target's, so that those of several machines can lie side by side.
 dist: deb sbom ## everything that is published for TARGET, in dist/publish, with checksums
@@ -204,6 +205,11 @@ $(TOOLS)/linters: Makefile
 	rm -rf $@ && python3 -m venv $@
 	$@/bin/pip install --quiet --disable-pip-version-check $(LINTERS)
 	touch $@
+
+update: ## move to another Tailscale (TAILSCALE=v1.104.5; the newest by default), then run all tests
+	$(call step,Tailscale $(TAILSCALE))
+	GO='$(GO)' scripts/update $(TAILSCALE)
+	$(MAKE) test
 
 demo: deps ## a mailbox, a tailnet and the edge on this machine, one message through them (DEMO_ONCE=1 ends then)
 	$(call step,building for the demo (debug: quicker to build than a release))

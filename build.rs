@@ -3,12 +3,14 @@
 //! inputs changed. Every failure says what to install or set.
 
 use std::env;
-use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 
 const SOURCE: &str = "libtailscale";
+
+/// The Go command, which the variable GO may name.
+const GO: &str = "scripts/go";
 
 fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
@@ -23,11 +25,11 @@ fn main() {
 
 /// Names every file and variable that changes the result.
 fn declare_inputs() {
-    for name in ["GO", "CC", "GOFLAGS", "LIBCLANG_PATH"] {
+    for name in ["GO", "CC", "GOFLAGS", "GOTOOLCHAIN", "LIBCLANG_PATH"] {
         println!("cargo::rerun-if-env-changed={name}");
     }
     println!("cargo::rerun-if-changed=build.rs");
-    // The directory itself notices added and removed files.
+    println!("cargo::rerun-if-changed={GO}");
     // The whole directory: a list of files would miss the one that is added.
     println!("cargo::rerun-if-changed={SOURCE}");
 }
@@ -35,12 +37,11 @@ fn declare_inputs() {
 /// Runs `go build -buildmode=c-archive`. Without a stamp from git: it would make
 /// builds of the same files differ, and fail in a checkout of another user.
 fn build_archive(archive: &Path) {
-    let go = env::var_os("GO").unwrap_or_else(|| OsString::from("go"));
     let (goos, goarch) = go_target();
     let compiler = cc::Build::new().try_get_compiler().unwrap_or_else(|e| {
         fail(&format!("no C compiler ({e}); install one (Debian: apt-get install gcc) or set CC"))
     });
-    let status = Command::new(&go)
+    let status = Command::new(GO)
         .args(["build", "-C", SOURCE, "-buildmode=c-archive"])
         .args(["-trimpath", "-buildvcs=false", "-ldflags=-s -w"])
         .arg(format!("-tags={}", build_tags()))
@@ -55,10 +56,7 @@ fn build_archive(archive: &Path) {
     match status {
         Ok(status) if status.success() => {}
         Ok(status) => fail(&format!("`go build` in {SOURCE}/ failed ({status}); its messages are above")),
-        Err(e) => fail(&format!(
-            "cannot run {}: {e}; install Go 1.26 or newer (https://go.dev/dl) or set GO to its path",
-            go.to_string_lossy()
-        )),
+        Err(e) => fail(&format!("cannot run {GO}: {e}")),
     }
 }
 

@@ -33,6 +33,8 @@ const (
 	codeClosed             = code(C.TAILSCALE_CLOSED)
 	codeNoPorts            = code(C.TAILSCALE_NO_PORTS)
 	codeUnreachable        = code(C.TAILSCALE_UNREACHABLE)
+	codeDenied             = code(C.TAILSCALE_DENIED)
+	codeShieldsUp          = code(C.TAILSCALE_SHIELDS_UP)
 	codeNeedsLogin         = code(C.TAILSCALE_NEEDS_LOGIN)
 	codeAuthRefused        = code(C.TAILSCALE_AUTH_REFUSED)
 	codeNeedsApproval      = code(C.TAILSCALE_NEEDS_APPROVAL)

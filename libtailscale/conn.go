@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -45,6 +46,9 @@ type conn struct {
 	queue *waiter.Queue
 	entry waiter.Entry // registered on queue from open or accept to close
 	token uintptr
+
+	// attempt is set while the connection is being made; see reject.go.
+	attempt atomic.Pointer[attempt]
 
 	mu sync.Mutex
 	// failed is the first error of the connection. The stack reports an
@@ -93,8 +97,12 @@ func setKeepalive(ep tcpip.Endpoint) tcpip.Error {
 // state is nil when connected, codeWouldBlock while connecting.
 func (c *conn) state() error {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.stateLocked()
+	state := c.stateLocked()
+	c.mu.Unlock()
+	if state != codeWouldBlock {
+		c.settle()
+	}
+	return state
 }
 
 func (c *conn) stateLocked() error {
@@ -228,9 +236,10 @@ func (c *conn) abort() {
 
 // close gives the endpoint back to the stack, which still delivers what was
 // written, for as long as the peer takes some of it within orphanTimeout.
-// EventUnregister waits for a notify in progress, so the token is free when close
-// returns.
+// settle and EventUnregister wait for a wake in progress, so the token is free when
+// close returns.
 func (c *conn) close() {
+	c.settle()
 	c.queue.EventUnregister(&c.entry)
 	timeout := tcpip.TCPUserTimeoutOption(orphanTimeout)
 	c.ep.SetSockOpt(&timeout) // cannot fail on TCP

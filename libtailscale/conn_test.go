@@ -314,7 +314,7 @@ func TestASlowPeerGetsAllOfAClosedConnection(t *testing.T) {
 
 func TestCancelDuringDial(t *testing.T) {
 	e := startEdge(t, echo)
-	check(t, e.net.DenyPort("mailbox", 25))
+	check(t, e.net.DropPort("mailbox", 25))
 	for range 50 {
 		b, err := begin(t, e.node, "mailbox", 25)
 		check(t, err)
@@ -587,7 +587,7 @@ func TestAPanicInConnectLeavesNoToken(t *testing.T) {
 	to := netip.AddrPortFrom(e.mailbox.IPs[0], 25)
 	func() {
 		defer func() { recover() }()
-		c.startHandshake(e.mailbox.IPs[0], to)
+		e.startHandshake(c, e.mailbox.IPs[0], to)
 		t.Error("no panic")
 	}()
 	if !queue.IsEmpty() || !ep.closed {

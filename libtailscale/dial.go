@@ -62,7 +62,7 @@ func (n *node) connect(source netip.Addr, to netip.AddrPort, token uintptr) (*co
 		return nil, codeOf(terr)
 	}
 	c.ep = ep
-	if err := c.startHandshake(source, to); err != nil {
+	if err := n.startHandshake(c, source, to); err != nil {
 		return nil, err
 	}
 	return c, nil
@@ -70,7 +70,7 @@ func (n *node) connect(source netip.Addr, to netip.AddrPort, token uintptr) (*co
 
 // startHandshake sends the SYN. After a failure, a panic of the stack's included, it
 // is closed: C frees what the token names then.
-func (c *conn) startHandshake(source netip.Addr, to netip.AddrPort) error {
+func (n *node) startHandshake(c *conn, source netip.Addr, to netip.AddrPort) error {
 	begun := false
 	defer func() {
 		if !begun {
@@ -89,9 +89,11 @@ func (c *conn) startHandshake(source netip.Addr, to netip.AddrPort) error {
 	if _, started := terr.(*tcpip.ErrConnectStarted); terr != nil && !started {
 		return codeOf(terr)
 	}
-	if local, terr := c.ep.GetLocalAddress(); terr != nil || local.Addr != tcpip.AddrFromSlice(source.AsSlice()) {
+	local, terr := c.ep.GetLocalAddress()
+	if terr != nil || local.Addr != tcpip.AddrFromSlice(source.AsSlice()) {
 		return codeNotRunning // the node's address changed under us
 	}
+	n.rejects.await(c, netip.AddrPortFrom(source, local.Port), to)
 	begun = true
 	return nil
 }

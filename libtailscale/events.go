@@ -34,17 +34,17 @@ type status struct {
 	LoginURL  string       `json:"login_url"`
 	Health    []string     `json:"health"`
 
-	Enrolled       bool   `json:"enrolled"` // it holds a key, good or not
-	Removed        bool   `json:"removed"`
-	NeedsLogUpload bool   `json:"needs_log_upload"`
-	Relay          string `json:"relay"` // what is wrong with it
-	NetworkChanges int64  `json:"network_changes"`
-	WakeUps        int64  `json:"wake_ups"`
-	Unsaved        string `json:"unsaved"`
-	ControlError   string `json:"control_error"`  // since it was last heard
-	ControlAdvice  string `json:"control_advice"` // what to do about it, where that is known
-	HomeRegion     string `json:"home_region"`    // the code of the home relay's
-	HomeRegionID   int    `json:"home_region_id"`
+	Enrolled       bool                 `json:"enrolled"` // it holds a key, good or not
+	Removed        bool                 `json:"removed"`
+	NeedsLogUpload bool                 `json:"needs_log_upload"`
+	Relay          string               `json:"relay"` // what is wrong with it
+	NetworkChanges int64                `json:"network_changes"`
+	WakeUps        int64                `json:"wake_ups"`
+	Unsaved        string               `json:"unsaved"`
+	ControlError   string               `json:"control_error"`  // since it was last heard
+	ControlAdvice  string               `json:"control_advice"` // what to do about it, where that is known
+	HomeRegion     string               `json:"home_region"`    // the code of the home relay's
+	HomeRegionID   tailcfg.DERPRegionID `json:"home_region_id"`
 
 	// ControlMovedFrom is where the control server was at the start before.
 	ControlMovedFrom string `json:"control_moved_from"`
@@ -289,7 +289,7 @@ func expiryOf(at *time.Time) *time.Time {
 }
 
 // regionID is the number of a relay region, 0 if there is none of that code.
-func (n *node) regionID(code string) int {
+func (n *node) regionID(code string) tailcfg.DERPRegionID {
 	if relays := n.backend.DERPMap(); relays != nil && code != "" {
 		for id, region := range relays.Regions {
 			if region.RegionCode == code {

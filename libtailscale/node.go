@@ -3,8 +3,8 @@
 // contract; README.md says what matches upstream libtailscale and what not.
 //
 // export.go and tailscale.c are the C side. node.go, join.go, credential.go,
-// control.go, deleted.go, probe.go, events.go and figures.go are a node's life; dial.go, listen.go and
-// conn.go its connections. Nothing here ever uses the host's resolver or network on behalf
+// control.go, deleted.go, probe.go, events.go and figures.go are a node's life; dial.go, reject.go, listen.go
+// and conn.go its connections. Nothing here ever uses the host's resolver or network on behalf
 // of a connection.
 package main
 
@@ -163,6 +163,7 @@ type node struct {
 	known     sync.Map  // name -> netip.Addr last seen in the map
 	listenMu  sync.Mutex
 	listening map[uint16]*listener // by port
+	rejects   rejects
 
 	// pending counts calls and goroutines in progress that close must wait for.
 	pending sync.WaitGroup
@@ -176,7 +177,7 @@ type controlProblem struct {
 
 func newNode() *node {
 	n := &node{server: new(tsnet.Server), logs: &logPipe{fd: -1}, joining: make(chan struct{}, 1),
-		listening: make(map[uint16]*listener)}
+		listening: make(map[uint16]*listener), rejects: rejects{awaited: make(map[flow]*conn)}}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	n.server.Logf = n.log
 	n.server.UserLogf = n.log
@@ -360,7 +361,7 @@ func (n *node) reachInside() error {
 	if err := n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &reuse); err != nil {
 		return fmt.Errorf("allowing reuse of TIME_WAIT: %v", err)
 	}
-	return nil
+	return n.hearRejects()
 }
 
 // field reads an unexported field of the struct that object points to.

@@ -82,6 +82,10 @@ enum tailscale_code {
     TAILSCALE_NO_PORTS = -27,
     // The stack knows no way to the address.
     TAILSCALE_UNREACHABLE = -28,
+    // The peer says that the tailnet's policy does not let this node reach the port.
+    TAILSCALE_DENIED = -29,
+    // The peer says that it takes no connections at all (shields up).
+    TAILSCALE_SHIELDS_UP = -30,
 
     // Joining (tailscale_up).
     // The node is not enrolled and there is no auth key.
@@ -158,7 +162,7 @@ void tailscale_set_log_upload(int on);
 // before the first of those.
 void tailscale_set_wake(void (*wake)(uintptr_t token, uint32_t ready));
 
-// The version of Tailscale that is linked in, such as "1.102.5". Static.
+// The version of Tailscale that is linked in, such as "1.104.5". Static.
 const char* tailscale_version(void);
 
 // ---------------------------------------------------------------------------

@@ -411,7 +411,9 @@ impl Refusal {
             }
             Refusal::Away(error) => (error.end_state(), format!("cannot reach {upstream}: {}", error.what())),
             Refusal::HoldEnded(error) => {
-                (EndState::HoldEnded, cannot("held until its time was over: ", error))
+                let is_denied = error.as_ref().is_some_and(UpstreamError::is_denied);
+                let state = if is_denied { EndState::PolicyDenied } else { EndState::HoldEnded };
+                (state, cannot("held until its time was over: ", error))
             }
             Refusal::HoldFull(error) => {
                 (EndState::HoldFull, cannot("as many clients are held as hold_max allows: ", error))

@@ -11,8 +11,8 @@ use std::fmt;
 
 /// How a connection ended.
 ///
-/// The first letter: `C` client, `S` mailbox (server), small when it was waited for in vain, `P` a
-/// limit of this proxy, `R` the tailnet this edge needs (a resource), `D` the mailbox's node was found
+/// The first letter: `C` client, `S` mailbox (server), small when it was waited for in vain, `A` the
+/// tailnet's access rules, `P` a limit of this proxy, `R` the tailnet this edge needs (a resource), `D` the mailbox's node was found
 /// dead, `K` the edge stops (killed), `I` an error inside the edge. The second: `C` connecting, `Q` held
 /// (queued), `H` before the mailbox's first byte, `R` the same, but to this client alone (refused), `D`
 /// data, `L` after one side's end (last), `-` in order.
@@ -38,6 +38,8 @@ pub enum EndState {
     ServerUnreachable,
     /// The mailbox does not answer.
     ServerSilent,
+    /// The tailnet's policy denies the mailbox's port.
+    PolicyDenied,
     /// The mailbox could not be reached for as long as clients are held.
     HoldEnded,
     /// The mailbox left before it had said anything.
@@ -68,7 +70,7 @@ pub enum EndState {
 
 impl EndState {
     /// Every state, in the order the documentation lists them.
-    pub const ALL: [EndState; 23] = [
+    pub const ALL: [EndState; 24] = [
         EndState::ClientClosed,
         EndState::ServerClosed,
         EndState::ClientLeftConnecting,
@@ -79,6 +81,7 @@ impl EndState {
         EndState::Idle,
         EndState::ServerUnreachable,
         EndState::ServerSilent,
+        EndState::PolicyDenied,
         EndState::HoldEnded,
         EndState::ServerWordless,
         EndState::ServerRefused,
@@ -109,6 +112,7 @@ impl EndState {
     pub const fn refusal(self) -> Option<&'static str> {
         match self {
             EndState::ServerUnreachable | EndState::ServerSilent => Some("unreachable"),
+            EndState::PolicyDenied => Some("denied"),
             EndState::HoldEnded => Some("hold_ended"),
             EndState::HoldFull => Some("hold_full"),
             EndState::ClientLimit => Some("client_limit"),
@@ -124,6 +128,7 @@ impl EndState {
             self,
             EndState::ServerUnreachable
                 | EndState::ServerSilent
+                | EndState::PolicyDenied
                 | EndState::HoldEnded
                 | EndState::ServerWordless
                 | EndState::ServerFailed
@@ -152,6 +157,9 @@ impl EndState {
             EndState::ServerUnreachable => ("SC", "the mailbox could not be reached; the client was told"),
             EndState::ServerSilent => {
                 ("sC", "the mailbox did not answer within timeouts.connect; the client was told")
+            }
+            EndState::PolicyDenied => {
+                ("AC", "the tailnet's policy denies this edge the mailbox's port; the client was told")
             }
             EndState::HoldEnded => {
                 ("sQ", "held until its time was over, since no mailbox would serve it; the client was told")

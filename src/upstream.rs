@@ -3,7 +3,7 @@
 //! [`Dial`] is the seam to the network: the tailnet in production, anything that makes streams in
 //! tests. [`Upstream::connect`] tries each server once, in the order of the configuration, and says
 //! of each why it could not be reached; when one was met by silence it finds out what can be known:
-//! an access rule that denies a port has no error on a tailnet, it swallows the SYN.
+//! an access rule that denies a port swallows the SYN, and not every peer says so.
 //! [`Upstream::reconnect`] goes on trying for clients that are held.
 //!
 //! Invariants
@@ -330,6 +330,8 @@ impl UpstreamError {
         let all = |kind: fn(&Failure) -> bool| self.failures().all(kind);
         if all(|failure| *failure == Failure::Connect(ConnectError::NotRunning)) {
             EndState::NoTailnet
+        } else if self.is_denied() {
+            EndState::PolicyDenied
         } else if all(|failure| matches!(failure, Failure::Silent { .. })) {
             EndState::ServerSilent
         } else if all(|failure| matches!(failure, Failure::Wordless | Failure::Header(_))) {
@@ -337,6 +339,11 @@ impl UpstreamError {
         } else {
             EndState::ServerUnreachable
         }
+    }
+
+    /// Whether the tailnet's policy denies every server's port.
+    pub fn is_denied(&self) -> bool {
+        self.failures().all(|failure| *failure == Failure::Connect(ConnectError::Denied))
     }
 
     /// Whether a server is to blame, and not this edge alone, which had no tailnet or no network.

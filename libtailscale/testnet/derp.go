@@ -121,7 +121,7 @@ func (d *derpAndSTUN) derpMap() *tailcfg.DERPMap {
 	const region = 1
 	return &tailcfg.DERPMap{
 		OmitDefaultRegions: true,
-		Regions: map[int]*tailcfg.DERPRegion{region: {
+		Regions: map[tailcfg.DERPRegionID]*tailcfg.DERPRegion{region: {
 			RegionID:   region,
 			RegionCode: "test",
 			RegionName: "testnet",

@@ -9,7 +9,11 @@ import (
 	"sync/atomic"
 	"time"
 
+	"tailscale.com/net/packet"
+	"tailscale.com/net/tstun"
+	"tailscale.com/types/ipproto"
 	"tailscale.com/types/logger"
+	"tailscale.com/wgengine/filter"
 )
 
 // Limits for dialling a forward's target, which is on this host.
@@ -40,12 +44,13 @@ type forwards struct {
 	// host: from 127.64.0.2 for 100.64.0.2. The target has to be on IPv4 loopback.
 	showPeers atomic.Bool
 
-	mu sync.Mutex
-	to map[uint16]string
+	mu      sync.Mutex
+	to      map[uint16]string
+	dropped map[uint16]bool // ports that the host's firewall drops
 }
 
 func newForwards(to map[uint16]string, logf logger.Logf) *forwards {
-	f := &forwards{logf: logf, to: make(map[uint16]string)}
+	f := &forwards{logf: logf, to: make(map[uint16]string), dropped: make(map[uint16]bool)}
 	maps.Copy(f.to, to)
 	return f
 }
@@ -64,6 +69,22 @@ func (f *forwards) unset(port uint16) error {
 	}
 	delete(f.to, port)
 	return nil
+}
+
+func (f *forwards) drop(port uint16, on bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.dropped[port] = on
+}
+
+// firewall is what the host does with a packet that Tailscale's filter let through.
+func (f *forwards) firewall(p *packet.Parsed, _ *tstun.Wrapper) filter.Response {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if p.IPProto == ipproto.TCP && f.dropped[p.Dst.Port()] {
+		return filter.DropSilently
+	}
+	return filter.Accept
 }
 
 func (f *forwards) target(port uint16) (string, bool) {

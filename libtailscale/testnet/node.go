@@ -137,6 +137,22 @@ func (n *Net) Forward(name string, port uint16, to string) error {
 	return nil
 }
 
+// DropPort makes the node drop what comes for the port without a word, as a host's
+// firewall does.
+func (n *Net) DropPort(name string, port uint16) error { return n.setDropped(name, port, true) }
+
+// PassPort ends DropPort.
+func (n *Net) PassPort(name string, port uint16) error { return n.setDropped(name, port, false) }
+
+func (n *Net) setDropped(name string, port uint16, dropped bool) error {
+	nd, err := n.nodeByName(name)
+	if err != nil {
+		return err
+	}
+	nd.forwards.drop(port, dropped)
+	return nil
+}
+
 // ShowPeers makes the node's forwarded connections come from 127.x.y.z for a peer
 // at 100.x.y.z, so that their target can tell peers apart.
 func (n *Net) ShowPeers(name string) error {
@@ -215,6 +231,8 @@ func (n *Net) bringUp(rn *runningNode, fw *forwards) (NodeInfo, error) {
 		return NodeInfo{}, err
 	}
 	rn.RegisterFallbackTCPHandler(fw.handle)
+	// Nobody else has it, and no packet comes before there are peers.
+	rn.Sys().Tun.Get().PostFilterPacketInboundFromWireGuardAppConnector = fw.firewall
 	st, err := rn.Up(ctx)
 	if err != nil {
 		return NodeInfo{}, err

@@ -178,7 +178,7 @@ func (n *Net) RejoinNode(name string) error {
 }
 
 // DenyPort makes the node's packet filter drop new connections to the port, as
-// an access rule does. The dialler hears nothing.
+// an access rule does. The dialler's TCP hears nothing, its Tailscale a reject.
 func (n *Net) DenyPort(name string, port uint16) error { return n.setDenied(name, port, true) }
 
 // AllowPort ends DenyPort.

@@ -83,6 +83,18 @@ func TestDenyPort(t *testing.T) {
 	mustEcho(t, mustDial(t, client, ips[0], 25))
 }
 
+func TestDropPort(t *testing.T) {
+	n, client, ips := mailbox(t, echo)
+	check(t, n.Forward("mailbox", 26, listen(t, echo)))
+	check(t, n.DropPort("mailbox", 25))
+	if !dialTimesOut(t, client, ips[0].String()+":25") {
+		t.Error("the dropped port has answered")
+	}
+	mustEcho(t, mustDial(t, client, ips[0], 26))
+	check(t, n.PassPort("mailbox", 25))
+	mustEcho(t, mustDial(t, client, ips[0], 25))
+}
+
 func TestStopAndStartNode(t *testing.T) {
 	n, client, ips := mailbox(t, echo)
 	check(t, n.StopNode("mailbox"))

@@ -1,6 +1,7 @@
 package testnet
 
 import (
+	"context"
 	"fmt"
 	"reflect"
 	"unsafe"
@@ -30,6 +31,12 @@ func (rn *runningNode) unplug() error {
 	if err := readField(impl, "ipstack", &ipstack); err != nil {
 		return err
 	}
+	// Who reads the outgoing queues takes it for a bug when they are closed before this.
+	var cancel context.CancelFunc
+	if err := readField(impl, "ctxCancel", &cancel); err != nil {
+		return err
+	}
+	cancel()
 	if err := ipstack.RemoveNIC(nicID); err != nil {
 		return fmt.Errorf("removing the network interface of %q: %v", rn.name, err)
 	}

@@ -112,6 +112,7 @@ impl Dial for Explaining {
 fn in_words(error: &UpstreamError) -> String {
     let kind = match error.failures().next() {
         Some(Failure::Connect(ConnectError::Refused)) => "refused",
+        Some(Failure::Connect(ConnectError::Denied | ConnectError::ShieldsUp)) => "denied",
         Some(Failure::Silent { silence: Silence::Port, .. }) => "denied or dropped",
         Some(Failure::Silent { silence: Silence::Peer { .. }, .. }) => "peer out of reach",
         _ => return error.to_string(),

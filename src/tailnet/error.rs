@@ -167,6 +167,12 @@ pub enum ConnectError {
         "there is no way to the peer's address; check that both nodes have a tailnet address of one family"
     )]
     Unreachable,
+    /// The peer says that the tailnet's policy denies the port.
+    #[error("the tailnet's policy does not let this edge reach that port; allow it in the policy's grants")]
+    Denied,
+    /// The peer says that it takes no connections at all.
+    #[error("the peer takes no connections (shields up); run `tailscale set --shields-up=false` on it")]
+    ShieldsUp,
     /// A bug of ours or of the network stack.
     #[error("the tailnet library failed ({0:?}); please report this")]
     Internal(Code),
@@ -183,6 +189,8 @@ impl From<Code> for ConnectError {
             Code::Reset => ConnectError::Reset,
             Code::NoPorts => ConnectError::NoPorts,
             Code::Unreachable => ConnectError::Unreachable,
+            Code::Denied => ConnectError::Denied,
+            Code::ShieldsUp => ConnectError::ShieldsUp,
             other => ConnectError::Internal(other),
         }
     }

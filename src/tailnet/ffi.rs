@@ -52,6 +52,8 @@ pub enum Code {
     Closed,
     NoPorts,
     Unreachable,
+    Denied,
+    ShieldsUp,
     NeedsLogin,
     AuthRefused,
     NeedsApproval,
@@ -89,6 +91,8 @@ impl Code {
             TAILSCALE_CLOSED => Code::Closed,
             TAILSCALE_NO_PORTS => Code::NoPorts,
             TAILSCALE_UNREACHABLE => Code::Unreachable,
+            TAILSCALE_DENIED => Code::Denied,
+            TAILSCALE_SHIELDS_UP => Code::ShieldsUp,
             TAILSCALE_NEEDS_LOGIN => Code::NeedsLogin,
             TAILSCALE_AUTH_REFUSED => Code::AuthRefused,
             TAILSCALE_NEEDS_APPROVAL => Code::NeedsApproval,
@@ -172,7 +176,7 @@ pub fn set_log_upload(on: bool) {
     unsafe { tailscale_set_log_upload(on.into()) }
 }
 
-/// The version of Tailscale that is linked in, such as `1.102.5`.
+/// The version of Tailscale that is linked in, such as `1.104.5`.
 pub fn linked_version() -> &'static str {
     // SAFETY: the header promises a static NUL-terminated string.
     let version = unsafe { CStr::from_ptr(tailscale_version()) };

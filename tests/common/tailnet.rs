@@ -219,7 +219,19 @@ impl TestTailnet {
         self.command("rejoin_node", json!({"name": name}));
     }
 
-    /// The access rules no longer allow this port: connecting gets no answer at all.
+    /// A firewall of the node's host drops what comes for this port: connecting gets no answer at all.
+    #[track_caller]
+    pub fn drop_port(&self, node: &str, port: u16) {
+        self.command("drop_port", json!({"node": node, "port": port}));
+    }
+
+    #[track_caller]
+    pub fn pass_port(&self, node: &str, port: u16) {
+        self.command("pass_port", json!({"node": node, "port": port}));
+    }
+
+    /// The access rules no longer allow this port: the node drops what comes for it, and says so to the
+    /// peer's Tailscale.
     #[track_caller]
     pub fn deny_port(&self, node: &str, port: u16) {
         self.command("deny_port", json!({"node": node, "port": port}));
@@ -493,7 +505,8 @@ fn program() -> &'static Path {
         let mut build = Command::new("flock");
         // Tests in other processes build the same file. Go leaves it alone when it is up to date.
         build.arg(target.join("testnet.lock"));
-        build.args(["go", "build", "-C"]).arg(repo_root().join("libtailscale"));
+        build.arg(repo_root().join("scripts/go"));
+        build.args(["build", "-C"]).arg(repo_root().join("libtailscale"));
         // No look at git, which fails in a checkout of another user.
         build.arg("-buildvcs=false").arg("-o").arg(&program).arg("./testnet/cmd/testnet");
         run(&mut build, b"", BUILD_LIMIT).expect_success();

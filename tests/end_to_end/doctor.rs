@@ -266,8 +266,12 @@ fn the_way_to_the_mailbox_is_told_apart() {
     let upstream = "upstream mail stalwart:2525";
 
     tailnet.deny_port(MAILBOX, PORT);
-    doctor(edge).says(upstream, "fail", &["denied or dropped", "the policy's grants"]);
+    doctor(edge).says(upstream, "fail", &["denied: the tailnet's policy", "allow it in the policy's grants"]);
     tailnet.allow_port(MAILBOX, PORT);
+
+    tailnet.drop_port(MAILBOX, PORT);
+    doctor(edge).says(upstream, "fail", &["denied or dropped", "a firewall on the peer"]);
+    tailnet.pass_port(MAILBOX, PORT);
 
     tailnet.unforward(MAILBOX, PORT);
     doctor(edge).says(upstream, "fail", &["refused", "listens on that port"]);

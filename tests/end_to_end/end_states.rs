@@ -64,9 +64,11 @@ fn listeners() -> Vec<Listener> {
         tcp("stalls", 2506),
         tcp("bans", 2509),
         tcp("closed", 2507),
-        tcp("denied", 2508),
+        tcp("dropped", 2508),
+        tcp("denied", 2510),
         tcp("vanishes", 2501).set("upstream", &format!("{OTHER:?}")),
         Listener::new("briefly", "smtp", 2507).set("hold", r#""2s""#),
+        Listener::new("denied-briefly", "smtp", 2510).set("hold", r#""2s""#),
         Listener::new("holds", "smtp", 2507).set("hold", r#""10m""#),
     ]
 }
@@ -153,7 +155,8 @@ fn each_end_is_told_and_counted() {
     tailnet.add_node(OTHER, &["tag:stalwart"], &[(2501, greets.addr)]);
     let mut edge = settings(listeners().into_iter().fold(edge_on(&tailnet), Builder::listener)).spawn();
     edge.wait_ready(LIMIT);
-    tailnet.deny_port(MAILBOX, 2508);
+    tailnet.drop_port(MAILBOX, 2508);
+    tailnet.deny_port(MAILBOX, 2510);
 
     // This one takes a while: it goes on beside the others.
     let vanishing = greeted(connect(edge.addr("vanishes")));
@@ -225,10 +228,14 @@ fn unreachable(edge: &Edge) {
     let line = provokes(edge, "closed", EndState::ServerUnreachable, waits);
     tells(&line, &["upstream=stalwart:2507", "refused the connection"]);
     assert!(!line.contains("connect_ms=") && !line.contains("first_byte_ms="), "{line}");
-    let line = provokes(edge, "denied", EndState::ServerSilent, waits);
+    let line = provokes(edge, "denied", EndState::PolicyDenied, waits);
+    tells(&line, &["upstream=stalwart:2510", "the tailnet's policy does not let this edge reach that port"]);
+    let line = provokes(edge, "denied-briefly", EndState::PolicyDenied, waits);
+    tells(&line, &["held until its time was over", "the tailnet's policy"]);
+    let line = provokes(edge, "dropped", EndState::ServerSilent, waits);
     tells(&line, &["no answer within 2s"]);
-    provokes(edge, "denied", EndState::ClientLeftConnecting, |client| {
-        are_in(edge, "denied", "connecting", 1.0);
+    provokes(edge, "dropped", EndState::ClientLeftConnecting, |client| {
+        are_in(edge, "dropped", "connecting", 1.0);
         reset(client);
     });
     provokes(edge, "briefly", EndState::HoldEnded, waits);
@@ -263,7 +270,7 @@ fn failures_are_listed(edge: &Edge) {
     let status: tailwart_edge::status::Status = serde_json::from_str(&status).expect("it is JSON");
     let mut listed: Vec<&str> = status.failures.iter().map(|failure| &*failure.end).collect();
     listed.sort_unstable();
-    assert_eq!(listed, ["DD", "PQ", "SC", "SD", "SH", "sC", "sL", "sQ"]);
+    assert_eq!(listed, ["AC", "AC", "DD", "PQ", "SC", "SD", "SH", "sC", "sL", "sQ"]);
     for failure in &status.failures {
         assert_eq!(failure.count, 1, "{failure:?}");
     }

@@ -152,6 +152,19 @@ fn an_upstream_port_without_a_server_is_told_until_it_has_one() {
 fn an_upstream_port_denied_by_an_access_rule_is_told_until_it_is_allowed() {
     let faulty = Faulty::start(tcp("bad", ECHO));
     faulty.setup.tailnet.deny_port(MAILBOX, ECHO);
+    faulty.turns_away(&[
+        "stalwart:2525",
+        "the tailnet's policy does not let this edge reach that port",
+        "grants",
+    ]);
+    faulty.setup.tailnet.allow_port(MAILBOX, ECHO);
+    echoes(faulty.setup.edge.addr("bad"));
+}
+
+#[test]
+fn an_upstream_port_dropped_by_a_firewall_is_told_until_it_is_passed() {
+    let faulty = Faulty::start(tcp("bad", ECHO));
+    faulty.setup.tailnet.drop_port(MAILBOX, ECHO);
     let why = "an access rule of the tailnet or a firewall on the peer drops this port";
     faulty.turns_away(&[
         "stalwart:2525",
@@ -160,7 +173,7 @@ fn an_upstream_port_denied_by_an_access_rule_is_told_until_it_is_allowed() {
         why,
         "grants",
     ]);
-    faulty.setup.tailnet.allow_port(MAILBOX, ECHO);
+    faulty.setup.tailnet.pass_port(MAILBOX, ECHO);
     echoes(faulty.setup.edge.addr("bad"));
 }
 
@@ -232,7 +245,7 @@ fn a_client_that_resets_while_its_upstream_is_dialled_ends_the_dial_at_once() {
         // Far longer than this test may take.
         edge.set("timeouts", "connect", r#""10m""#).env("RUST_LOG", "tailwart_edge=debug")
     });
-    setup.tailnet.deny_port(MAILBOX, ECHO);
+    setup.tailnet.drop_port(MAILBOX, ECHO);
     let before = setup.edge.fds();
     let clients: Vec<TcpStream> = (0..CLIENTS).map(|_| connect(setup.edge.addr("mail"))).collect();
     assert!(

@@ -139,6 +139,11 @@ fn clients_are_held_until_an_access_rule_allows_the_port() {
 }
 
 #[test]
+fn clients_are_held_until_a_firewall_passes_the_port() {
+    are_held_until_it_is_back(|net| net.drop_port(MAILBOX, 25), |net| net.pass_port(MAILBOX, 25));
+}
+
+#[test]
 fn clients_are_held_until_the_tailnet_shows_the_node() {
     are_held_until_it_is_back(|net| net.hide_node(MAILBOX), |net| net.show_node(MAILBOX));
 }
@@ -477,7 +482,7 @@ fn an_edge_that_stops_before_it_is_on_the_tailnet_tells_those_who_are_held() {
 /// An edge whose mailbox is silent, and a client whose first attempt goes on for ten seconds.
 fn waits_for_silence(hold: &str) -> (Setup, TcpStream) {
     let setup = smtp_edge(free_addr(), hold);
-    setup.tailnet.deny_port(MAILBOX, 25);
+    setup.tailnet.drop_port(MAILBOX, 25);
     let client = connect(setup.edge.addr("smtp"));
     (setup, client)
 }

@@ -51,6 +51,8 @@ var commands = map[string]func(*testnet.Net, *command) (result, error){
 	"unforward":         func(n *testnet.Net, c *command) (result, error) { return nil, n.Unforward(c.Name, c.Port) },
 	"deny_port":         func(n *testnet.Net, c *command) (result, error) { return nil, n.DenyPort(c.Name, c.Port) },
 	"allow_port":        func(n *testnet.Net, c *command) (result, error) { return nil, n.AllowPort(c.Name, c.Port) },
+	"drop_port":         func(n *testnet.Net, c *command) (result, error) { return nil, n.DropPort(c.Name, c.Port) },
+	"pass_port":         func(n *testnet.Net, c *command) (result, error) { return nil, n.PassPort(c.Name, c.Port) },
 	"hide_node":         func(n *testnet.Net, c *command) (result, error) { return nil, n.HideNode(c.Name) },
 	"show_node":         func(n *testnet.Net, c *command) (result, error) { return nil, n.ShowNode(c.Name) },
 	"isolate_node":      func(n *testnet.Net, c *command) (result, error) { return nil, n.IsolateNode(c.Name) },

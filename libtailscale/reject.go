@@ -1,0 +1,111 @@
+package main
+
+import (
+	"fmt"
+	"net/netip"
+	"sync"
+
+	"tailscale.com/net/connreject"
+	"tailscale.com/types/ipproto"
+)
+
+// rejects tells connections that are being made that their peer has dropped the
+// SYN. TCP hears nothing of it: Tailscale's packet filter swallows the packet and
+// says so in a message of its own (TSMP). Peers send it for IPv4 alone and may have
+// been told not to, so that a silence still says nothing.
+//
+// Whoever is a peer can send such a message about any connection, of which it would
+// have to guess the port. It ends an attempt and never a connection that is made.
+type rejects struct {
+	mu      sync.Mutex // also held during a wake: no connection is closed meanwhile
+	awaited map[flow]*conn
+}
+
+// flow is a connection, seen from here.
+type flow struct{ local, remote netip.AddrPort }
+
+// attempt is what a connection that is being made is known by.
+type attempt struct {
+	rejects *rejects
+	flow    flow
+}
+
+// rejectCallbacker is what has the messages: Tailscale's engine
+// (wgengine/connreject.go, built without ts_omit_connreject and ts_omit_debug).
+type rejectCallbacker interface {
+	SetConnRejectCallback(func(connreject.Event))
+}
+
+// hearRejects begins to pass the peers' messages on.
+func (n *node) hearRejects() error {
+	engine := n.server.Sys().Engine.Get()
+	source, ok := engine.(rejectCallbacker)
+	if !ok {
+		return fmt.Errorf("%T does not tell rejects: this version of tailscale.com is not supported", engine)
+	}
+	source.SetConnRejectCallback(n.rejects.take)
+	return nil
+}
+
+// take runs while a packet is received, so it does not wait for anything but locks.
+func (r *rejects) take(event connreject.Event) {
+	reason, final := codeOfReject(event)
+	if !final {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if c := r.awaited[flow{event.Src, event.Dst}]; c != nil && c.reject(reason) {
+		wake(c.token, readable|writable)
+	}
+}
+
+// codeOfReject is what a message means for an attempt, if it is the end of it.
+func codeOfReject(event connreject.Event) (reason code, final bool) {
+	if event.Source != connreject.SourceTSMPRecv || event.Proto != ipproto.TCP || event.MaybeBroken {
+		return 0, false
+	}
+	switch event.Reason {
+	case connreject.ReasonACL:
+		return codeDenied, true
+	case connreject.ReasonShields:
+		return codeShieldsUp, true
+	default:
+		return 0, false
+	}
+}
+
+// await has a connection told from now on. A message that came before is followed by
+// another when the SYN is repeated, after a second.
+func (r *rejects) await(c *conn, local, remote netip.AddrPort) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	c.attempt.Store(&attempt{r, flow{local, remote}})
+	r.awaited[flow{local, remote}] = c
+}
+
+// settle ends await, once the connection is made, has failed or is closed. c.mu must
+// not be held.
+func (c *conn) settle() {
+	a := c.attempt.Swap(nil)
+	if a == nil {
+		return
+	}
+	a.rejects.mu.Lock()
+	defer a.rejects.mu.Unlock()
+	// Another connection has the same addresses once this one's are free again.
+	if a.rejects.awaited[a.flow] == c {
+		delete(a.rejects.awaited, a.flow)
+	}
+}
+
+// reject ends a connection that is being made; false if it is not.
+func (c *conn) reject(reason code) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.stateLocked() != codeWouldBlock {
+		return false
+	}
+	c.failed = reason
+	return true
+}
