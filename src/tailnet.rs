@@ -17,8 +17,8 @@ use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -129,6 +129,8 @@ pub struct Node {
     tags: Vec<String>,
     /// Whether the tags were once found right; before that nothing is dialled.
     tagged: AtomicBool,
+    /// What this node was last offered to enrol with, in words; none while its state was enough.
+    offered: Mutex<Option<String>>,
     /// Those who read its log and its state.
     _readers: [Vital; 2],
 }
@@ -159,9 +161,9 @@ impl Node {
             // Not started, so there is nothing that it could fail to do.
             let _ = handle.close();
         })?;
-        let (tags, tagged) = (settings.tags.clone(), AtomicBool::new(false));
+        let (tags, tagged, offered) = (settings.tags.clone(), AtomicBool::new(false), Mutex::new(None));
         let state_dir = settings.state_dir.clone();
-        Ok(Node { handle, sender, status, control, state_dir, tags, tagged, _readers })
+        Ok(Node { handle, sender, status, control, state_dir, tags, tagged, offered, _readers })
     }
 
     /// Joins the tailnet within `limit`, with what the node has on disk, and checks that every
@@ -186,6 +188,8 @@ impl Node {
     /// client until the next login.
     pub async fn enrol(&self, credential: &Credential, limit: Duration) -> Result<(), JoinError> {
         let offered = self.offer(Some(&credential.kind));
+        // Also for a later attempt to join, which may find the node enrolled by this one.
+        *self.offered.lock().unwrap_or_else(PoisonError::into_inner) = Some(credential.to_string());
         let outcome = match offered {
             Ok(()) => self.up(limit).await,
             refused => refused,
@@ -197,13 +201,6 @@ impl Node {
             }
             Err(JoinError::TagsRefused { control, reason, .. }) => {
                 Err(JoinError::TagsRefused { control, reason, remedy: self.tags_remedy(Some(credential)) })
-            }
-            Err(JoinError::WrongTags { held, missing, .. }) => {
-                let remedy = format!(
-                    "a node gets the tags of its key, so {credential} does not carry them all: create one that does, remove the files in {} (they are of a node without these tags) and the node from the tailnet, and start again; or give the node the tag (Headscale: headscale nodes tag; Tailscale: edit ACL tags in the admin console)",
-                    self.state_dir.display()
-                );
-                Err(JoinError::WrongTags { held, missing, remedy })
             }
             Err(JoinError::Unusable { reason, .. }) => {
                 Err(JoinError::Unusable { reason, remedy: self.remedy(credential) })
@@ -316,6 +313,17 @@ impl Node {
         }
     }
 
+    /// What to do about tags that the node does not hold.
+    fn missing_tags_remedy(&self) -> String {
+        match &*self.offered.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(credential) => format!(
+                "a node gets the tags of its key, so {credential} does not carry them all: create one that does, remove the files in {} (they are of a node without these tags) and the node from the tailnet, and start again; or give the node the tag (Headscale: headscale nodes tag; Tailscale: edit ACL tags in the admin console)",
+                self.state_dir.display()
+            ),
+            None => "a node keeps the tags it was enrolled with: give it the tag (Tailscale: edit ACL tags in the admin console; Headscale: headscale nodes tag)".to_owned(),
+        }
+    }
+
     /// The tag is a promise: access rules and the node's key expiry depend on
     /// it. The state is asked for anew, since the last line of it may be older
     /// than the join.
@@ -333,8 +341,7 @@ impl Node {
             return Ok(());
         }
         let held = if status.tags.is_empty() { "no tag".to_owned() } else { status.tags.join(", ") };
-        let remedy = "a node keeps the tags it was enrolled with: give it the tag (Tailscale: edit ACL tags in the admin console; Headscale: headscale nodes tag)".to_owned();
-        Err(JoinError::WrongTags { held, missing: missing.join(", "), remedy })
+        Err(JoinError::WrongTags { held, missing: missing.join(", "), remedy: self.missing_tags_remedy() })
     }
 
     /// The state as it is now; as it was last, if that cannot be read.
