@@ -50,7 +50,13 @@ type conn struct {
 	// attempt is set while the connection is being made; see reject.go.
 	attempt atomic.Pointer[attempt]
 
+	// flow is set while the connection may hold more than the floor; see budget.go.
+	flow atomic.Pointer[flow]
+
 	mu sync.Mutex
+	// received counts the bytes that were read since the connection was last out of the
+	// budget, up to recvFloor.
+	received int
 	// failed is the first error of the connection. The stack reports an
 	// error once and then looks like a clean end, so it must be kept.
 	failed code
@@ -76,6 +82,14 @@ func (c *conn) notify(events waiter.EventMask) {
 		ready |= writable
 	}
 	wake(c.token, ready)
+}
+
+// prepare sets what every connection has, dialled or accepted.
+func prepare(ep tcpip.Endpoint) tcpip.Error {
+	// This ends the stack's own tuning, which grows a buffer for as long as the peer is
+	// slow; see budget.go.
+	ep.SocketOptions().SetSendBufferSize(sendFloor, true)
+	return setKeepalive(ep)
 }
 
 func setKeepalive(ep tcpip.Endpoint) tcpip.Error {
@@ -147,8 +161,7 @@ func (c *conn) read(p []byte) (int, error) {
 	w := tcpip.SliceWriter(p)
 	result, err := c.ep.Read(&w, tcpip.ReadOptions{})
 	if err == nil {
-		// Without this the receive window never grows (as gonet does).
-		c.ep.ModerateRecvBuf(result.Count)
+		c.noteReceived(result.Count)
 		return result.Count, nil
 	}
 	switch err.(type) {
@@ -192,10 +205,12 @@ func (c *conn) write(p []byte) (int, error) {
 	payload.Reset(p)
 	n, err := c.ep.Write(&payload, tcpip.WriteOptions{})
 	if err == nil {
+		c.noteSent(int(n), int(n) < len(p))
 		return int(n), nil
 	}
 	switch err.(type) {
 	case *tcpip.ErrWouldBlock:
+		c.noteSent(0, true)
 		return 0, codeWouldBlock
 	case *tcpip.ErrClosedForSend:
 		// After our own shutdown, or after a failure that the stack has
@@ -207,6 +222,38 @@ func (c *conn) write(p []byte) (int, error) {
 	default:
 		return 0, c.fail(err)
 	}
+}
+
+// noteSent tells the budget of a write; blocked is whether it was not taken whole.
+func (c *conn) noteSent(n int, blocked bool) {
+	f := c.flow.Load()
+	if f == nil {
+		if !blocked {
+			return
+		}
+		f = c.joinBudget()
+	}
+	f.send.moved.Add(int64(n))
+	f.send.blocked.Store(blocked)
+}
+
+// noteReceived tells the budget of a read. Who has read little can need no window.
+func (c *conn) noteReceived(n int) {
+	f := c.flow.Load()
+	if f == nil {
+		if c.received += n; c.received < recvFloor {
+			return
+		}
+		f = c.joinBudget()
+	}
+	f.recv.moved.Add(int64(n))
+}
+
+func (c *conn) joinBudget() *flow {
+	f := flowBudget.join(c)
+	c.flow.Store(f)
+	c.received = 0
+	return f
 }
 
 // shutdown sends a FIN after what was written.
@@ -240,6 +287,9 @@ func (c *conn) abort() {
 // close returns.
 func (c *conn) close() {
 	c.settle()
+	if f := c.flow.Load(); f != nil {
+		flowBudget.leave(f)
+	}
 	c.queue.EventUnregister(&c.entry)
 	timeout := tcpip.TCPUserTimeoutOption(orphanTimeout)
 	c.ep.SetSockOpt(&timeout) // cannot fail on TCP

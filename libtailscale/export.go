@@ -131,6 +131,16 @@ func overwriteVariable(name string) {
 //export TsSetLogUpload
 func TsSetLogUpload(on C.int) { setLogUpload(on != 0) }
 
+//export TsSetMemory
+func TsSetMemory(inFlight, heap C.int64_t) {
+	if inFlight > 0 {
+		flowBudget.setTotal(int64(inFlight))
+	}
+	if heap > 0 {
+		debug.SetMemoryLimit(int64(heap))
+	}
+}
+
 //export TsSetWake
 func TsSetWake(f C.tailscale_wake_fn) {
 	wake = func(token uintptr, ready uint32) {

@@ -14,8 +14,10 @@ type figures struct {
 	GCCount           int64   `json:"gc_count"`
 	GCPauseSeconds    float64 `json:"gc_pause_seconds"` // all pauses together
 	GOMAXPROCS        uint64  `json:"gomaxprocs"`
-	Endpoints         int     `json:"endpoints"` // of the node's stack, in whatever state
-	Handles           int     `json:"handles"`   // of connections, see tailscale_conn_count
+	Endpoints         int     `json:"endpoints"`           // of the node's stack, in whatever state
+	Handles           int     `json:"handles"`             // of connections, see tailscale_conn_count
+	InFlightBytes     int64   `json:"in_flight_bytes"`     // granted beyond the floors, see budget.go
+	InFlightMaxBytes  int64   `json:"in_flight_max_bytes"` // what may be granted
 }
 
 // figures looks at the runtime without stopping the world, as
@@ -43,5 +45,7 @@ func (n *node) figures() figures {
 		GCPauseSeconds:    gc.PauseTotal.Seconds(),
 		Endpoints:         len(n.stack.RegisteredEndpoints()),
 		Handles:           conns.count(),
+		InFlightBytes:     flowBudget.held.Load(),
+		InFlightMaxBytes:  flowBudget.max(),
 	}
 }

@@ -98,7 +98,7 @@ func unwrap(wrapped net.Conn) (*conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	if terr := setKeepalive(ep); terr != nil {
+	if terr := prepare(ep); terr != nil {
 		return nil, codeOf(terr)
 	}
 	return &conn{ep: ep, queue: queue}, nil

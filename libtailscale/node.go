@@ -3,9 +3,10 @@
 // contract; README.md says what matches upstream libtailscale and what not.
 //
 // export.go and tailscale.c are the C side. node.go, join.go, credential.go,
-// control.go, deleted.go, probe.go, events.go and figures.go are a node's life; dial.go, reject.go, listen.go
-// and conn.go its connections. Nothing here ever uses the host's resolver or network on behalf
-// of a connection.
+// control.go, deleted.go, probe.go, events.go and figures.go are a node's life;
+// dial.go, reject.go, listen.go and conn.go its connections; budget.go bounds what all
+// of them hold. Nothing here ever uses the host's resolver or network on behalf of a
+// connection.
 package main
 
 import (
@@ -177,7 +178,7 @@ type controlProblem struct {
 
 func newNode() *node {
 	n := &node{server: new(tsnet.Server), logs: &logPipe{fd: -1}, joining: make(chan struct{}, 1),
-		listening: make(map[uint16]*listener), rejects: rejects{awaited: make(map[flow]*conn)}}
+		listening: make(map[uint16]*listener), rejects: rejects{awaited: make(map[tuple]*conn)}}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	n.server.Logf = n.log
 	n.server.UserLogf = n.log
@@ -353,6 +354,9 @@ func (n *node) reachInside() error {
 	if n.backend, err = field[*ipnlocal.LocalBackend](n.server, "lb"); err != nil {
 		return err
 	}
+	if err := n.lowerBuffers(); err != nil {
+		return err
+	}
 	wait := tcpip.TCPTimeWaitTimeoutOption(timeWait)
 	if err := n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &wait); err != nil {
 		return fmt.Errorf("setting TIME_WAIT: %v", err)
@@ -362,6 +366,28 @@ func (n *node) reachInside() error {
 		return fmt.Errorf("allowing reuse of TIME_WAIT: %v", err)
 	}
 	return n.hearRejects()
+}
+
+// lowerBuffers gives every connection the floor at first; see budget.go. The maxima
+// stay as they are: the window's scale, which never changes, follows from them.
+func (n *node) lowerBuffers() error {
+	var send tcpip.TCPSendBufferSizeRangeOption
+	var recv tcpip.TCPReceiveBufferSizeRangeOption
+	err := n.stack.TransportProtocolOption(tcp.ProtocolNumber, &send)
+	if err == nil {
+		err = n.stack.TransportProtocolOption(tcp.ProtocolNumber, &recv)
+	}
+	send.Default, recv.Default = sendFloor, recvFloor
+	if err == nil {
+		err = n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &send)
+	}
+	if err == nil {
+		err = n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &recv)
+	}
+	if err != nil {
+		return fmt.Errorf("setting the size of buffers: %v", err)
+	}
+	return nil
 }
 
 // field reads an unexported field of the struct that object points to.

@@ -18,16 +18,16 @@ import (
 // have to guess the port. It ends an attempt and never a connection that is made.
 type rejects struct {
 	mu      sync.Mutex // also held during a wake: no connection is closed meanwhile
-	awaited map[flow]*conn
+	awaited map[tuple]*conn
 }
 
-// flow is a connection, seen from here.
-type flow struct{ local, remote netip.AddrPort }
+// tuple is a connection, seen from here.
+type tuple struct{ local, remote netip.AddrPort }
 
 // attempt is what a connection that is being made is known by.
 type attempt struct {
 	rejects *rejects
-	flow    flow
+	tuple   tuple
 }
 
 // rejectCallbacker is what has the messages: Tailscale's engine
@@ -55,7 +55,7 @@ func (r *rejects) take(event connreject.Event) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if c := r.awaited[flow{event.Src, event.Dst}]; c != nil && c.reject(reason) {
+	if c := r.awaited[tuple{event.Src, event.Dst}]; c != nil && c.reject(reason) {
 		wake(c.token, readable|writable)
 	}
 }
@@ -80,8 +80,8 @@ func codeOfReject(event connreject.Event) (reason code, final bool) {
 func (r *rejects) await(c *conn, local, remote netip.AddrPort) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	c.attempt.Store(&attempt{r, flow{local, remote}})
-	r.awaited[flow{local, remote}] = c
+	c.attempt.Store(&attempt{r, tuple{local, remote}})
+	r.awaited[tuple{local, remote}] = c
 }
 
 // settle ends await, once the connection is made, has failed or is closed. c.mu must
@@ -94,8 +94,8 @@ func (c *conn) settle() {
 	a.rejects.mu.Lock()
 	defer a.rejects.mu.Unlock()
 	// Another connection has the same addresses once this one's are free again.
-	if a.rejects.awaited[a.flow] == c {
-		delete(a.rejects.awaited, a.flow)
+	if a.rejects.awaited[a.tuple] == c {
+		delete(a.rejects.awaited, a.tuple)
 	}
 }
 

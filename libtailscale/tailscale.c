@@ -6,6 +6,7 @@
 
 void tailscale_forget_environment(void) { TsForgetEnvironment(); }
 void tailscale_set_log_upload(int on) { TsSetLogUpload(on); }
+void tailscale_set_memory(int64_t in_flight, int64_t heap) { TsSetMemory(in_flight, heap); }
 void tailscale_set_wake(void (*wake)(uintptr_t, uint32_t)) { TsSetWake(wake); }
 const char* tailscale_version(void) { return TsVersion(); }
 

@@ -154,6 +154,12 @@ void tailscale_forget_environment(void);
 // tailscale_start, and when tailscale_forget_environment may be called.
 void tailscale_set_log_upload(int on);
 
+// Bounds what the nodes of this process hold, in bytes: what is in flight on all
+// connections together (sent and not acknowledged, received and not read), beyond a
+// small floor for each; and Go's heap, of which the collector keeps it below. Call it
+// at any time; zero or less leaves a bound as it is.
+void tailscale_set_memory(int64_t in_flight, int64_t heap);
+
 // Sets the one function that is called when a connection or listener became ready.
 // `token` is what tailscale_conn_open, tailscale_accept or tailscale_listen was given, `ready` a set of
 // tailscale_ready bits. It may be called from any thread, concurrently, under

@@ -178,6 +178,8 @@ pub struct Limits {
     /// Clients held at once while a mailbox cannot be reached; the rest is turned away. Default:
     /// 2,500, which is 50 sessions a second for as long as one is held.
     pub hold_max: usize,
+    /// What the process aims to stay below, in MiB. Default: `None`, derived from the machine.
+    pub memory_mib: Option<u32>,
 }
 
 /// `[probe]`

@@ -12,6 +12,7 @@
 mod serving;
 
 use std::pin::pin;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
@@ -137,6 +138,7 @@ async fn run_with(start: Start, (vitals, mut ends): (Vitals, UnexpectedEnds)) ->
         started: Instant::now(),
         node: node_receiver,
         library: OnceLock::new(),
+        memory_limit: AtomicU64::new(0),
         tags: settings.tags.clone(),
         board,
         ledger: Arc::clone(&ledger),

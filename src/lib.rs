@@ -50,6 +50,7 @@ pub mod peers;
 pub mod tailnet;
 
 pub mod membership;
+pub mod memory;
 
 pub mod cli;
 

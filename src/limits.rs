@@ -21,12 +21,18 @@ use rustix::process::{Resource, getrlimit};
 use tokio::sync::Semaphore;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::memory::MemoryLimit;
+
 /// Descriptors that are not connections: standard streams, tokio, the node's
 /// sockets and state files, DERP and control connections, admin requests.
 const RESERVED_DESCRIPTORS: u64 = 128;
 
-/// The default never exceeds this: at about 10 kB each, 200 MB while idle.
+/// The default never exceeds this.
 const DEFAULT_CEILING: usize = 20_000;
+
+/// What an idle connection takes of the memory, and what there has to be before the first.
+const CONNECTION_BYTES: u64 = 10_000;
+const PROGRAM_BYTES: u64 = 48 * 1024 * 1024;
 
 /// The connection limit and where it comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,14 +44,25 @@ pub struct ConnectionLimit {
 }
 
 /// Derives the limit from the descriptor limit of the process, one descriptor
-/// a connection, unless configured lower. `listeners` is the number of
-/// listening sockets.
-pub fn connection_limit(configured: Option<usize>, listeners: usize) -> ConnectionLimit {
+/// a connection, unless configured lower; the default also from what idle connections take
+/// of the memory. `listeners` is the number of listening sockets.
+pub fn connection_limit(
+    configured: Option<usize>,
+    listeners: usize,
+    memory: &MemoryLimit,
+) -> ConnectionLimit {
     let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    limit_for(configured, listeners, descriptors)
+    limit_for(configured, listeners, descriptors, memory.bytes())
 }
 
-fn limit_for(configured: Option<usize>, listeners: usize, descriptors: u64) -> ConnectionLimit {
+fn limit_for(
+    configured: Option<usize>,
+    listeners: usize,
+    descriptors: u64,
+    memory_bytes: u64,
+) -> ConnectionLimit {
+    let fitting = memory_bytes.saturating_sub(PROGRAM_BYTES) / CONNECTION_BYTES;
+    let ceiling = usize::try_from(fitting).unwrap_or(usize::MAX).min(DEFAULT_CEILING);
     let free = descriptors.saturating_sub(RESERVED_DESCRIPTORS + listeners as u64);
     let free = usize::try_from(free).unwrap_or(usize::MAX).max(1);
     match configured {
@@ -56,9 +73,13 @@ fn limit_for(configured: Option<usize>, listeners: usize, descriptors: u64) -> C
             ),
         },
         Some(wanted) => ConnectionLimit { connections: wanted, reason: "max_connections".into() },
-        None if free > DEFAULT_CEILING => ConnectionLimit {
-            connections: DEFAULT_CEILING,
+        None if free > DEFAULT_CEILING && ceiling == DEFAULT_CEILING => ConnectionLimit {
+            connections: ceiling,
             reason: "default ceiling; max_connections can raise it".into(),
+        },
+        None if free > ceiling => ConnectionLimit {
+            connections: ceiling,
+            reason: "what memory_mib has room for; max_connections can raise it".into(),
         },
         None => ConnectionLimit { connections: free, reason: format!("descriptor limit of {descriptors}") },
     }
@@ -209,7 +230,7 @@ mod tests {
 
     #[test]
     fn the_descriptor_limit_bounds_the_default() {
-        let limit = limit_for(None, 10, 1024);
+        let limit = limit_for(None, 10, 1024, 256 << 20);
         assert_eq!(
             limit,
             ConnectionLimit { connections: 1024 - 128 - 10, reason: "descriptor limit of 1024".into() }
@@ -218,23 +239,33 @@ mod tests {
 
     #[test]
     fn a_huge_descriptor_limit_gives_the_ceiling() {
-        assert_eq!(limit_for(None, 10, 1 << 20).connections, DEFAULT_CEILING);
-        assert_eq!(limit_for(None, 10, u64::MAX).connections, DEFAULT_CEILING);
+        assert_eq!(limit_for(None, 10, 1 << 20, 256 << 20).connections, DEFAULT_CEILING);
+        assert_eq!(limit_for(None, 10, u64::MAX, 256 << 20).connections, DEFAULT_CEILING);
+    }
+
+    #[test]
+    fn the_default_is_no_more_than_what_memory_has_room_for() {
+        for (mib, connections) in [(64, 1677), (128, 8388), (256, DEFAULT_CEILING)] {
+            let limit = limit_for(None, 10, 1 << 20, mib << 20);
+            assert_eq!(limit.connections, connections, "{}", limit.reason);
+            assert_eq!(limit.reason.contains("memory_mib"), connections != DEFAULT_CEILING);
+        }
+        assert_eq!(limit_for(Some(9000), 10, 1 << 20, 64 << 20).connections, 9000, "who says so may");
     }
 
     #[test]
     fn a_configured_limit_holds_unless_descriptors_are_missing() {
-        assert_eq!(limit_for(Some(500), 10, 1 << 20).connections, 500);
-        assert_eq!(limit_for(Some(50_000), 10, 1 << 20).connections, 50_000);
-        let lowered = limit_for(Some(50_000), 10, 1024);
+        assert_eq!(limit_for(Some(500), 10, 1 << 20, 256 << 20).connections, 500);
+        assert_eq!(limit_for(Some(50_000), 10, 1 << 20, 256 << 20).connections, 50_000);
+        let lowered = limit_for(Some(50_000), 10, 1024, 256 << 20);
         assert_eq!(lowered.connections, 886);
         assert!(lowered.reason.contains("lowered"), "{}", lowered.reason);
     }
 
     #[test]
     fn there_is_always_a_permit() {
-        assert_eq!(limit_for(Some(1), 10, 1024).connections, 1);
-        assert_eq!(limit_for(None, 10, 64).connections, 1);
+        assert_eq!(limit_for(Some(1), 10, 1024, 256 << 20).connections, 1);
+        assert_eq!(limit_for(None, 10, 64, 256 << 20).connections, 1);
     }
 
     #[test]

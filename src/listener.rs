@@ -261,6 +261,10 @@ impl Trouble {
     }
 }
 
+/// How much may wait in the kernel beside what is on its way to the client, of which the kernel would
+/// otherwise let 4 MiB gather. Enough for the time that it takes to write more.
+const UNSENT_BYTES: u32 = 128 * 1024;
+
 /// Serves a connection, unless its client has as many as it may.
 fn admit<D: Dial>(
     service: &Arc<Service<D>>,
@@ -285,11 +289,15 @@ fn admit<D: Dial>(
     });
 }
 
-/// Keepalive, and no delay: mail protocols are conversations of short lines,
-/// and what is relayed was already gathered by the sender.
+/// Keepalive; no delay, since mail protocols are conversations of short lines, and what is relayed was
+/// already gathered by the sender; and a bound on what the kernel keeps for a client that does not read.
 fn prepare(client: &TcpStream) {
     let socket = SockRef::from(client);
-    if let Err(e) = socket.set_tcp_keepalive(&KEEPALIVE).and_then(|()| socket.set_tcp_nodelay(true)) {
+    let prepared = socket
+        .set_tcp_keepalive(&KEEPALIVE)
+        .and_then(|()| socket.set_tcp_nodelay(true))
+        .and_then(|()| socket.set_tcp_notsent_lowat(UNSENT_BYTES));
+    if let Err(e) = prepared {
         debug!("cannot set socket options: {e}"); // the client is gone already
     }
 }

@@ -105,6 +105,8 @@ pub struct Sources<'a> {
     pub is_ready: bool,
     /// What the library costs, once there is a node.
     pub figures: Option<Figures>,
+    /// What memory is to stay below; zero before that is known.
+    pub memory_limit_bytes: u64,
     /// Log lines that were lost because nobody read them.
     pub lost_lines: u64,
 }
@@ -126,6 +128,8 @@ pub fn text(sources: &Sources, format: Format) -> String {
         mailbox_metrics(&mut registry, board);
         path_metrics(&mut registry, board);
     }
+    let limit = whole(i64::try_from(sources.memory_limit_bytes).unwrap_or(i64::MAX));
+    registry.register_with_unit("memory_limit", "What memory in use is to stay below", Unit::Bytes, limit);
     if let Some(figures) = &sources.figures {
         library_metrics(&mut registry, figures);
     }
@@ -242,6 +246,11 @@ fn library_metrics(registry: &mut Registry, figures: &Figures) {
     pause.inc_by(figures.gc_pause_seconds);
     registry.register("go_gc_cycles", "Garbage collections of the tailnet library", collections);
     registry.register_with_unit("go_gc_pause", "How long they have stopped it", Unit::Seconds, pause);
+    let in_flight = whole(figures.in_flight_bytes);
+    let help = "What connections hold for bytes in flight beyond their floor";
+    registry.register_with_unit("in_flight", help, Unit::Bytes, in_flight);
+    let max = whole(figures.in_flight_max_bytes);
+    registry.register_with_unit("in_flight_max", "What all may hold so", Unit::Bytes, max);
     let endpoints = whole(figures.endpoints);
     registry.register("stack_endpoints", "TCP endpoints of the node, in whatever state", endpoints);
     let handles = whole(figures.handles);
@@ -302,7 +311,15 @@ mod tests {
     use crate::end_state::EndState;
 
     fn text_of(node: &NodeStatus, ledger: &Ledger, format: Format) -> String {
-        let sources = Sources { node, board: None, ledger, is_ready: false, figures: None, lost_lines: 0 };
+        let sources = Sources {
+            node,
+            board: None,
+            ledger,
+            is_ready: false,
+            figures: None,
+            memory_limit_bytes: 0,
+            lost_lines: 0,
+        };
         text(&sources, format)
     }
 
@@ -354,8 +371,15 @@ mod tests {
         let visit = ledger.page("smtp", "stalwart:25".into()).enter("192.0.2.7:1".parse().unwrap());
         visit.held();
         let board = Some(&board);
-        let sources =
-            Sources { node: &node, board, ledger: &ledger, is_ready: false, figures: None, lost_lines: 0 };
+        let sources = Sources {
+            node: &node,
+            board,
+            ledger: &ledger,
+            is_ready: false,
+            figures: None,
+            memory_limit_bytes: 0,
+            lost_lines: 0,
+        };
         let text = text(&sources, Format::Classic);
         for (stage, count) in [("connecting", 0), ("held", 1), ("relaying", 0)] {
             let line =

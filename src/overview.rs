@@ -17,6 +17,7 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
 use jiff::Timestamp;
@@ -29,9 +30,9 @@ use crate::health::{Board, Judgement, Listening, Monitor, NOT_REACHED_YET};
 use crate::ledger::{Ledger, Open};
 use crate::limits::network_of;
 use crate::metrics::{self, Format};
-use crate::status::{ClientView, ListenerView, NodeView, Status, UpstreamView};
-use crate::tailnet::{Node, NodeStatus, linked_version};
-use crate::wall_clock;
+use crate::status::{ClientView, ListenerView, MemoryView, NodeView, Status, UpstreamView};
+use crate::tailnet::{Figures, Node, NodeStatus, linked_version};
+use crate::{memory, wall_clock};
 
 /// Connections that are listed; of more the oldest are.
 const CONNECTIONS: usize = 200;
@@ -47,6 +48,8 @@ pub struct Overview {
     pub node: watch::Receiver<Option<watch::Receiver<NodeStatus>>>,
     /// The node itself, for what its library costs; empty before there is one.
     pub library: OnceLock<Arc<Node>>,
+    /// What memory is to stay below, in bytes; zero before that is known.
+    pub memory_limit: AtomicU64,
     /// The tags it must hold.
     pub tags: Vec<String>,
     /// What is known of the mailbox; `None` before it is looked for.
@@ -95,10 +98,25 @@ impl Overview {
             board: board.as_deref(),
             ledger: &self.ledger,
             is_ready: self.judge().reasons.is_empty(),
-            figures: self.library.get().and_then(|node| node.figures()),
+            figures: self.figures(),
+            memory_limit_bytes: self.memory_limit.load(Ordering::Relaxed),
             lost_lines: self.lost_lines.as_ref().map_or(0, |lost| lost.dropped_lines() as u64),
         };
         metrics::text(&sources, format)
+    }
+
+    fn figures(&self) -> Option<Figures> {
+        self.library.get().and_then(|node| node.figures())
+    }
+
+    fn memory(&self) -> MemoryView {
+        let figures = self.figures().unwrap_or_default();
+        MemoryView {
+            limit_bytes: self.memory_limit.load(Ordering::Relaxed),
+            resident_bytes: memory::resident_bytes().unwrap_or_default(),
+            in_flight_bytes: figures.in_flight_bytes,
+            in_flight_max_bytes: figures.in_flight_max_bytes,
+        }
     }
 
     /// What is known, for people and scripts.
@@ -123,6 +141,7 @@ impl Overview {
             node: NodeView { name, ips, tags, state, key_expiry, home_region },
             not_ready,
             warnings,
+            memory: self.memory(),
             held: open.iter().filter(|connection| connection.is_held()).count(),
             listeners,
             upstreams: monitors.map(|monitor| upstream(monitor, board.as_deref())).collect(),
@@ -220,6 +239,7 @@ pub(crate) mod tests {
             started: Instant::now(),
             node: watch::channel(node).1,
             library: OnceLock::new(),
+            memory_limit: AtomicU64::new(0),
             tags: vec!["tag:reverse-proxy".into()],
             board: watch::channel(board.map(Arc::new)).1,
             ledger: Ledger::new(0),

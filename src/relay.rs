@@ -8,7 +8,8 @@
 //! Invariants
 //! - Nothing is buffered while idle: reads go through one buffer per worker
 //!   thread, and only bytes that the other side would not take are kept, at
-//!   most one buffer per direction, during which nothing more is read.
+//!   most one buffer per direction, during which nothing more is read. The more
+//!   all connections keep, the less is read at once.
 //! - Every wait is bounded: by the idle time-out while both directions are
 //!   open, by the half-close time-out after the first ended.
 //! - The outcome names the side that ended it.
@@ -22,6 +23,7 @@ use std::cell::RefCell;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -36,6 +38,15 @@ const BUFFER_BYTES: usize = 64 * 1024;
 
 /// Reads per direction before other tasks of the worker get their turn: 1 MiB.
 const READS_PER_TURN: usize = 16;
+
+/// What all connections together may keep before reads become short.
+const KEPT_MOST: usize = 8 * 1024 * 1024;
+
+/// A read is never shorter than this: what thousands of stalled connections keep each.
+const READ_LEAST: usize = 4 * 1024;
+
+/// What all connections keep at this moment.
+static KEPT_BYTES: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER_BYTES].into_boxed_slice());
@@ -310,9 +321,7 @@ struct Direction {
     /// What the sink took.
     bytes: u64,
     first_byte: Option<Instant>,
-    /// Bytes read that the sink would not take yet, from `kept_from` on.
-    kept: Vec<u8>,
-    kept_from: usize,
+    kept: Kept,
     state: State,
     /// Whether an end of stream is a failure of the source, not to be passed on.
     keeps_its_end: bool,
@@ -338,7 +347,7 @@ impl Direction {
 
     /// Whether the sink has all that the source gave.
     fn is_settled(&self) -> bool {
-        self.kept.is_empty() && self.state != State::Ending
+        self.kept.rest().is_empty() && self.state != State::Ending
     }
 
     /// Moves what can be moved. Ready once the sink has had everything and the
@@ -371,22 +380,13 @@ impl Direction {
         cx: &mut Context<'_>,
         sink: &mut W,
     ) -> Poll<io::Result<()>> {
-        while self.kept_from < self.kept.len() {
-            self.kept_from += ready!(self.poll_write_kept(cx, sink))?;
+        while !self.kept.rest().is_empty() {
+            let written = ready!(poll_write(cx, sink, self.kept.rest()))?;
+            self.bytes += written as u64;
+            self.kept.from += written;
         }
-        self.kept = Vec::new();
-        self.kept_from = 0;
+        self.kept = Kept::default();
         Poll::Ready(Ok(()))
-    }
-
-    fn poll_write_kept<W: AsyncWrite + Unpin>(
-        &mut self,
-        cx: &mut Context<'_>,
-        sink: &mut W,
-    ) -> Poll<io::Result<usize>> {
-        let written = ready!(poll_write(cx, sink, &self.kept[self.kept_from..]))?;
-        self.bytes += written as u64;
-        Poll::Ready(Ok(written))
     }
 
     /// Reads once and writes that; what the sink does not take is kept.
@@ -401,7 +401,7 @@ impl Direction {
         W: AsyncWrite + Unpin,
     {
         BUFFER.with_borrow_mut(|buffer| {
-            let mut read = ReadBuf::new(buffer);
+            let mut read = ReadBuf::new(&mut buffer[..read_bytes()]);
             ready!(Pin::new(source).poll_read(cx, &mut read)).map_err(Fault::Source)?;
             let mut rest = read.filled();
             if rest.is_empty() {
@@ -426,13 +426,43 @@ impl Direction {
                         rest = &rest[written..];
                     }
                     Poll::Pending => {
-                        self.kept = rest.to_vec();
+                        self.kept = Kept::of(rest);
                         return Poll::Pending;
                     }
                 }
             }
             Poll::Ready(Ok(()))
         })
+    }
+}
+
+/// How much is read at once.
+fn read_bytes() -> usize {
+    let left = KEPT_MOST.saturating_sub(KEPT_BYTES.load(Ordering::Relaxed));
+    (left / 8).clamp(READ_LEAST, BUFFER_BYTES)
+}
+
+/// Bytes read that the sink would not take yet, counted among those of all connections.
+#[derive(Default)]
+struct Kept {
+    bytes: Vec<u8>,
+    from: usize,
+}
+
+impl Kept {
+    fn of(bytes: &[u8]) -> Kept {
+        KEPT_BYTES.fetch_add(bytes.len(), Ordering::Relaxed);
+        Kept { bytes: bytes.to_vec(), from: 0 }
+    }
+
+    fn rest(&self) -> &[u8] {
+        &self.bytes[self.from..]
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        KEPT_BYTES.fetch_sub(self.bytes.len(), Ordering::Relaxed);
     }
 }
 

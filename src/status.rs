@@ -53,6 +53,9 @@ pub struct Status {
     /// What is wrong besides.
     #[serde(default)]
     pub warnings: Vec<String>,
+    /// What it has of the machine's memory.
+    #[serde(default)]
+    pub memory: MemoryView,
     /// How many clients wait for a mailbox that cannot be reached.
     #[serde(default)]
     pub held: usize,
@@ -92,6 +95,27 @@ pub struct NodeView {
     pub key_expiry: Option<Timestamp>,
     /// The region of its home relay; empty when it has none.
     pub home_region: String,
+}
+
+/// The memory of an edge, in bytes.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MemoryView {
+    /// What it is to stay below.
+    pub limit_bytes: u64,
+    /// What is in use.
+    pub resident_bytes: u64,
+    /// What connections hold for bytes in flight, beyond the floor that each has.
+    pub in_flight_bytes: u64,
+    /// What all may hold so.
+    pub in_flight_max_bytes: u64,
+}
+
+impl fmt::Display for MemoryView {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {}, ", bytes(self.resident_bytes), bytes(self.limit_bytes))?;
+        write!(f, "{} of {} in flight", bytes(self.in_flight_bytes), bytes(self.in_flight_max_bytes))
+    }
 }
 
 /// A listener.
@@ -195,6 +219,7 @@ impl fmt::Display for Status {
         writeln!(f, "node {}", self.node)?;
         let held = if self.held == 0 { "no client waits".to_owned() } else { format!("{} WAIT", self.held) };
         writeln!(f, "connections: {}; {held} for the mailbox", self.open)?;
+        writeln!(f, "memory: {}", self.memory)?;
         self.listeners(f)?;
         self.upstreams(f)?;
         self.clients(f)?;
@@ -363,6 +388,8 @@ pub(crate) mod tests {
         "node": {"name": "edge.ts.net", "ips": ["100.64.0.2"], "tags": ["tag:reverse-proxy"],
                  "state": "Running", "key_expiry": null, "home_region": "fra"},
         "not_ready": [], "warnings": ["listener web: no upstream answers"],
+        "memory": {"limit_bytes": 268435456, "resident_bytes": 41200000,
+                   "in_flight_bytes": 131072, "in_flight_max_bytes": 16777216},
         "held": 3, "open": 1,
         "listeners": [
             {"name": "smtp", "protocol": "smtp", "addresses": ["0.0.0.0:25", "[::]:25"],
@@ -402,6 +429,7 @@ tailwart-edge 0.1.0 is ready; started 2 d 4 h ago
 warning: listener web: no upstream answers
 node edge.ts.net (Running), 100.64.0.2, tag:reverse-proxy, home relay fra
 connections: 1; 3 WAIT for the mailbox
+memory: 41.2 MB of 268.4 MB, 131.1 kB of 16.8 MB in flight
 
 LISTENER  ADDRESSES           OPEN  ENDED  FAILED  FROM CLIENTS  TO CLIENTS
 smtp      0.0.0.0:25 [::]:25  1     1234   5       999 B         12.3 MB

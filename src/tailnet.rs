@@ -37,7 +37,7 @@ use ffi::{Conn, LineSink, Listener, NodeHandle, Setting};
 pub use error::{ConnectError, JoinError};
 pub use ffi::{
     Code, expect_signals, forget_environment, linked_version, open_connections, run_on_alternate_stack,
-    set_log_upload, signals_are_heard, take_inherited_sockets,
+    set_log_upload, set_memory, signals_are_heard, take_inherited_sockets,
 };
 pub use status::{NodeStatus, Trouble};
 
@@ -114,6 +114,10 @@ pub struct Figures {
     pub endpoints: u64,
     /// Connection handles that are not closed.
     pub handles: u64,
+    /// What connections may hold beyond their floor at this moment.
+    pub in_flight_bytes: u64,
+    /// What all may hold.
+    pub in_flight_max_bytes: u64,
 }
 
 /// A node of the tailnet. Dropping it leaves the node running in the

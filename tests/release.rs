@@ -15,6 +15,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::edge::{Edge, Listener};
+use common::memory;
 use common::net::{client_from, free_addr};
 use common::process::Daemon;
 use common::stub::{self, MIB, Stub};
@@ -22,6 +23,9 @@ use common::tailnet::TestTailnet;
 use common::tools::run;
 
 const LIMIT: Duration = Duration::from_secs(30);
+
+/// How long streams go on whose memory is looked at.
+const STREAMING: Duration = Duration::from_secs(5);
 
 /// The file to test, by the name under which `make check-release` passes it.
 fn release_binary() -> PathBuf {
@@ -95,6 +99,30 @@ fn it_relays_where_there_is_nothing_but_itself() {
     let status =
         edge.wait_exit(LIMIT).unwrap_or_else(|| panic!("it does not stop\n{}", edge.output().tail()));
     assert_eq!(status.code(), Some(0), "{}", edge.output().tail());
+}
+
+/// The rows of the table in `docs/src/performance.md`, with room for a busy machine; `benches/memory.rs`
+/// has the figures themselves.
+#[test]
+fn its_memory_is_bounded() {
+    let mailbox = memory::serve();
+    let start = || memory::Setup::start(&release_binary(), &mailbox, None, &[]);
+    let at_most = |edge: &Edge, mb: u64, when: &str| {
+        let peak = edge.peak_rss_kb() / 1024;
+        assert!(peak <= mb, "{peak} MB {when}, at most {mb} are right");
+    };
+    let streams = start();
+    at_most(&streams.edge, 42, "at rest");
+    streams.stream("swallows", STREAMING);
+    at_most(&streams.edge, 128 + 32, "with uploads");
+    streams.stream("pours", STREAMING);
+    at_most(&streams.edge, 128 + 32, "with downloads");
+    drop(streams);
+
+    let stalls = start();
+    let _open = stalls.stall(100);
+    memory::greeted(stalls.connect("greets"));
+    at_most(&stalls.edge, 160 + 40, "with connections that do not move");
 }
 
 fn config(tailnet: &TestTailnet, listen: SocketAddr) -> String {

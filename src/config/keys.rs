@@ -197,7 +197,7 @@ pub const KEYS: &[Key] = &[
     key(
         "limits.max_connections",
         "a number of connections from 1 to 1000000",
-        Words("from the limit on open files, at most 20000"),
+        Words("from the limit on open files and from `memory_mib`, at most 20000"),
         "Connections open at once, over all listeners. At the limit clients wait in the kernel's backlog.",
     ),
     key(
@@ -211,6 +211,12 @@ pub const KEYS: &[Key] = &[
         "a number of connections (0 to hold none) from 0 to 1000000",
         Toml("2500"),
         "Clients held at once while a mailbox cannot be reached; the rest is turned away.",
+    ),
+    key(
+        "limits.memory_mib",
+        "a number of MiB from 64 to 1048576",
+        Words("half of what the machine or the control group has, from 64 to 256"),
+        "The memory that the edge aims to stay below. A sixteenth of it is for bytes in flight, which all connections share.",
     ),
     key(
         "probe.interval",

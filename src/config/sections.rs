@@ -181,6 +181,12 @@ fn warn_of_short_hold(listeners: &[Listener], timeouts: &Timeouts, mistakes: &mu
 /// A million connections are more than one box holds; the bound is there to catch slips.
 const MAX_CONNECTIONS: u32 = 1_000_000;
 
+/// Less than the program itself takes cannot be kept to.
+const MIN_MEMORY_MIB: u32 = 64;
+
+/// A terabyte, to catch slips.
+const MAX_MEMORY_MIB: u32 = 1024 * 1024;
+
 fn limits(mut table: Table, mistakes: &mut Mistakes) -> Limits {
     let what = "a number of connections";
     let total = table.number("max_connections", 1..=MAX_CONNECTIONS, what, mistakes);
@@ -188,11 +194,13 @@ fn limits(mut table: Table, mistakes: &mut Mistakes) -> Limits {
     let per_client = table.number("max_connections_per_client", 0..=MAX_CONNECTIONS, what, mistakes);
     let what = "a number of connections (0 to hold none)";
     let hold_max = table.number("hold_max", 0..=MAX_CONNECTIONS, what, mistakes);
+    let memory = table.number("memory_mib", MIN_MEMORY_MIB..=MAX_MEMORY_MIB, "a number of MiB", mistakes);
     table.finish(mistakes);
     Limits {
         max_connections: total.map(|number| number as usize),
         max_connections_per_client: per_client.unwrap_or(100) as usize,
         hold_max: hold_max.unwrap_or(2500) as usize,
+        memory_mib: memory,
     }
 }
 

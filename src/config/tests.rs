@@ -57,7 +57,8 @@ fn no_file_and_a_host_give_the_documented_defaults() {
         drain: Duration::from_secs(30),
     };
     assert_eq!(config.timeouts, timeouts);
-    let limits = Limits { max_connections: None, max_connections_per_client: 100, hold_max: 2500 };
+    let limits =
+        Limits { max_connections: None, max_connections_per_client: 100, hold_max: 2500, memory_mib: None };
     assert_eq!(config.limits, limits);
     assert_eq!(config.probe, Probe { interval: Duration::from_secs(30), rise: 2, fall: 3 });
     assert_eq!(config.log, Log { format: LogFormat::Text, level: tracing::Level::INFO, repeats: 10 });
@@ -148,6 +149,7 @@ const EVERY_KEY: &str = r#"
     max_connections = 1_000
     max_connections_per_client = 0
     hold_max = 0
+    memory_mib = 512
     [log]
     format = "json"
     level = "debug"
@@ -188,7 +190,12 @@ fn every_key_outside_listeners_is_read() {
     assert_eq!(config.hostname.as_deref(), Some("mx.example.org"));
     assert_eq!(config.probe, Probe { interval: Duration::ZERO, rise: 1, fall: 100 });
     assert_eq!(config.log, Log { format: LogFormat::Json, level: tracing::Level::DEBUG, repeats: 0 });
-    let limits = Limits { max_connections: Some(1000), max_connections_per_client: 0, hold_max: 0 };
+    let limits = Limits {
+        max_connections: Some(1000),
+        max_connections_per_client: 0,
+        hold_max: 0,
+        memory_mib: Some(512),
+    };
     assert_eq!(config.limits, limits);
     assert_eq!((config.admin, config.admin_tailnet_port), (None, Some(9464)));
 }

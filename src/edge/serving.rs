@@ -10,6 +10,7 @@
 //! `sockets.rs`).
 
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -31,13 +32,14 @@ use crate::ledger::Ledger;
 use crate::limits::{ClientLimit, ConnectionLimit, Permits, connection_limit};
 use crate::listener::{self, Admission, BindError};
 use crate::log::Logging;
+use crate::memory::MemoryLimit;
 use crate::overview::Overview;
 use crate::peers::{Peer, Peers};
 use crate::relay::Timeouts;
 use crate::reload::Changes;
 use crate::sockets::{ADMIN, Opened, Socket, Sockets};
 use crate::supervisor::Supervisor;
-use crate::tailnet::Node;
+use crate::tailnet::{Node, set_memory};
 use crate::upstream::Upstream;
 use crate::vital::{Vital, Vitals};
 
@@ -174,6 +176,7 @@ impl Serving {
     pub fn new(config: Config, sockets: Sockets, opened: Opened, parts: Parts) -> Serving {
         let limit = total_limit(&config, &opened);
         tell_limit(&config, &limit);
+        bound_memory(&config, &parts.admin.overview);
         let permits = Permits::new(limit.connections);
         let admission = Admission {
             permits: Arc::clone(permits.semaphore()),
@@ -271,6 +274,7 @@ impl Serving {
         new.warnings.iter().for_each(|warning| warn!("{warning}"));
         self.sockets.warn_of_idle_units(&opened);
         let is_probed_anew = self.config.probe != new.probe;
+        let is_memory_changed = self.config.limits.memory_mib != new.limits.memory_mib;
         let limit = total_limit(&new, &opened);
         let per_client = self.config.limits.max_connections_per_client;
         let is_total_same = limit.connections == self.permits.size();
@@ -287,6 +291,9 @@ impl Serving {
             tell_limit(&self.config, &limit);
         }
         self.permits.resize(limit.connections).await;
+        if is_memory_changed {
+            bound_memory(&self.config, &self.parts.admin.overview);
+        }
         self.held.resize(self.config.limits.hold_max).await;
         self.admission.clients.set_max(self.config.limits.max_connections_per_client);
         self.peers.set_limit(self.config.timeouts.dead_peer);
@@ -523,12 +530,20 @@ fn announce(listener: &str, socket: &Socket) {
 
 fn total_limit(config: &Config, opened: &Opened) -> ConnectionLimit {
     let sockets = opened.listeners.iter().map(|(_, sockets)| sockets.len()).sum();
-    connection_limit(config.limits.max_connections, sockets)
+    connection_limit(config.limits.max_connections, sockets, &MemoryLimit::new(config.limits.memory_mib))
 }
 
 fn tell_limit(config: &Config, limit: &ConnectionLimit) {
     let per_client = config.limits.max_connections_per_client;
     info!(max_connections = limit.connections, per_client, "{}", limit.reason);
+}
+
+/// Puts the limit on memory in force, and says what it is.
+fn bound_memory(config: &Config, overview: &Overview) {
+    let limit = MemoryLimit::new(config.limits.memory_mib);
+    set_memory(limit.in_flight_bytes(), limit.heap_bytes());
+    overview.memory_limit.store(limit.bytes(), Ordering::Relaxed);
+    info!(memory_mib = limit.mib, in_flight_bytes = limit.in_flight_bytes(), "{}", limit.reason);
 }
 
 fn summary(board: Option<&Board>, connections: usize) -> String {

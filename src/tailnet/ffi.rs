@@ -140,6 +140,13 @@ pub fn forget_environment() {
     unsafe { tailscale_forget_environment() }
 }
 
+/// Bounds what the library holds, in bytes: in flight on all connections, and Go's heap.
+pub fn set_memory(in_flight: u64, heap: u64) {
+    let bytes = |bytes| i64::try_from(bytes).unwrap_or(i64::MAX);
+    // SAFETY: no pointers.
+    unsafe { tailscale_set_memory(bytes(in_flight), bytes(heap)) }
+}
+
 /// Takes over those of the descriptors from 3 on, so many of them, that are sockets: what a
 /// supervisor hands over (sd_listen_fds(3)). What is none, or was opened by this process, is left
 /// alone. The second call gets nothing.

@@ -8,7 +8,7 @@
 //!
 //! [`mail::MailServer`] is the mailbox host (Postfix and Dovecot on one Maildir), [`haproxy`] and
 //! [`nginx`] are independent readers of PROXY headers, [`stub`] is a TCP server for exact bytes,
-//! [`sink`] one that takes mail, [`prometheus`] and [`chromium`] look at what is shown, [`systemd`] plays the supervisor, [`tailnet`] the control server and the nodes, [`edge`] the program under test; [`client`] and
+//! [`sink`] one that takes mail, [`memory`] measures, [`prometheus`] and [`chromium`] look at what is shown, [`systemd`] plays the supervisor, [`tailnet`] the control server and the nodes, [`edge`] the program under test; [`client`] and
 //! [`tools`] are what talks to it.
 
 // Each program that includes this tree uses a part of it.
@@ -25,6 +25,7 @@ pub mod http;
 pub mod hujson;
 pub mod log;
 pub mod mail;
+pub mod memory;
 pub mod net;
 pub mod netns;
 pub mod nginx;

@@ -11,7 +11,7 @@ use crate::common::http;
 use crate::common::net::{client_from, connect, reset};
 use crate::common::stub::{self, Conn, Stub};
 use crate::common::wait::eventually;
-use crate::setup::{LIMIT, MAILBOX, edge_on, hears, holds, metric, no_crash, tailnet_with, tells};
+use crate::setup::{LIMIT, MAILBOX, edge_on, hears, holds, line_of, metric, no_crash, tailnet_with, tells};
 
 /// A node that can vanish while the mailbox stays.
 const OTHER: &str = "other";
@@ -76,8 +76,8 @@ fn listeners() -> Vec<Listener> {
 /// A connection's line has this end, and everything else agrees. Returns the line.
 #[track_caller]
 fn ended(edge: &Edge, listener: &str, client: std::net::SocketAddr, state: EndState) -> String {
-    let line = edge.wait_log(&format!("client={client}"), LIMIT);
-    tells(&line, &[" connection id=", &format!("listener={listener:?}"), &format!(" end={state} ")]);
+    let line = edge.wait_log(&line_of(listener, client), LIMIT);
+    tells(&line, &[" connection id=", &format!(" end={state} ")]);
     line
 }
 

@@ -13,7 +13,7 @@ use crate::common::proxy_header;
 use crate::common::stub::{self, Record, Stub};
 use crate::common::wait::eventually;
 use crate::setup::{
-    LIMIT, MAILBOX, Setup, edge_on, no_crash, start_with, stops, tailnet_with, tells, warnings,
+    LIMIT, MAILBOX, Setup, edge_on, line_of, no_crash, start_with, stops, tailnet_with, tells, warnings,
 };
 
 /// Beside the mailbox, so that one can fail while the other goes on.
@@ -71,11 +71,11 @@ impl Faulty {
             let began = Instant::now();
             closed_without_a_byte(client, edge);
             assert!(began.elapsed() < CLOSED_WITHIN, "closed after {:?}", began.elapsed());
-            let line = edge.wait_log(&format!("client={address}"), LIMIT);
-            tells(&line, &[" INFO ", "listener=\"bad\"", " connection ", "why=\"cannot reach "]);
+            let line = edge.wait_log(&line_of("bad", address), LIMIT);
+            tells(&line, &[" INFO ", " connection ", "why=\"cannot reach "]);
             // The client's line has the reason, the warning also what to do.
             tells(&(line + &last_warning(edge)), words);
-            assert_eq!(edge.log().count(&address.to_string()), 1, "{}", edge.log().tail());
+            assert_eq!(edge.log().count(&line_of("bad", address)), 1, "{}", edge.log().tail());
             echoes(edge.addr("good"));
         }
         no_crash(edge.log());

@@ -18,7 +18,7 @@ use crate::common::wait::{eventually, wait_for};
 use crate::common::{http, private_dir, sink, temp_dir};
 use crate::setup::{
     AT_ONCE, LIMIT, MAILBOX, Setup, edge_on, enrol, header_of, hears, hears_last, held, holds, is_soak,
-    metric, no_crash, start_with, stops, tailnet_with, tells, warnings, without_probe,
+    line_of, metric, no_crash, start_with, stops, tailnet_with, tells, warnings, without_probe,
 };
 
 const GREETING: &str = "220 mail.example.test ESMTP\r\n";
@@ -357,7 +357,7 @@ fn every_protocol_is_told_to_come_later_in_its_own_words() {
         let address = client.local_addr().expect("it is connected");
         hears_last(&mut client, refusal);
         assert!(came.elapsed() >= HOLD, "{protocol}: {:?}", came.elapsed());
-        let line = setup.edge.wait_log(&format!("client={address}"), LIMIT);
+        let line = setup.edge.wait_log(&line_of(protocol, address), LIMIT);
         let listener = format!("listener={protocol:?}");
         tells(
             &line,

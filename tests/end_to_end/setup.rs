@@ -107,6 +107,12 @@ pub fn holds(edge: &Edge, count: usize) {
     assert!(reached, "{} are held, not {count}\n{}", held(edge), edge.log().tail());
 }
 
+/// How the line of a connection begins that has ended. The client's address alone may be that of an earlier
+/// connection, to another listener.
+pub fn line_of(listener: &str, client: SocketAddr) -> String {
+    format!(" listener={listener:?} client={client} ")
+}
+
 /// The PROXY header of a client's connection.
 #[track_caller]
 pub fn header_of(client: &TcpStream) -> Vec<u8> {

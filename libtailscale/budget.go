@@ -1,0 +1,267 @@
+package main
+
+import (
+	"cmp"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+)
+
+// What one direction of a connection may hold. The floor is everybody's; the rest
+// comes out of the budget. Half of a receive buffer is window, the other half is for
+// what segments cost beside their bytes.
+const (
+	sendFloor = 64 << 10
+	recvFloor = 128 << 10
+	// What one connection can use: Tailscale's own maxima
+	// (wgengine/netstack/netstack_tcpbuf_default.go).
+	sendMost = 6 << 20
+	recvMost = 8 << 20
+)
+
+const (
+	// balanceInterval is how often shares change: often enough to follow a slow start,
+	// which doubles within a round trip.
+	balanceInterval = 20 * time.Millisecond
+	// quietAfter is how long a direction may move nothing before it counts as stalled:
+	// it keeps what it holds and gets no more.
+	quietAfter = time.Second
+	// segmentBytes is what a segment carries: an MTU of 1,280 without IPv6 and TCP.
+	segmentBytes = 1220
+	// defaultBudget is for who sets none: enough for 1 Gb/s at 100 ms.
+	defaultBudget = 16 << 20
+)
+
+// flowBudget is the process's one budget for bytes in flight.
+var flowBudget = budget{total: defaultBudget}
+
+// budget is what all connections together may hold beyond their floors, in both
+// directions: sent and not acknowledged, received and not read. The stack alone would
+// let each hold 14 MiB, and grow for as long as somebody is slow.
+//
+// Only connections that ask for more than the floor are in it (join). While there are
+// any, a goroutine divides the budget among them: those that do not move keep what
+// they hold, those that do share the rest evenly.
+type budget struct {
+	mu      sync.Mutex // comes before any lock of the stack
+	total   int64      // bytes
+	flows   []*flow
+	running bool
+	held    atomic.Int64 // beyond the floors, by the last division
+}
+
+// flow is a connection that has asked for more than the floor.
+type flow struct {
+	owner      *conn // nil once it is closed: what is left is on its way to the peer
+	ep         tcpip.Endpoint
+	send, recv direction
+}
+
+// direction is one half of a flow. Its fields are the budget's, but for the first two,
+// which reads and writes leave for it.
+type direction struct {
+	moved   atomic.Int64 // bytes since the last division
+	blocked atomic.Bool  // the last write was not taken whole
+
+	share
+	applied   int64 // the limit that the stack has
+	lastMoved time.Time
+}
+
+// share is what a direction has, wants and gets, in bytes.
+type share struct {
+	floor, most int64
+	want        int64 // what it could use
+	limit       int64 // what it may hold
+	held        int64 // what it may still hold from a limit that was higher
+	stalled     bool  // holds bytes that do not move
+}
+
+func (b *budget) setTotal(bytes int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.total = bytes
+}
+
+// max is what may be held beyond the floors.
+func (b *budget) max() int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.total
+}
+
+// join brings a connection into the budget, with the floor at first.
+func (b *budget) join(c *conn) *flow {
+	f := &flow{owner: c, ep: c.ep}
+	f.send.share = share{floor: sendFloor, most: sendMost, want: sendFloor, limit: sendFloor, held: sendFloor}
+	f.recv.share = share{floor: recvFloor, most: recvMost, want: recvFloor, limit: recvFloor, held: recvFloor}
+	f.send.applied, f.recv.applied = sendFloor, recvFloor
+	f.send.lastMoved = time.Now()
+	f.recv.lastMoved = f.send.lastMoved
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.flows = append(b.flows, f)
+	if !b.running {
+		b.running = true
+		go b.run()
+	}
+	return f
+}
+
+// leave is told before a connection is closed. What it holds counts until the stack
+// has done with it.
+func (b *budget) leave(f *flow) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	f.owner = nil
+}
+
+// run divides the budget for as long as somebody shares in it. The more there are, the
+// rarer: it takes a fiftieth of a processor at most.
+func (b *budget) run() {
+	last := time.Now()
+	pause := balanceInterval
+	for {
+		time.Sleep(pause)
+		now := time.Now()
+		if !b.balance(now, now.Sub(last)) {
+			return
+		}
+		last, pause = now, max(balanceInterval, 50*time.Since(now))
+	}
+}
+
+// balance is one division; false when nobody is left.
+func (b *budget) balance(now time.Time, elapsed time.Duration) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.flows = slices.DeleteFunc(b.flows, (*flow).isOver)
+	shares := make([]*share, 0, 2*len(b.flows))
+	for _, f := range b.flows {
+		f.measure(now, elapsed)
+		shares = append(shares, &f.send.share, &f.recv.share)
+	}
+	b.held.Store(divide(b.total, shares))
+	for _, f := range b.flows {
+		f.apply()
+	}
+	b.running = len(b.flows) > 0
+	return b.running
+}
+
+// apply gives the stack the limits that have changed.
+func (f *flow) apply() {
+	options := f.ep.SocketOptions()
+	if f.send.limit != f.send.applied {
+		f.send.applied = f.send.limit
+		options.SetSendBufferSize(f.send.limit, true) // wakes who waits to write
+	}
+	if f.recv.limit != f.recv.applied {
+		f.recv.applied = f.recv.limit
+		options.SetReceiveBufferSize(f.recv.limit, false) // the next read announces it
+	}
+}
+
+// isOver is whether a flow needs no more than the floor, and takes it out if so.
+func (f *flow) isOver() bool {
+	if f.owner == nil {
+		switch tcp.EndpointState(f.ep.State()) {
+		case tcp.StateClose, tcp.StateError, tcp.StateTimeWait, tcp.StateFinWait2:
+			return true // the peer has all that we have sent
+		}
+		return false
+	}
+	over := f.send.isAtRest() && f.recv.isAtRest()
+	if over {
+		f.owner.flow.Store(nil)
+	}
+	return over
+}
+
+// isAtRest is whether a direction has given everything back.
+func (d *direction) isAtRest() bool {
+	return d.held == d.floor && d.want == d.floor && d.moved.Load() == 0 && !d.blocked.Load()
+}
+
+// measure notes what a flow did since the last division, and what it could use.
+func (f *flow) measure(now time.Time, elapsed time.Duration) {
+	if f.owner == nil {
+		f.send.stalled = true // it gets no more, and nobody tells how much has gone
+		f.recv.note(now, 0, false)
+		return
+	}
+	sent, blocked := f.send.moved.Swap(0), f.send.blocked.Load()
+	received := f.recv.moved.Swap(0)
+	if sent+received > 0 {
+		var info tcpip.TCPInfoOption
+		f.ep.GetSockOpt(&info) // cannot fail on TCP
+		if blocked {
+			// As the stack itself has it: what is in flight, and as much to follow.
+			f.send.ask(2 * int64(info.SndCwnd) * segmentBytes)
+		}
+		// A window of what comes within a round trip, twice for growth; see recvFloor.
+		f.recv.ask(4 * int64(float64(received)*float64(info.RTT)/float64(elapsed)))
+	}
+	f.send.note(now, sent, blocked)
+	waiting, _ := f.ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption) // cannot fail on TCP
+	f.recv.note(now, received, waiting > 0)
+}
+
+// ask raises what a direction wants.
+func (s *share) ask(bytes int64) { s.want = max(s.want, min(bytes, s.most)) }
+
+// note is told how many bytes have moved, and whether others wait.
+func (d *direction) note(now time.Time, moved int64, waiting bool) {
+	switch {
+	case moved > 0:
+		d.lastMoved, d.stalled = now, false
+		d.held = d.limit // what was held beyond it is gone, else nothing could move
+	case now.Sub(d.lastMoved) < quietAfter:
+	case waiting:
+		d.stalled = true
+	default:
+		d.stalled = false
+		d.want, d.limit, d.held = d.floor, d.floor, d.floor
+	}
+}
+
+// divide sets the limits of shares: those that are stalled keep theirs, the others
+// share evenly what they leave of total, each as much as it wants. Nobody is given
+// what another still holds. Returns what all hold beyond their floors.
+func divide(total int64, shares []*share) (held int64) {
+	moving := make([]*share, 0, len(shares))
+	left := total
+	for _, s := range shares {
+		if s.stalled {
+			left -= s.held - s.floor
+		} else {
+			moving = append(moving, s)
+		}
+	}
+	slices.SortFunc(moving, func(a, b *share) int { return cmp.Compare(a.want-a.floor, b.want-b.floor) })
+	due := make([]int64, len(moving))
+	for i, s := range moving {
+		// Who wants less than an even part leaves the rest to those after it.
+		extra := min(s.want-s.floor, max(left, 0)/int64(len(moving)-i))
+		left -= extra
+		due[i] = s.floor + extra
+		s.limit = min(s.limit, due[i])
+	}
+	free := total
+	for _, s := range shares {
+		free -= max(s.limit, s.held) - s.floor
+	}
+	for i, s := range moving {
+		more := min(due[i]-max(s.limit, s.held), free)
+		if more > 0 {
+			s.limit = max(s.limit, s.held) + more
+			free -= more
+		}
+		s.held = max(s.limit, s.held)
+	}
+	return total - free
+}

@@ -1,0 +1,183 @@
+package main
+
+import (
+	"io"
+	"net"
+	"testing"
+	"time"
+)
+
+// shareOf is a direction with a floor of 100 bytes.
+func shareOf(want, limit, held int64, stalled bool) *share {
+	return &share{floor: 100, most: 10_000, want: want, limit: limit, held: held, stalled: stalled}
+}
+
+func limits(shares []*share) (all []int64) {
+	for _, s := range shares {
+		all = append(all, s.limit)
+	}
+	return all
+}
+
+func TestDivide(t *testing.T) {
+	for name, c := range map[string]struct {
+		shares []*share
+		want   []int64 // limits
+		held   int64
+	}{
+		"nobody": {nil, nil, 0},
+		"enough for all": {
+			[]*share{shareOf(300, 100, 100, false), shareOf(100, 100, 100, false)}, []int64{300, 100}, 200},
+		"evenly when it is not": {
+			[]*share{shareOf(2000, 100, 100, false), shareOf(2000, 100, 100, false)}, []int64{600, 600}, 1000},
+		"who wants less leaves it to the others": {
+			[]*share{shareOf(2000, 100, 100, false), shareOf(200, 100, 100, false), shareOf(2000, 100, 100, false)},
+			[]int64{550, 200, 550}, 1000},
+		"who stands still keeps what it holds and gets no more": {
+			[]*share{shareOf(5000, 700, 700, true), shareOf(2000, 100, 100, false)}, []int64{700, 500}, 1000},
+		"many who stand still leave the floor": {
+			[]*share{shareOf(5000, 700, 700, true), shareOf(5000, 600, 600, true), shareOf(2000, 100, 100, false)},
+			[]int64{700, 600, 100}, 1100},
+		"a newcomer gets nothing that another still holds": {
+			[]*share{shareOf(1100, 1100, 1100, false), shareOf(1100, 100, 100, false)}, []int64{600, 100}, 1000},
+		"and its part when it is free": {
+			[]*share{shareOf(1100, 600, 600, false), shareOf(1100, 100, 100, false)}, []int64{600, 600}, 1000},
+		"what one does not want any more is lowered": {
+			[]*share{shareOf(100, 900, 900, false)}, []int64{100}, 800},
+	} {
+		held := divide(1000, c.shares)
+		got := limits(c.shares)
+		if held != c.held || len(got) != len(c.want) {
+			t.Errorf("%s: %v, %d held; want %v, %d", name, got, held, c.want, c.held)
+			continue
+		}
+		for i := range got {
+			if got[i] != c.want[i] {
+				t.Errorf("%s: %v, %d held; want %v, %d", name, got, held, c.want, c.held)
+				break
+			}
+		}
+	}
+}
+
+// Whatever they want and hold, dividing again and again keeps within the budget, and
+// those that move end with even parts.
+func TestDivideConverges(t *testing.T) {
+	const total = 10_000
+	var shares []*share
+	for i := range int64(30) {
+		shares = append(shares, shareOf(200+400*i, 100, 100, false))
+	}
+	for range 5 {
+		if held := divide(total, shares); held > total {
+			t.Fatalf("%d of %d are held", held, total)
+		}
+		for _, s := range shares {
+			s.held = s.limit // all have moved
+		}
+	}
+	var sum int64
+	for _, s := range shares {
+		sum += s.limit - s.floor
+	}
+	if sum > total || sum < total-30 {
+		t.Errorf("%d of %d are given out", sum, total)
+	}
+}
+
+func TestADirectionThatIsQuietGivesBack(t *testing.T) {
+	began := time.Now()
+	d := &direction{share: share{floor: 100, most: 10_000, want: 5000, limit: 900, held: 1200}, lastMoved: began}
+	d.note(began.Add(quietAfter/2), 0, false)
+	if d.limit != 900 || d.stalled {
+		t.Errorf("after a moment: %+v", d.share)
+	}
+	d.note(began.Add(quietAfter), 0, true)
+	if d.limit != 900 || d.held != 1200 || !d.stalled {
+		t.Errorf("with bytes that do not move: %+v", d.share)
+	}
+	d.note(began.Add(2*quietAfter), 10, true)
+	if d.held != 900 || d.stalled {
+		t.Errorf("moving again: %+v", d.share)
+	}
+	d.note(began.Add(3*quietAfter), 0, false)
+	if !d.isAtRest() || d.limit != d.floor {
+		t.Errorf("quiet: %+v", d.share)
+	}
+}
+
+// A mailbox that takes nothing is given no more than the budget and the floors, and
+// what it was given comes back when the connections are gone.
+func TestStalledConnectionsStayWithinTheBudget(t *testing.T) {
+	const total = 1 << 20
+	setBudget(t, total)
+	stop := make(chan struct{})
+	e := startEdge(t, func(c *net.TCPConn) { <-stop; io.Copy(io.Discard, c); c.Close() })
+	var open []*blocking
+	for range 8 {
+		b, err := dial(t, e.node, "mailbox", 25)
+		check(t, err)
+		open = append(open, b)
+	}
+	// As much as each takes within a while, several times what all may hold.
+	for until := time.Now().Add(3 * quietAfter); time.Now().Before(until); {
+		for _, b := range open {
+			conns.get(b.handle).write(make([]byte, 64<<10))
+		}
+		time.Sleep(time.Millisecond)
+	}
+	flowBudget.mu.Lock()
+	held := flowBudget.held.Load()
+	for _, f := range flowBudget.flows {
+		if size := f.ep.SocketOptions().GetSendBufferSize(); size != f.send.limit {
+			t.Errorf("a send buffer of %d, where %d is granted", size, f.send.limit)
+		}
+	}
+	flowBudget.mu.Unlock()
+	if held > total {
+		t.Errorf("%d bytes are held of %d", held, total)
+	}
+	close(stop)
+	for _, b := range open {
+		b.close()
+	}
+	eventually(t, "nobody holds anything", func() bool {
+		flowBudget.mu.Lock()
+		defer flowBudget.mu.Unlock()
+		return len(flowBudget.flows) == 0 && !flowBudget.running
+	})
+}
+
+// A connection that is busy and then idle is out of the budget again, and may come back.
+func TestABusyConnectionLeavesTheBudgetWhenItIsIdle(t *testing.T) {
+	e := startEdge(t, echo)
+	b, err := dial(t, e.node, "mailbox", 25)
+	check(t, err)
+	defer b.close()
+	c := conns.get(b.handle)
+	for range 2 {
+		const bytes = 4 << 20
+		go io.Copy(writerOf(b), io.LimitReader(zeros{}, bytes))
+		_, err = io.CopyN(io.Discard, b, bytes)
+		check(t, err)
+		if c.flow.Load() == nil {
+			t.Fatal("it has asked for nothing")
+		}
+		eventually(t, "it has left the budget", func() bool { return c.flow.Load() == nil })
+		if size := c.ep.SocketOptions().GetReceiveBufferSize(); size != recvFloor {
+			t.Errorf("its receive buffer has %d bytes", size)
+		}
+	}
+}
+
+func setBudget(t *testing.T, total int64) {
+	before := flowBudget.max()
+	flowBudget.setTotal(total)
+	t.Cleanup(func() { flowBudget.setTotal(before) })
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
+
+func writerOf(b *blocking) io.Writer { return struct{ io.Writer }{b} }

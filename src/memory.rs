@@ -1,0 +1,159 @@
+//! How much memory the edge takes at most, and what follows from that.
+//!
+//! The figure is `limits.memory_mib`, or half of what the machine or the control group has, at most
+//! 256 MiB. A sixteenth of it is for bytes in flight, which all connections share (see
+//! `libtailscale/budget.go`), three quarters bound the heap of the tailnet library, whose collector
+//! works harder as it comes near.
+//!
+//! Deliberately not here: how many connections there may be (see `limits.rs`).
+
+use std::fs;
+use std::path::Path;
+
+use procfs::process::Process;
+
+const MIB: u64 = 1024 * 1024;
+
+/// The default is never more: more in flight is not faster.
+const DEFAULT_CEILING_MIB: u64 = 256;
+
+/// The default is never less: the program itself takes half of it.
+const DEFAULT_FLOOR_MIB: u64 = 64;
+
+/// What the edge aims to stay below, and where that comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryLimit {
+    /// In MiB.
+    pub mib: u64,
+    /// The reason, for the log.
+    pub reason: String,
+}
+
+impl MemoryLimit {
+    /// As configured, else derived from the machine.
+    pub fn new(configured_mib: Option<u32>) -> MemoryLimit {
+        match configured_mib {
+            Some(mib) => MemoryLimit { mib: mib.into(), reason: "limits.memory_mib".to_owned() },
+            None => MemoryLimit::derived(Machine::look()),
+        }
+    }
+
+    fn derived(machine: Machine) -> MemoryLimit {
+        let half = machine.bytes / 2 / MIB;
+        let reason = match half {
+            half if half > DEFAULT_CEILING_MIB => "default; limits.memory_mib changes it".to_owned(),
+            _ => format!("half of the {} MiB {}", machine.bytes / MIB, machine.whose),
+        };
+        MemoryLimit { mib: half.clamp(DEFAULT_FLOOR_MIB, DEFAULT_CEILING_MIB), reason }
+    }
+
+    /// In bytes.
+    pub fn bytes(&self) -> u64 {
+        self.mib * MIB
+    }
+
+    /// Of it, for bytes that are in flight.
+    pub fn in_flight_bytes(&self) -> u64 {
+        self.bytes() / 16
+    }
+
+    /// Of it, for the heap of the tailnet library.
+    pub fn heap_bytes(&self) -> u64 {
+        self.bytes() / 4 * 3
+    }
+}
+
+/// What this process has of the machine's memory at this moment, where /proc tells.
+pub fn resident_bytes() -> Option<u64> {
+    Some(Process::myself().ok()?.stat().ok()?.rss * procfs::page_size())
+}
+
+/// How much memory there is for this process.
+struct Machine {
+    bytes: u64,
+    whose: &'static str,
+}
+
+impl Machine {
+    fn look() -> Machine {
+        let system = rustix::system::sysinfo();
+        let machine = system.totalram * u64::from(system.mem_unit);
+        let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        match group_limit(&groups, Path::new("/sys/fs/cgroup")) {
+            Some(bytes) if bytes < machine => Machine { bytes, whose: "of its control group" },
+            _ => Machine { bytes: machine, whose: "of this machine" },
+        }
+    }
+}
+
+/// The lowest limit of the control groups that the process is in, of either version of cgroups.
+/// `groups` is what `/proc/self/cgroup` says.
+fn group_limit(groups: &str, root: &Path) -> Option<u64> {
+    let lines = groups.lines().filter_map(|line| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        Some((fields.next()?, fields.next()?))
+    });
+    let limits = lines.flat_map(|(controllers, group)| match controllers {
+        "" => lowest(root, group, &["memory.max", "memory.high"]),
+        _ if controllers.split(',').any(|controller| controller == "memory") => {
+            lowest(&root.join("memory"), group, &["memory.limit_in_bytes"])
+        }
+        _ => None,
+    });
+    limits.min()
+}
+
+/// The lowest number in these files of a group and those above it. In a container the paths may be those
+/// outside, and then only the topmost exists.
+fn lowest(root: &Path, group: &str, files: &[&str]) -> Option<u64> {
+    let groups =
+        Path::new(group).ancestors().map(|group| root.join(group.strip_prefix("/").unwrap_or(group)));
+    let paths = groups.flat_map(|group| files.iter().map(move |file| group.join(file)));
+    paths.filter_map(|path| fs::read_to_string(path).ok()?.trim().parse().ok()).min()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_is_half_of_what_there_is_within_bounds() {
+        for (mib, expected, reason) in [
+            (64, 64, "half of the 64 MiB here"),
+            (256, 128, "half of the 256 MiB here"),
+            (512, 256, "half of the 512 MiB here"),
+            (24 * 1024, 256, "default; limits.memory_mib changes it"),
+        ] {
+            let limit = MemoryLimit::derived(Machine { bytes: mib * MIB, whose: "here" });
+            assert_eq!((limit.mib, limit.reason.as_str()), (expected, reason));
+        }
+        assert_eq!(MemoryLimit::new(Some(1000)).mib, 1000);
+        let limit = MemoryLimit::new(None);
+        assert!((DEFAULT_FLOOR_MIB..=DEFAULT_CEILING_MIB).contains(&limit.mib), "{limit:?}");
+    }
+
+    #[test]
+    fn the_lowest_limit_of_all_control_groups_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        let limit = |groups| group_limit(groups, dir.path());
+        assert_eq!(limit("0::/system.slice/edge.service\n"), None);
+        write("system.slice/edge.service/memory.max", "max\n");
+        assert_eq!(limit("0::/system.slice/edge.service\n"), None);
+        write("system.slice/memory.max", "536870912\n");
+        write("system.slice/edge.service/memory.high", "1073741824\n");
+        assert_eq!(limit("0::/system.slice/edge.service\n"), Some(512 * MIB));
+        write("system.slice/edge.service/memory.high", "268435456\n");
+        assert_eq!(limit("0::/system.slice/edge.service\n"), Some(256 * MIB));
+
+        // Of the first version; seen from a container that shows the outer paths.
+        let first = "12:cpu,cpuacct:/docker/1\n9:memory:/docker/1\n0::/\n";
+        assert_eq!(limit(first), None);
+        write("memory/memory.limit_in_bytes", "134217728\n");
+        assert_eq!(limit(first), Some(128 * MIB));
+    }
+}

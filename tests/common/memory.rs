@@ -1,0 +1,214 @@
+//! Situations in which the edge's memory is measured: by the bench, and at coarser bounds by a test.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::{JoinHandle, sleep, spawn};
+use std::time::{Duration, Instant};
+
+use ring::digest::{Context, SHA256};
+
+use super::edge::{Builder, Edge, Listener};
+use super::http;
+use super::tailnet::TestTailnet;
+
+pub const LIMIT: Duration = Duration::from_secs(60);
+const MAILBOX: &str = "stalwart";
+/// Streams at full speed.
+const STREAMS: usize = 16;
+const GREETING: &[u8] = b"* OK IMAP4rev1 ready\r\n";
+
+/// What the mailbox does with a connection.
+type Serve = fn(TcpStream);
+
+/// The mailbox's ports, and what is behind each: it swallows, pours, takes nothing, greets, hashes.
+pub const PORTS: [(&str, u16, Serve); 5] = [
+    ("swallows", 2501, swallow),
+    ("pours", 2502, pour),
+    ("stalls", 2503, |stream| drop((stream, sleep(LIMIT * 10)))),
+    ("greets", 2504, |_| {}),
+    ("hashes", 2505, hash),
+];
+
+/// An edge before a mailbox with these ports.
+pub struct Setup {
+    // Dropped in this order.
+    pub edge: Edge,
+    _tailnet: TestTailnet,
+}
+
+impl Setup {
+    /// `mailbox` is where [`serve`] serves the ports; `mib` the limit on memory, if not the default.
+    pub fn start(program: &Path, mailbox: &[SocketAddr], mib: Option<u32>, wrapper: &[&str]) -> Setup {
+        let tailnet = TestTailnet::start();
+        let forwards: Vec<_> =
+            PORTS.iter().zip(mailbox).map(|((_, port, _), address)| (*port, *address)).collect();
+        tailnet.add_node(MAILBOX, &["tag:stalwart"], &forwards);
+        let mut builder = Edge::builder(program)
+            .control_url(tailnet.control_url())
+            .auth_key("tskey-auth-test")
+            .upstream(MAILBOX)
+            .set("limits", "max_connections_per_client", "0")
+            .wrapped(wrapper);
+        if let Some(mib) = mib {
+            builder = builder.set("limits", "memory_mib", &mib.to_string());
+        }
+        let builder = PORTS.iter().fold(builder, |builder: Builder, (name, port, _)| {
+            builder.listener(Listener::new(name, "tcp", *port).set("listen", r#"["127.0.0.1:0"]"#))
+        });
+        let edge = builder.spawn();
+        edge.wait_ready(LIMIT);
+        Setup { edge, _tailnet: tailnet }
+    }
+
+    pub fn connect(&self, port: &str) -> TcpStream {
+        let client = TcpStream::connect(self.edge.addr(port)).expect("the edge listens");
+        client.set_read_timeout(Some(LIMIT)).unwrap();
+        client.set_write_timeout(Some(LIMIT)).unwrap();
+        client
+    }
+
+    /// Streams at full speed for a while; how many bytes have moved.
+    pub fn stream(&self, port: &str, lasting: Duration) -> u64 {
+        let moved = Arc::new(AtomicU64::new(0));
+        let run = if port == "pours" { take } else { give };
+        let threads = (0..STREAMS).map(|_| {
+            let (client, moved) = (self.connect(port), Arc::clone(&moved));
+            spawn(move || run(client, lasting, &moved))
+        });
+        join(threads.collect());
+        moved.load(Ordering::Relaxed)
+    }
+
+    /// So many clients that do not read what the mailbox pours, and so many whose mailbox takes nothing, once
+    /// nothing moves any more.
+    pub fn stall(&self, each_way: usize) -> Vec<TcpStream> {
+        let mut open: Vec<_> = (0..each_way).map(|_| self.connect("pours")).collect();
+        let pushing: Vec<_> = (0..each_way)
+            .map(|_| {
+                let mut client = self.connect("stalls");
+                open.push(client.try_clone().unwrap());
+                spawn(move || {
+                    client.set_write_timeout(Some(Duration::from_secs(3))).unwrap();
+                    while client.write_all(&[7; 64 << 10]).is_ok() {}
+                })
+            })
+            .collect();
+        join(pushing);
+        open
+    }
+
+    /// So many clients that were greeted and say nothing.
+    pub fn idle(&self, count: usize) -> Vec<TcpStream> {
+        const THREADS: usize = 8;
+        let address = self.edge.addr("greets");
+        let some = move || -> Vec<TcpStream> {
+            let client = || greeted(TcpStream::connect(address).expect("the edge listens"));
+            (0..count / THREADS).map(|_| client()).collect()
+        };
+        let threads: Vec<_> = (0..THREADS).map(|_| spawn(some)).collect();
+        threads.into_iter().flat_map(|thread| thread.join().expect("all are greeted")).collect()
+    }
+
+    pub fn cpu_seconds(&self) -> f64 {
+        let stat = procfs::process::Process::new(self.edge.pid() as i32).and_then(|process| process.stat());
+        let stat = stat.expect("the edge runs");
+        (stat.utime + stat.stime) as f64 / procfs::ticks_per_second() as f64
+    }
+
+    /// Go's heap as far as the system has not got it back.
+    pub fn go_heap_bytes(&self) -> u64 {
+        let metrics = http::get(self.edge.addr("admin"), "/metrics").body;
+        let in_state = |state: &str| -> u64 {
+            let name = format!("tailwart_edge_go_heap_bytes{{state=\"{state}\"}} ");
+            metrics.lines().find_map(|line| line.strip_prefix(&name)?.parse().ok()).expect("it is measured")
+        };
+        in_state("in_use") + in_state("idle")
+    }
+
+    /// Resident memory, once it has stopped changing.
+    pub fn settled_kb(&self) -> u64 {
+        let mut last = (self.edge.rss_kb(), Instant::now());
+        while last.1.elapsed() < Duration::from_secs(2) {
+            sleep(Duration::from_millis(50));
+            let now = self.edge.rss_kb();
+            if now.abs_diff(last.0) > 64 {
+                last = (now, Instant::now());
+            }
+        }
+        last.0
+    }
+}
+
+/// Once the mailbox has greeted it.
+pub fn greeted(mut client: TcpStream) -> TcpStream {
+    client.set_read_timeout(Some(LIMIT)).unwrap();
+    let mut greeting = [0; GREETING.len()];
+    client.read_exact(&mut greeting).expect("the mailbox greets");
+    client
+}
+
+fn give(mut client: TcpStream, lasting: Duration, moved: &AtomicU64) {
+    let (began, bytes) = (Instant::now(), vec![7; 64 << 10]);
+    while began.elapsed() < lasting {
+        client.write_all(&bytes).expect("the mailbox reads");
+        moved.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+    }
+}
+
+fn take(mut client: TcpStream, lasting: Duration, moved: &AtomicU64) {
+    let (began, mut bytes) = (Instant::now(), vec![0; 64 << 10]);
+    while began.elapsed() < lasting {
+        let read = client.read(&mut bytes).expect("the mailbox pours");
+        moved.fetch_add(read as u64, Ordering::Relaxed);
+    }
+}
+
+pub fn join(threads: Vec<JoinHandle<()>>) {
+    threads.into_iter().for_each(|thread| thread.join().expect("it does not fail"));
+}
+
+/// Serves the ports for as long as the process lives; where they are.
+pub fn serve() -> Vec<SocketAddr> {
+    let ports = PORTS.iter().map(|(name, _, serve)| {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+        let address = listener.local_addr().expect("it is bound");
+        let (serve, greets) = (*serve, *name == "greets");
+        spawn(move || {
+            let mut greeted = Vec::new(); // thousands: no thread each
+            for mut stream in listener.incoming().flatten() {
+                if greets {
+                    let _ = stream.write_all(GREETING);
+                    greeted.push(stream);
+                } else {
+                    spawn(move || serve(stream));
+                }
+            }
+        });
+        address
+    });
+    ports.collect()
+}
+
+fn swallow(mut stream: TcpStream) {
+    let _ = std::io::copy(&mut stream, &mut std::io::sink());
+}
+
+fn pour(mut stream: TcpStream) {
+    while stream.write_all(&[7; 64 << 10]).is_ok() {}
+}
+
+/// Answers with the hash of what follows the PROXY header.
+fn hash(mut stream: TcpStream) {
+    let mut header = [0; 16];
+    stream.read_exact(&mut header).expect("a header comes first");
+    let rest = u16::from_be_bytes([header[14], header[15]]);
+    stream.read_exact(&mut vec![0; rest.into()]).expect("its addresses follow");
+    let (mut hash, mut part) = (Context::new(&SHA256), vec![0; 64 << 10]);
+    while let Ok(read @ 1..) = stream.read(&mut part) {
+        hash.update(&part[..read]);
+    }
+    let _ = stream.write_all(hash.finish().as_ref());
+}
