@@ -288,10 +288,12 @@ int tailscale_status(tailscale sd, char* buf, size_t buflen);
 // Writes what the library costs at this moment, as a JSON object, NUL-terminated:
 //   {"goroutines":80,"heap_in_use_bytes":9000000,"heap_idle_bytes":3000000,
 //    "heap_released_bytes":2000000,"gc_count":12,"gc_pause_seconds":0.002,
-//    "gomaxprocs":2,"endpoints":4,"handles":3}
+//    "gomaxprocs":2,"endpoints":4,"handles":3,"in_flight_bytes":0,
+//    "in_flight_max_bytes":16777216}
 // The heap and the rest up to "gomaxprocs" are Go's, for all nodes of the process;
 // "endpoints" are the TCP endpoints of this node's stack, of which some outlive
-// their handle; "handles" is tailscale_conn_count. It takes microseconds and does
+// their handle; "handles" is tailscale_conn_count; the last two are what connections
+// hold beyond their floor, and may hold, see tailscale_set_memory. It takes microseconds and does
 // not stop Go's threads. Returns as tailscale_status. (Not in upstream.)
 int tailscale_figures(tailscale sd, char* buf, size_t buflen);
 

@@ -46,7 +46,7 @@ static void figures(tailscale sd) {
     char buf[1024];
     EXPECT(tailscale_figures(sd, buf, 9), TAILSCALE_BAD_ARGUMENT);
     EXPECT(tailscale_figures(sd, buf, sizeof buf), TAILSCALE_OK);
-    TRUE(strncmp(buf, "{\"goroutines\":", 14) == 0 && strstr(buf, "\"handles\":0}"));
+    TRUE(strncmp(buf, "{\"goroutines\":", 14) == 0 && strstr(buf, "\"handles\":0,"));
 }
 
 static void from_open_to_close(tailscale_conn conn) {
