@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use ring::digest::{Context, SHA256, SHA256_OUTPUT_LEN};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use common::memory::{PORTS, Setup, greeted, serve};
+use common::memory::{LIMIT, PORTS, Setup, greeted, serve};
 
 const MIB: u64 = 1024 * 1024;
 /// As good as none.
@@ -100,9 +100,9 @@ fn idle(mib: Option<u32>) -> String {
     const MANY: usize = 5000;
     let (setup, _mailbox) = start(mib, &[]);
     let mut clients = setup.idle(FEW);
-    let (few, few_go) = (setup.settled_kb(), setup.go_heap_bytes());
+    let (few, few_go) = (setup.edge.settled_rss_kb(LIMIT), setup.go_heap_bytes());
     clients.extend(setup.idle(MANY - FEW));
-    let (many, many_go) = (setup.settled_kb(), setup.go_heap_bytes());
+    let (many, many_go) = (setup.edge.settled_rss_kb(LIMIT), setup.go_heap_bytes());
     let each = |bytes: u64| bytes / (MANY - FEW) as u64;
     format!("{} bytes each, {} of them in Go's heap", each((many - few) * 1024), each(many_go - few_go))
 }

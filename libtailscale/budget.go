@@ -94,7 +94,8 @@ func (b *budget) max() int64 {
 	return b.total
 }
 
-// join brings a connection into the budget, with the floor at first.
+// join brings a connection into the budget, with the floor at first. It is in both
+// places before the next division, which may take it out of both.
 func (b *budget) join(c *conn) *flow {
 	f := &flow{owner: c, ep: c.ep}
 	f.send.share = share{floor: sendFloor, most: sendMost, want: sendFloor, limit: sendFloor, held: sendFloor}
@@ -105,6 +106,7 @@ func (b *budget) join(c *conn) *flow {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.flows = append(b.flows, f)
+	c.flow.Store(f)
 	if !b.running {
 		b.running = true
 		go b.run()
@@ -171,7 +173,7 @@ func (f *flow) isOver() bool {
 	if f.owner == nil {
 		switch tcp.EndpointState(f.ep.State()) {
 		case tcp.StateClose, tcp.StateError, tcp.StateTimeWait, tcp.StateFinWait2:
-			return true // the peer has all that we have sent
+			return true // nothing is left to send, or to be acknowledged
 		}
 		return false
 	}

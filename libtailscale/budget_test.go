@@ -3,6 +3,7 @@ package main
 import (
 	"io"
 	"net"
+	"slices"
 	"testing"
 	"time"
 )
@@ -106,6 +107,31 @@ func TestADirectionThatIsQuietGivesBack(t *testing.T) {
 	}
 }
 
+// A division between joining and the first byte must not leave the connection with a
+// flow that nobody looks at.
+func TestWhoJoinsIsInBothPlacesOrInNone(t *testing.T) {
+	e := startEdge(t, echo)
+	b, err := dial(t, e.node, "mailbox", 25)
+	check(t, err)
+	defer b.close()
+	c := conns.get(b.handle)
+	isInBothOrNone := func(f *flow) bool {
+		flowBudget.mu.Lock()
+		defer flowBudget.mu.Unlock()
+		return slices.Contains(flowBudget.flows, f) == (c.flow.Load() == f)
+	}
+	for range 100 {
+		f := flowBudget.join(c)
+		if !isInBothOrNone(f) {
+			t.Fatal("it has joined and does not know, or the other way round")
+		}
+		flowBudget.balance(time.Now(), balanceInterval)
+		if !isInBothOrNone(f) {
+			t.Fatal("it is out and does not know, or the other way round")
+		}
+	}
+}
+
 // A mailbox that takes nothing is given no more than the budget and the floors, and
 // what it was given comes back when the connections are gone.
 func TestStalledConnectionsStayWithinTheBudget(t *testing.T) {
@@ -119,13 +145,16 @@ func TestStalledConnectionsStayWithinTheBudget(t *testing.T) {
 		check(t, err)
 		open = append(open, b)
 	}
-	// As much as each takes within a while, several times what all may hold.
-	for until := time.Now().Add(3 * quietAfter); time.Now().Before(until); {
+	// As much as each takes, several times what all may hold.
+	eventually(t, "they all stand still", func() bool {
 		for _, b := range open {
 			conns.get(b.handle).write(make([]byte, 64<<10))
 		}
-		time.Sleep(time.Millisecond)
-	}
+		flowBudget.mu.Lock()
+		defer flowBudget.mu.Unlock()
+		isMoving := func(f *flow) bool { return !f.send.stalled }
+		return len(flowBudget.flows) == len(open) && !slices.ContainsFunc(flowBudget.flows, isMoving)
+	})
 	flowBudget.mu.Lock()
 	held := flowBudget.held.Load()
 	for _, f := range flowBudget.flows {

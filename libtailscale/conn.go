@@ -250,10 +250,8 @@ func (c *conn) noteReceived(n int) {
 }
 
 func (c *conn) joinBudget() *flow {
-	f := flowBudget.join(c)
-	c.flow.Store(f)
 	c.received = 0
-	return f
+	return flowBudget.join(c)
 }
 
 // shutdown sends a FIN after what was written.

@@ -40,9 +40,13 @@ impl MemoryLimit {
 
     fn derived(machine: Machine) -> MemoryLimit {
         let half = machine.bytes / 2 / MIB;
+        let (all, whose) = (machine.bytes / MIB, machine.whose);
         let reason = match half {
             half if half > DEFAULT_CEILING_MIB => "default; limits.memory_mib changes it".to_owned(),
-            _ => format!("half of the {} MiB {}", machine.bytes / MIB, machine.whose),
+            half if half < DEFAULT_FLOOR_MIB => {
+                format!("the least; half of the {all} MiB {whose} is too little")
+            }
+            _ => format!("half of the {all} MiB {whose}"),
         };
         MemoryLimit { mib: half.clamp(DEFAULT_FLOOR_MIB, DEFAULT_CEILING_MIB), reason }
     }
@@ -119,7 +123,7 @@ mod tests {
     #[test]
     fn the_default_is_half_of_what_there_is_within_bounds() {
         for (mib, expected, reason) in [
-            (64, 64, "half of the 64 MiB here"),
+            (64, 64, "the least; half of the 64 MiB here is too little"),
             (256, 128, "half of the 256 MiB here"),
             (512, 256, "half of the 512 MiB here"),
             (24 * 1024, 256, "default; limits.memory_mib changes it"),

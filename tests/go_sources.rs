@@ -64,6 +64,10 @@ fn one_line_is_taken_out_of_a_copy_and_the_copy_is_used() {
 
     let again = scripts_go(root).expect_success();
     assert_eq!((again.stdout().as_str(), again.stderr.as_str()), ("auto vet ./...\n", ""));
+    write(&root.join("libtailscale/go.mod"), &WITH_REPLACE.replace("1.27.4", "1.28.0"));
+    scripts_go(root).expect_success();
+    let go_work = fs::read_to_string(root.join("go.work")).unwrap();
+    assert!(go_work.contains("\ngo 1.28.0\n"), "another Go is taken over too: {go_work}");
     assert!(!scripts_go_is_needed_after(root), "a release of which the gVisor is served is taken as it is");
 }
 

@@ -7,14 +7,14 @@ use std::fmt::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 use super::log::Log;
 use super::process::Daemon;
 use super::temp_dir;
-use super::wait::wait_for;
+use super::wait::{eventually, wait_for};
 
 const BOUND_LIMIT: Duration = Duration::from_secs(20);
 
@@ -321,6 +321,21 @@ impl Edge {
     #[track_caller]
     pub fn rss_kb(&self) -> u64 {
         self.status_number("VmRSS")
+    }
+
+    /// Resident memory once it has stopped changing, in KiB: what is garbage of what was before goes first.
+    #[track_caller]
+    pub fn settled_rss_kb(&self, deadline: Duration) -> u64 {
+        let mut last = (self.rss_kb(), Instant::now());
+        let still = eventually(deadline, || {
+            let now = self.rss_kb();
+            if now != last.0 {
+                last = (now, Instant::now());
+            }
+            last.1.elapsed() > Duration::from_millis(500)
+        });
+        assert!(still, "the memory of an idle edge keeps changing");
+        last.0
     }
 
     /// The most resident memory so far, in KiB.

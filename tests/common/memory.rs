@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::{JoinHandle, sleep, spawn};
+use std::thread::{JoinHandle, spawn};
 use std::time::{Duration, Instant};
 
 use ring::digest::{Context, SHA256};
@@ -21,15 +21,21 @@ const STREAMS: usize = 16;
 const GREETING: &[u8] = b"* OK IMAP4rev1 ready\r\n";
 
 /// What the mailbox does with a connection.
-type Serve = fn(TcpStream);
+#[derive(Clone, Copy)]
+pub enum Manner {
+    /// Says this, and then reads and says nothing.
+    Says(&'static [u8]),
+    /// Serves it in a thread of its own.
+    Serves(fn(TcpStream)),
+}
 
-/// The mailbox's ports, and what is behind each: it swallows, pours, takes nothing, greets, hashes.
-pub const PORTS: [(&str, u16, Serve); 5] = [
-    ("swallows", 2501, swallow),
-    ("pours", 2502, pour),
-    ("stalls", 2503, |stream| drop((stream, sleep(LIMIT * 10)))),
-    ("greets", 2504, |_| {}),
-    ("hashes", 2505, hash),
+/// The mailbox's ports.
+pub const PORTS: [(&str, u16, Manner); 5] = [
+    ("swallows", 2501, Manner::Serves(swallow)),
+    ("pours", 2502, Manner::Serves(pour)),
+    ("stalls", 2503, Manner::Says(b"")),
+    ("greets", 2504, Manner::Says(GREETING)),
+    ("hashes", 2505, Manner::Serves(hash)),
 ];
 
 /// An edge before a mailbox with these ports.
@@ -127,19 +133,6 @@ impl Setup {
         };
         in_state("in_use") + in_state("idle")
     }
-
-    /// Resident memory, once it has stopped changing.
-    pub fn settled_kb(&self) -> u64 {
-        let mut last = (self.edge.rss_kb(), Instant::now());
-        while last.1.elapsed() < Duration::from_secs(2) {
-            sleep(Duration::from_millis(50));
-            let now = self.edge.rss_kb();
-            if now.abs_diff(last.0) > 64 {
-                last = (now, Instant::now());
-            }
-        }
-        last.0
-    }
 }
 
 /// Once the mailbox has greeted it.
@@ -172,24 +165,24 @@ pub fn join(threads: Vec<JoinHandle<()>>) {
 
 /// Serves the ports for as long as the process lives; where they are.
 pub fn serve() -> Vec<SocketAddr> {
-    let ports = PORTS.iter().map(|(name, _, serve)| {
+    let ports = PORTS.map(|(_, _, manner)| {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
         let address = listener.local_addr().expect("it is bound");
-        let (serve, greets) = (*serve, *name == "greets");
         spawn(move || {
-            let mut greeted = Vec::new(); // thousands: no thread each
+            let mut kept = Vec::new(); // thousands: no thread each
             for mut stream in listener.incoming().flatten() {
-                if greets {
-                    let _ = stream.write_all(GREETING);
-                    greeted.push(stream);
-                } else {
-                    spawn(move || serve(stream));
+                match manner {
+                    Manner::Says(words) => {
+                        let _ = stream.write_all(words);
+                        kept.push(stream);
+                    }
+                    Manner::Serves(serve) => drop(spawn(move || serve(stream))),
                 }
             }
         });
         address
     });
-    ports.collect()
+    ports.into()
 }
 
 fn swallow(mut stream: TcpStream) {

@@ -7,7 +7,6 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -169,19 +168,10 @@ struct Use {
     rss_kb: u64,
 }
 
-/// Measures once the resident memory has stopped changing: garbage of the
-/// connecting is not the idle connections' cost.
+/// Garbage of the connecting is not the idle connections' cost.
 fn at_rest(edge: &Edge) -> Use {
-    let mut last = (edge.rss_kb(), Instant::now());
-    let still = eventually(LIMIT, || {
-        let now = edge.rss_kb();
-        if now != last.0 {
-            last = (now, Instant::now());
-        }
-        last.1.elapsed() > Duration::from_millis(500)
-    });
-    assert!(still, "the memory of an idle edge keeps changing");
-    Use { descriptors: edge.fds(), threads: edge.threads(), rss_kb: last.0 }
+    let rss_kb = edge.settled_rss_kb(LIMIT);
+    Use { descriptors: edge.fds(), threads: edge.threads(), rss_kb }
 }
 
 /// This process holds both ends of every connection.
