@@ -15,7 +15,6 @@ import (
 	"golang.org/x/oauth2/clientcredentials"
 	api "tailscale.com/client/tailscale/v2"
 	"tailscale.com/ipn"
-	"tailscale.com/wif"
 )
 
 // defaultAPIURL is Tailscale's HTTP API. Headscale has its own at the control
@@ -35,13 +34,12 @@ type credential struct {
 	clientID     string // of an OAuth client or of a federated identity
 	clientSecret string // of an OAuth client
 	idToken      string // of a federated identity
-	audience     string // the same, where the machine's cloud issues the token
 
 	preauthorized bool // keys made by the API go past device approval
 }
 
 func (c *credential) isGiven() bool {
-	return c.authKey != "" || c.clientSecret != "" || c.idToken != "" || c.audience != ""
+	return c.authKey != "" || c.clientSecret != "" || c.idToken != ""
 }
 
 // credentialError is a credential that did not become an auth key, with the
@@ -117,16 +115,8 @@ func (c *credential) accessToken(ctx context.Context, base string) (string, erro
 		}
 		return token.AccessToken, nil
 	}
-	idToken := c.idToken
-	if idToken == "" {
-		var err error
-		if idToken, err = wif.ObtainProviderToken(ctx, c.audience); err != nil {
-			why := strings.ReplaceAll(err.Error(), "--id-token", "TS_ID_TOKEN")
-			return "", credentialError{codeBadCredential, fmt.Errorf("this machine's cloud issued no identity token for the audience %q: %s", c.audience, why)}
-		}
-	}
 	config := oauth2.Config{Endpoint: oauth2.Endpoint{TokenURL: base + "/api/v2/oauth/token-exchange"}}
-	token, err := config.Exchange(ctx, "", oauth2.SetAuthURLParam("client_id", c.clientID), oauth2.SetAuthURLParam("jwt", idToken))
+	token, err := config.Exchange(ctx, "", oauth2.SetAuthURLParam("client_id", c.clientID), oauth2.SetAuthURLParam("jwt", c.idToken))
 	if err != nil {
 		return "", err
 	}

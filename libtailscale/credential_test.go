@@ -1,10 +1,7 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
-	"net/http"
-	"net/http/httptest"
 	"slices"
 	"strings"
 	"testing"
@@ -150,7 +147,7 @@ func TestAnAPIThatIsDownIsNamed(t *testing.T) {
 
 func TestAKeyOfTheAPINeedsTags(t *testing.T) {
 	tailnet := apiNet(t)
-	for _, with := range []credential{{clientSecret: clientSecret}, {clientID: "wif", idToken: clientJWT}, {clientID: "wif", audience: "x"}} {
+	for _, with := range []credential{{clientSecret: clientSecret}, {clientID: "wif", idToken: clientJWT}} {
 		n := enrolling(t, tailnet, with)
 		n.server.AdvertiseTags = nil
 		wantCode(t, n.up(), codeBadCredential)
@@ -179,34 +176,6 @@ func TestAnEnrolledNodeAsksNothingOfTheAPI(t *testing.T) {
 	if count := tailnet.APIRequests() - before; count != 0 {
 		t.Errorf("%d requests to the API", count)
 	}
-}
-
-// GitHub is the one place that is known by its variables alone: for every other
-// the machine's network is asked, which tests must not do.
-func TestATokenOfTheMachinesCloud(t *testing.T) {
-	github := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.FormValue("audience") != "api.tailscale.com/wif" || r.Header.Get("Authorization") != "Bearer github-s3cret" {
-			http.Error(w, "no such audience", http.StatusForbidden)
-			return
-		}
-		json.NewEncoder(w).Encode(map[string]string{"value": clientJWT})
-	}))
-	t.Cleanup(github.Close)
-	t.Setenv("ACTIONS_ID_TOKEN_REQUEST_URL", github.URL+"/?api-version=2.0")
-	t.Setenv("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "github-s3cret")
-	tailnet := apiNet(t)
-
-	n := enrolling(t, tailnet, credential{clientID: "wif", audience: "api.tailscale.com/other"})
-	wantCode(t, n.up(), codeBadCredential)
-	text := errorText(n)
-	if !strings.Contains(text, `"api.tailscale.com/other"`) || !strings.Contains(text, "no such audience") || strings.Contains(text, "s3cret") {
-		t.Errorf("text: %q", text)
-	}
-	if count := tailnet.APIRequests(); count != 0 {
-		t.Errorf("%d requests to the API", count)
-	}
-	n.setCredential(func(c *credential) { c.audience = "api.tailscale.com/wif" })
-	check(t, n.up())
 }
 
 // Concurrent calls take turns, and the second finds the node joined.

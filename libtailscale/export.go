@@ -261,11 +261,6 @@ func TsSetIDToken(sd C.int, token *C.char) C.int {
 	return setCredential(sd, token, func(c *credential, s string) { c.idToken = s })
 }
 
-//export TsSetAudience
-func TsSetAudience(sd C.int, audience *C.char) C.int {
-	return setCredential(sd, audience, func(c *credential, s string) { c.audience = s })
-}
-
 //export TsSetPreauthorized
 func TsSetPreauthorized(sd C.int, preauthorized C.int) C.int {
 	return onNode(sd, func(n *node) error {

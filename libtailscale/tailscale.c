@@ -23,7 +23,6 @@ int tailscale_set_authkey(tailscale sd, const char* key) { return TsSetAuthkey(s
 int tailscale_set_client_id(tailscale sd, const char* id) { return TsSetClientID(sd, (char*)id); }
 int tailscale_set_client_secret(tailscale sd, const char* secret) { return TsSetClientSecret(sd, (char*)secret); }
 int tailscale_set_id_token(tailscale sd, const char* token) { return TsSetIDToken(sd, (char*)token); }
-int tailscale_set_audience(tailscale sd, const char* audience) { return TsSetAudience(sd, (char*)audience); }
 int tailscale_set_preauthorized(tailscale sd, int on) { return TsSetPreauthorized(sd, on); }
 int tailscale_set_interactive(tailscale sd, int on) { return TsSetInteractive(sd, on); }
 int tailscale_start(tailscale sd) { return TsStart(sd); }

@@ -238,13 +238,12 @@ int tailscale_set_authkey(tailscale sd, const char* authkey);
 //   the client's id may be left out with Tailscale;
 int tailscale_set_client_id(tailscale sd, const char* client_id);
 int tailscale_set_client_secret(tailscale sd, const char* client_secret);
-// - a federated identity, for the same: a client id and either a token of its
-//   identity provider or the audience for which this machine's cloud issues one.
+// - a federated identity, for the same: a client id and a token of its identity
+//   provider.
 // The last two are not sent over http except to this host itself.
 int tailscale_set_id_token(tailscale sd, const char* id_token);
-int tailscale_set_audience(tailscale sd, const char* audience);
 // Nonzero: keys that the API makes go past device approval. (Not in upstream,
-// like the four above.)
+// like the three above.)
 int tailscale_set_preauthorized(tailscale sd, int preauthorized);
 
 // Nonzero: where tailscale_up would fail with TAILSCALE_NEEDS_LOGIN, it waits for

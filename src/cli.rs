@@ -41,8 +41,8 @@ Environment:
   TS_AUTHKEY_FILE   The path of a file that holds a key
   (tailnet.auth_key_file, then the systemd credential ts_authkey)
   TS_CLIENT_SECRET  An OAuth client's secret, or file:PATH (TS_CLIENT_ID its id)
-  TS_CLIENT_ID      A workload identity, with TS_ID_TOKEN (or file:PATH), or
-                    with TS_AUDIENCE where the machine's cloud issues the token
+  TS_CLIENT_ID      A workload identity's id, with TS_ID_TOKEN its token, or
+                    file:PATH for each
   Without any, on a terminal, the address to log in with a browser is shown.
 
 Files:

@@ -26,15 +26,8 @@ use crate::secret::{Secret, looks_like_key};
 const MAX_BYTES: u64 = 16 * 1024;
 
 /// The variables that hold a credential or the path of one, in the order in which they count.
-pub const VARIABLES: [&str; 7] = [
-    "TS_AUTHKEY",
-    "TS_AUTH_KEY",
-    "TS_AUTHKEY_FILE",
-    "TS_CLIENT_SECRET",
-    "TS_CLIENT_ID",
-    "TS_ID_TOKEN",
-    "TS_AUDIENCE",
-];
+pub const VARIABLES: [&str; 6] =
+    ["TS_AUTHKEY", "TS_AUTH_KEY", "TS_AUTHKEY_FILE", "TS_CLIENT_SECRET", "TS_CLIENT_ID", "TS_ID_TOKEN"];
 
 /// Where systemd puts what `LoadCredential=` names (systemd.exec(5)), and the name expected there.
 const SYSTEMD_DIRECTORY: &str = "CREDENTIALS_DIRECTORY";
@@ -65,18 +58,9 @@ pub enum Kind {
     FederatedIdentity {
         /// The id that the tailnet knows it by.
         client_id: String,
-        /// What proves it.
-        proof: Proof,
+        /// The token of its identity provider.
+        token: Secret,
     },
-}
-
-/// What proves a workload identity.
-#[derive(Debug)]
-pub enum Proof {
-    /// A token of its identity provider.
-    Token(Secret),
-    /// The audience for which this machine's cloud issues such a token.
-    Audience(String),
 }
 
 impl Credential {
@@ -89,13 +73,7 @@ impl Credential {
         match &self.kind {
             Kind::AuthKey(key) => key.expose().hash(&mut hasher),
             Kind::OAuthClient { id, secret } => (id, secret.expose()).hash(&mut hasher),
-            Kind::FederatedIdentity { client_id, proof } => {
-                (client_id, discriminant(proof)).hash(&mut hasher);
-                match proof {
-                    Proof::Token(token) => token.expose().hash(&mut hasher),
-                    Proof::Audience(audience) => audience.hash(&mut hasher),
-                }
-            }
+            Kind::FederatedIdentity { client_id, token } => (client_id, token.expose()).hash(&mut hasher),
         }
         hasher.finish()
     }
@@ -198,8 +176,7 @@ impl Sources {
     /// 3. in the file that the configuration names
     /// 4. in the systemd credential `ts_authkey`
     /// 5. an OAuth client in `TS_CLIENT_SECRET`, which may say `file:` too, and `TS_CLIENT_ID`
-    /// 6. a workload identity: `TS_CLIENT_ID` with `TS_ID_TOKEN`, both may say `file:`, or with
-    ///    `TS_AUDIENCE`
+    /// 6. a workload identity in `TS_CLIENT_ID` and `TS_ID_TOKEN`, both may say `file:`
     ///
     /// An OAuth client's secret in the place of an auth key counts as one. A source that is there
     /// and no good is an error even if a later one is: the operator meant the first.
@@ -237,28 +214,21 @@ impl Sources {
 
     fn federated_identity(&self) -> Result<Option<Credential>, CredentialError> {
         let token = self.value_or_file("TS_ID_TOKEN")?;
-        let audience = self.variable("TS_AUDIENCE").map(str::to_owned);
-        let (client_id, proof) = match (self.client_id()?, token, audience) {
-            (None, None, None) => return Ok(None),
-            (Some(id), Some(token), None) => {
-                (id, Proof::Token(checked(token, "TS_ID_TOKEN", &WORD_PROBLEMS)?))
-            }
-            (Some(id), None, Some(audience)) => (id, Proof::Audience(audience)),
-            (Some(_), None, None) => {
+        let (client_id, token) = match (self.client_id()?, token) {
+            (None, None) => return Ok(None),
+            (Some(id), Some(token)) => (id, checked(token, "TS_ID_TOKEN", &WORD_PROBLEMS)?),
+            (Some(_), None) => {
                 return Err(CredentialError::Incomplete(
-                    "TS_CLIENT_ID is set and nothing that goes with it; set TS_CLIENT_SECRET (an OAuth client), or TS_ID_TOKEN or TS_AUDIENCE (a workload identity)",
+                    "TS_CLIENT_ID is set alone; set TS_CLIENT_SECRET too (an OAuth client), or TS_ID_TOKEN (a workload identity)",
                 ));
             }
-            (_, Some(_), Some(_)) => {
-                return Err(CredentialError::Incomplete("TS_ID_TOKEN and TS_AUDIENCE are both set; set one"));
-            }
-            (None, ..) => {
+            (None, Some(_)) => {
                 return Err(CredentialError::Incomplete(
-                    "TS_ID_TOKEN or TS_AUDIENCE is set without TS_CLIENT_ID; set it to the id of the workload identity",
+                    "TS_ID_TOKEN is set without TS_CLIENT_ID; set it to the id of the workload identity",
                 ));
             }
         };
-        Ok(Some(Credential { kind: Kind::FederatedIdentity { client_id, proof }, origin: "TS_CLIENT_ID" }))
+        Ok(Some(Credential { kind: Kind::FederatedIdentity { client_id, token }, origin: "TS_CLIENT_ID" }))
     }
 
     fn client_id(&self) -> Result<Option<String>, CredentialError> {

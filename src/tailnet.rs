@@ -28,7 +28,7 @@ use tokio::net::unix::pipe;
 use tokio::sync::watch;
 
 use crate::config;
-use crate::credential::{Credential, Kind, Proof};
+use crate::credential::{Credential, Kind};
 use crate::printable::harmless;
 use crate::relay::Reset;
 use crate::vital::{Vital, Vitals};
@@ -260,27 +260,19 @@ impl Node {
 
     /// Sets all that makes a credential, so that nothing is left of an earlier one.
     fn offer(&self, kind: Option<&Kind>) -> Result<(), JoinError> {
-        let (mut key, mut id, mut secret, mut token, mut cloud) = ("", "", "", "", "");
-        match kind {
-            None => {}
-            Some(Kind::AuthKey(auth_key)) => key = auth_key.expose(),
-            Some(Kind::OAuthClient { id: client, secret: s }) => {
-                (id, secret) = (client.as_deref().unwrap_or_default(), s.expose());
+        let [key, id, secret, token] = match kind {
+            None => ["", "", "", ""],
+            Some(Kind::AuthKey(key)) => [key.expose(), "", "", ""],
+            Some(Kind::OAuthClient { id, secret }) => {
+                ["", id.as_deref().unwrap_or_default(), secret.expose(), ""]
             }
-            Some(Kind::FederatedIdentity { client_id, proof }) => {
-                id = client_id;
-                match proof {
-                    Proof::Token(id_token) => token = id_token.expose(),
-                    Proof::Audience(audience) => cloud = audience,
-                }
-            }
-        }
+            Some(Kind::FederatedIdentity { client_id, token }) => ["", client_id, "", token.expose()],
+        };
         let settings = [
             (Setting::AuthKey, key),
             (Setting::ClientId, id),
             (Setting::ClientSecret, secret),
             (Setting::IdToken, token),
-            (Setting::Audience, cloud),
         ];
         for (setting, value) in settings {
             self.handle.set(setting, value).map_err(|code| JoinError::Start(failure(&self.handle, code)))?;

@@ -217,8 +217,6 @@ pub enum Setting {
     ClientSecret,
     /// Of a credential: the token of a federated identity.
     IdToken,
-    /// Of a credential: the audience for which the cloud issues a token.
-    Audience,
 }
 
 /// A descriptor that the node writes lines to, from the start to the close.
@@ -254,7 +252,6 @@ impl NodeHandle {
             Setting::ClientId => tailscale_set_client_id,
             Setting::ClientSecret => tailscale_set_client_secret,
             Setting::IdToken => tailscale_set_id_token,
-            Setting::Audience => tailscale_set_audience,
         };
         // SAFETY: the string outlives the call, which copies it.
         check(unsafe { set(self.0, value.as_ptr()) })

@@ -32,7 +32,6 @@ static void no_node(void) {
     EACH(handles, tailscale_set_client_id(handles[i], NULL), TAILSCALE_BAD_HANDLE);
     EACH(handles, tailscale_set_client_secret(handles[i], NULL), TAILSCALE_BAD_HANDLE);
     EACH(handles, tailscale_set_id_token(handles[i], NULL), TAILSCALE_BAD_HANDLE);
-    EACH(handles, tailscale_set_audience(handles[i], NULL), TAILSCALE_BAD_HANDLE);
     EACH(handles, tailscale_set_preauthorized(handles[i], 1), TAILSCALE_BAD_HANDLE);
     EACH(handles, tailscale_set_control_url(handles[i], NULL), TAILSCALE_BAD_HANDLE);
     EACH(handles, tailscale_set_tags(handles[i], NULL), TAILSCALE_BAD_HANDLE);
@@ -60,7 +59,6 @@ static void settings(tailscale sd) {
     EACH(values, tailscale_set_client_id(sd, values[i]), TAILSCALE_BAD_ARGUMENT);
     EACH(values, tailscale_set_client_secret(sd, values[i]), TAILSCALE_BAD_ARGUMENT);
     EACH(values, tailscale_set_id_token(sd, values[i]), TAILSCALE_BAD_ARGUMENT);
-    EACH(values, tailscale_set_audience(sd, values[i]), TAILSCALE_BAD_ARGUMENT);
     EACH(values, tailscale_set_control_url(sd, values[i]), TAILSCALE_BAD_ARGUMENT);
     EACH(values, tailscale_set_tags(sd, values[i]), TAILSCALE_BAD_ARGUMENT);
     EXPECT(tailscale_set_up_timeout(sd, -1), TAILSCALE_BAD_ARGUMENT);

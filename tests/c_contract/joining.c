@@ -32,8 +32,7 @@ static void drain(int end) {
 // Which the next tailscale_up uses. The node has no tags, as a key that the API
 // makes would need them.
 static void a_credential_after_the_start(tailscale sd) {
-    int (*const apis[])(tailscale, const char*) = {tailscale_set_client_secret, tailscale_set_id_token,
-                                                   tailscale_set_audience};
+    int (*const apis[])(tailscale, const char*) = {tailscale_set_client_secret, tailscale_set_id_token};
     for (size_t i = 0; i < sizeof apis / sizeof *apis; i++) {
         EXPECT(apis[i](sd, "x"), TAILSCALE_OK);
         EXPECT(tailscale_up(sd), TAILSCALE_BAD_CREDENTIAL);

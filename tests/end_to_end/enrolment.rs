@@ -2,7 +2,6 @@
 //! from, is used only when it has to be, is shown nowhere, and what is wrong with
 //! it is said in one line.
 
-use std::io::Read;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -200,32 +199,6 @@ fn a_workload_identity_joins_with_its_token() {
     let line = fails(edge.env("TS_ID_TOKEN", "h.eyJ9.wr0ng").spawn(), 3, AT_ONCE);
     tells(&line, &["refused this node", "makes no auth key: Unauthorized", "check the workload identity"]);
     assert!(!line.contains("wr0ng"), "{line}");
-}
-
-/// GitHub's way to issue an identity token: the one cloud that is known by its
-/// variables alone, without a question to the machine's network.
-fn issue_token(mut conn: stub::Conn) {
-    let mut request = [0; 4];
-    if conn.read_exact(&mut request).is_ok() && &request == b"GET " {
-        let body = format!(r#"{{"value":"{}"}}"#, IDENTITY.jwt);
-        let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n";
-        conn.send(format!("{head}Content-Length: {}\r\n\r\n{body}", body.len()).as_bytes());
-    }
-    conn.half_close();
-    conn.read_to_end();
-}
-
-#[test]
-fn a_workload_identity_joins_with_a_token_that_its_cloud_issues() {
-    let (tailnet, edge) = closed_tailnet();
-    tailnet.set_oauth_clients(&[IDENTITY]);
-    let cloud = Stub::start(issue_token);
-    let edge = edge.env("TS_CLIENT_ID", IDENTITY.id).env("TS_AUDIENCE", "api.tailscale.com/kIdentity");
-    let edge = edge.env("ACTIONS_ID_TOKEN_REQUEST_URL", &format!("http://{}/?v=1", cloud.addr));
-    let edge = edge.env("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "of-the-run").spawn();
-    edge.wait_ready(LIMIT);
-    assert_eq!(node(&tailnet)["tags"][0], "tag:reverse-proxy");
-    assert_eq!(cloud.accepted(), 1);
 }
 
 #[test]
