@@ -24,6 +24,18 @@ const (
 )
 
 const (
+	// sendNarrow is the send buffer in the place of any other limit while writes are
+	// small. A segment costs some 700 bytes beside those that it carries, and the stack
+	// joins none that wait: a byte at a time, the floor alone would be 45 MB.
+	sendNarrow = 512
+	// smallWrite is a write that costs more than twice its bytes.
+	smallWrite = 512
+	// manySmall is how many small writes more than large ones make a send buffer narrow.
+	// A blocked client's next bytes come together, as one larger write.
+	manySmall = 64
+)
+
+const (
 	// balanceInterval is how often shares change: often enough to follow a slow start,
 	// which doubles within a round trip.
 	balanceInterval = 20 * time.Millisecond
@@ -68,6 +80,7 @@ type direction struct {
 	blocked atomic.Bool  // the last write was not taken whole
 
 	share
+	narrow    bool  // sendNarrow counts in the place of the limit
 	applied   int64 // the limit that the stack has
 	lastMoved time.Time
 }
@@ -100,7 +113,8 @@ func (b *budget) join(c *conn) *flow {
 	f := &flow{owner: c, ep: c.ep}
 	f.send.share = share{floor: sendFloor, most: sendMost, want: sendFloor, limit: sendFloor, held: sendFloor}
 	f.recv.share = share{floor: recvFloor, most: recvMost, want: recvFloor, limit: recvFloor, held: recvFloor}
-	f.send.applied, f.recv.applied = sendFloor, recvFloor
+	f.send.applied, f.recv.applied = sendSize(sendFloor, c.sizes.areSmall), recvFloor
+	f.send.narrow = c.sizes.areSmall
 	f.send.lastMoved = time.Now()
 	f.recv.lastMoved = f.send.lastMoved
 	b.mu.Lock()
@@ -158,9 +172,9 @@ func (b *budget) balance(now time.Time, elapsed time.Duration) bool {
 // apply gives the stack the limits that have changed.
 func (f *flow) apply() {
 	options := f.ep.SocketOptions()
-	if f.send.limit != f.send.applied {
-		f.send.applied = f.send.limit
-		options.SetSendBufferSize(f.send.limit, true) // wakes who waits to write
+	if size := sendSize(f.send.limit, f.send.narrow); size != f.send.applied {
+		f.send.applied = size
+		options.SetSendBufferSize(size, true) // wakes who waits to write
 	}
 	if f.recv.limit != f.recv.applied {
 		f.recv.applied = f.recv.limit
@@ -266,4 +280,44 @@ func divide(total int64, shares []*share) (held int64) {
 		s.held = max(s.limit, s.held)
 	}
 	return total - free
+}
+
+// writeSizes tells a connection with many small writes, which cost more than their
+// bytes, from others.
+type writeSizes struct {
+	small    int // how many more were small than large, up to manySmall
+	areSmall bool
+}
+
+// note is told the size of a write; whether areSmall has changed. A write counts as
+// many large ones as smallWrite goes into it.
+func (s *writeSizes) note(bytes int) (changed bool) {
+	s.small = max(0, min(s.small+1-bytes/smallWrite, manySmall))
+	switch s.small {
+	case 0:
+		changed, s.areSmall = s.areSmall, false
+	case manySmall:
+		changed, s.areSmall = !s.areSmall, true
+	}
+	return changed
+}
+
+// narrow lowers the send buffer to sendNarrow, or ends that.
+func (c *conn) narrow(on bool) {
+	f := c.flow.Load()
+	if f == nil {
+		c.ep.SocketOptions().SetSendBufferSize(sendSize(sendFloor, on), true)
+		return
+	}
+	flowBudget.mu.Lock()
+	defer flowBudget.mu.Unlock()
+	f.send.narrow = on
+	f.apply()
+}
+
+func sendSize(limit int64, narrow bool) int64 {
+	if narrow {
+		return sendNarrow
+	}
+	return limit
 }

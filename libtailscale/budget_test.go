@@ -199,6 +199,67 @@ func TestABusyConnectionLeavesTheBudgetWhenItIsIdle(t *testing.T) {
 	}
 }
 
+// A byte at a time costs hundreds for each, so that few may wait; whoever then sends
+// much at once gets the whole floor again, and nothing is lost.
+func TestManySmallWritesWaitForThePeer(t *testing.T) {
+	received := make(chan []byte, 1)
+	e := startEdge(t, func(c *net.TCPConn) {
+		all, _ := io.ReadAll(c)
+		received <- all
+		c.Close()
+	})
+	b, err := dial(t, e.node, "mailbox", 25)
+	check(t, err)
+	defer b.close()
+	check(t, e.net.IsolateNode("mailbox"))
+	c := conns.get(b.handle)
+	small := 0
+	for ; small < sendFloor; small++ {
+		if _, err := c.write([]byte{1}); err != nil {
+			wantCode(t, err, codeWouldBlock)
+			break
+		}
+	}
+	if small > 600 {
+		t.Errorf("%d writes of a byte wait", small)
+	}
+	const large = 256 << 10
+	if n, err := c.write(make([]byte, large)); err == nil && n > sendFloor {
+		t.Errorf("and %d bytes more", n)
+	} else {
+		small += n
+	}
+	check(t, e.net.RejoinNode("mailbox"))
+	_, err = b.Write(make([]byte, large))
+	check(t, err)
+	b.shutdown()
+	if got := len(<-received); got != small+large {
+		t.Errorf("%d bytes arrived of %d", got, small+large)
+	}
+}
+
+func TestWriteSizes(t *testing.T) {
+	for name, c := range map[string]struct {
+		bytes    []int
+		areSmall bool
+	}{
+		"commands":                     {slices.Repeat([]int{20}, manySmall-1), false},
+		"a byte at a time":             {slices.Repeat([]int{1}, manySmall), true},
+		"a message ends it":            {append(slices.Repeat([]int{1}, 1000), (manySmall+1)*smallWrite), false},
+		"a line does not":              {append(slices.Repeat([]int{1}, 1000), 80), true},
+		"a segment for each small one": {slices.Repeat([]int{1, 2 * smallWrite}, 1000), false},
+		"too few of them":              {slices.Repeat([]int{1, 1, 1, 2 * smallWrite}, 1000), true},
+	} {
+		var sizes writeSizes
+		for _, bytes := range c.bytes {
+			sizes.note(bytes)
+		}
+		if sizes.areSmall != c.areSmall {
+			t.Errorf("%s: small %v", name, sizes.areSmall)
+		}
+	}
+}
+
 func setBudget(t *testing.T, total int64) {
 	before := flowBudget.max()
 	flowBudget.setTotal(total)

@@ -54,6 +54,8 @@ type conn struct {
 	flow atomic.Pointer[flow]
 
 	mu sync.Mutex
+	// sizes tells large writes from small ones; see narrow.
+	sizes writeSizes
 	// received counts the bytes that were read since the connection was last out of the
 	// budget, up to recvFloor.
 	received int
@@ -200,6 +202,9 @@ func (c *conn) write(p []byte) (int, error) {
 	}
 	if len(p) == 0 {
 		return 0, nil
+	}
+	if c.sizes.note(len(p)) {
+		c.narrow(c.sizes.areSmall)
 	}
 	var payload bytes.Reader
 	payload.Reset(p)

@@ -377,7 +377,7 @@ func (n *node) lowerBuffers() error {
 	if err == nil {
 		err = n.stack.TransportProtocolOption(tcp.ProtocolNumber, &recv)
 	}
-	send.Default, recv.Default = sendFloor, recvFloor
+	send.Min, send.Default, recv.Default = sendNarrow, sendFloor, recvFloor
 	if err == nil {
 		err = n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &send)
 	}
