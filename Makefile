@@ -10,7 +10,7 @@ GO_COMMAND = GO='$(GO)' '$(CURDIR)/scripts/go'
 # Release builds have a target directory of their own: switching flags in a shared one rebuilds everything.
 STATIC_DIR := target/static
 RELEASE    := dist/tailwart-edge
-MAX_BYTES := 32000000
+MAX_BYTES := 28000000
 MDBOOK     := 0.5.4
 
 # Packed relocations save 2.6 MB: a static-pie relocates itself at start, at 110,000 places. The C library

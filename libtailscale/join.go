@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -43,7 +44,11 @@ func (n *node) up() error {
 	select {
 	case n.joining <- struct{}{}:
 		defer func() { <-n.joining }()
-		return j.run()
+		err := j.run()
+		if err == nil {
+			go debug.FreeOSMemory() // what joining took
+		}
+		return err
 	case <-turn.Done():
 		if n.ctx.Err() != nil {
 			return n.report(codeCancelled, errors.New("the node was closed while joining"))
@@ -414,7 +419,7 @@ func (j *join) explain(ctx context.Context) error {
 	case state == ipn.NeedsLogin && !enrolled:
 		// A proxy in front of the control server may pass the question for
 		// its key and nothing else.
-		return n.report(codeControlUnreachable, fmt.Errorf("it answers, but registering fails: %s", n.reason()))
+		return n.report(codeControlUnreachable, fmt.Errorf("it answers, but neither refuses this node nor sends it a network map: %s", n.reason()))
 	default:
 		return n.report(codeUpTimedOut, fmt.Errorf("state %v: %s", state, n.reason()))
 	}

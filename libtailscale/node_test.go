@@ -112,6 +112,22 @@ func TestUpThatNeedsApproval(t *testing.T) {
 	wantCode(t, n.up(), codeNeedsApproval)
 }
 
+// Whether it is the registration or the map that the server does not answer, the node
+// cannot tell.
+func TestUpWithoutANetworkMap(t *testing.T) {
+	tailnet := startNet(t, testnet.Options{})
+	tailnet.HoldMaps(true)
+	n := unstarted(t, tailnet)
+	n.upTimeout.Store(int64(2 * time.Second))
+	wantCode(t, n.up(), codeControlUnreachable)
+	if text := errorText(n); !strings.Contains(text, "neither refuses this node nor sends it a network map") {
+		t.Errorf("text: %q", text)
+	}
+	tailnet.HoldMaps(false)
+	n.upTimeout.Store(int64(testTimeout))
+	check(t, n.up())
+}
+
 // The control server's rate limit and a watcher that was cut off pass; any
 // other message is a refusal.
 func TestWhatAMessageMeans(t *testing.T) {

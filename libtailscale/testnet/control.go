@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/net/http2"
 	"tailscale.com/control/controlhttp/controlhttpserver"
@@ -39,6 +40,8 @@ type control struct {
 	api      *api
 
 	port *keptPort // fixed, since nodes keep the URL
+
+	mapsHeld atomic.Bool // see HoldMaps
 
 	mu      sync.Mutex
 	server  *http.Server // nil while stopped

@@ -62,6 +62,10 @@ func (c *control) serveMap(w http.ResponseWriter, r *http.Request, machine key.M
 		w.WriteHeader(http.StatusOK)
 		return
 	}
+	if c.mapsHeld.Load() {
+		<-r.Context().Done()
+		return
+	}
 	c.streamMaps(r.Context(), &mapWriter{w: w, compress: req.Compress == "zstd"}, rec)
 }
 

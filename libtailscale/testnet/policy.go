@@ -60,6 +60,10 @@ func (n *Net) RevokeApproval(name string) error {
 	return n.changeNode(name, func(rec *record) { rec.node.MachineAuthorized = false })
 }
 
+// HoldMaps has control answer no request for a network map that comes from now on, or
+// ends that for those to come.
+func (n *Net) HoldMaps(on bool) { n.control.mapsHeld.Store(on) }
+
 // RequireFlowLogs sets whether the tailnet demands the upload of flow logs from
 // the nodes of other processes. Those of this process, which upload nothing,
 // would stop.
