@@ -1,7 +1,7 @@
 //! What the edge's memory comes to, in the situations of `docs/src/performance.md`, with the budget for bytes
 //! in flight and, beside it, as good as without.
 //!
-//!   cargo bench --bench memory                  all of them, about five minutes
+//!   cargo bench --bench memory                  all of them, about seven minutes
 //!   cargo bench --bench memory -- stalled idle  some of them
 //!
 //! Mailbox, clients and test tailnet run on this machine too, so that speeds are ratios and no more.
@@ -21,12 +21,20 @@ use std::time::{Duration, Instant};
 use ring::digest::{Context, SHA256, SHA256_OUTPUT_LEN};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+use common::edge::{Builder, Edge};
 use common::memory::{LIMIT, PORTS, Setup, greeted, serve};
+use common::netns::Namespace;
+use common::tailnet::{Options, TestTailnet};
 
 const MIB: u64 = 1024 * 1024;
 /// As good as none.
 const WITHOUT_BUDGET_MIB: u32 = 64 * 1024;
+const STREAMS: usize = 16;
 const STREAMING: Duration = Duration::from_secs(6);
+/// How long a packet is under way on a long path: 100 ms there and back.
+const FAR: Duration = Duration::from_millis(50);
+/// What streams on a long path take to be at full speed.
+const FAR_WARM_UP: Duration = Duration::from_secs(5);
 /// Stalled connections each way.
 const STALLED: usize = 100;
 
@@ -41,10 +49,11 @@ fn main() {
         serve().iter().for_each(|address| println!("{address}"));
         sleep(Duration::MAX); // until it is killed
     }
-    let situations: [(&str, Situation); 6] = [
+    let situations: [(&str, Situation); 7] = [
         ("rest", rest),
         ("upload", |mib| streams(mib, "swallows")),
         ("download", |mib| streams(mib, "pours")),
+        ("far", far),
         ("stalled", stalled),
         ("idle", idle),
         ("box", small_box),
@@ -60,8 +69,16 @@ fn main() {
 // The situations.
 
 fn start(mib: Option<u32>, wrapper: &[&str]) -> (Setup, Mailbox) {
-    let mailbox = Mailbox::start();
-    (Setup::start(&program(), &mailbox.addresses, mib, wrapper), mailbox)
+    let mailbox = Mailbox::start(&mut Command::new(this_program()));
+    (Setup::start(TestTailnet::start(), &mailbox.addresses, edge(mib).wrapped(wrapper)), mailbox)
+}
+
+fn edge(mib: Option<u32>) -> Builder {
+    let edge = Edge::builder(program());
+    match mib {
+        Some(mib) => edge.set("limits", "memory_mib", &mib.to_string()),
+        None => edge,
+    }
 }
 
 fn rest(mib: Option<u32>) -> String {
@@ -73,13 +90,29 @@ fn rest(mib: Option<u32>) -> String {
 fn streams(mib: Option<u32>, port: &str) -> String {
     let (setup, _mailbox) = start(mib, &[]);
     let (began, cpu) = (Instant::now(), setup.cpu_seconds());
-    let moved_gb = setup.stream(port, STREAMING) as f64 / 1e9;
+    let moved_gb = setup.stream(port, STREAMS, Duration::ZERO, STREAMING) as f64 / 1e9;
     format!(
         "{} MB at most, {:.0} MB/s, {:.1} CPU s/GB",
         setup.edge.peak_rss_kb() / 1024,
         moved_gb * 1000.0 / began.elapsed().as_secs_f64(),
         (setup.cpu_seconds() - cpu) / moved_gb,
     )
+}
+
+/// With the mailbox, and all the rest of the tailnet, at the end of a long path.
+fn far(mib: Option<u32>) -> String {
+    let place = Namespace::far(FAR);
+    let mailbox = Mailbox::start(&mut place.command(&this_program()));
+    let wrapper = place.wrapper().map(str::to_owned).into();
+    let options = Options { host: Some(place.inside.into()), wrapper, ..Options::default() };
+    let setup = Setup::start(TestTailnet::start_with(&options), &mailbox.addresses, edge(mib));
+    let megabits = |port, streams| {
+        setup.stream(port, streams, FAR_WARM_UP, STREAMING) * 8 / 1_000_000 / STREAMING.as_secs()
+    };
+    let (up, ups) = (megabits("swallows", 1), megabits("swallows", STREAMS));
+    let (down, downs) = (megabits("pours", 1), megabits("pours", STREAMS));
+    let peak = setup.edge.peak_rss_kb() / 1024;
+    format!("{peak} MB at most; one upload {up} Mb/s, 16 {ups}; one download {down} Mb/s, 16 {downs}")
 }
 
 fn stalled(mib: Option<u32>) -> String {
@@ -162,6 +195,11 @@ fn arrives(mut client: TcpStream, seed: usize, size: usize) -> bool {
     client.read_exact(&mut answer).is_ok() && answer == hash.finish().as_ref()
 }
 
+fn this_program() -> String {
+    let path = std::env::current_exe().expect("/proc is mounted");
+    path.into_os_string().into_string().expect("cargo's paths are text")
+}
+
 fn raise_descriptor_limit() {
     let maximum = getrlimit(Resource::Nofile).maximum;
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).expect("anybody may");
@@ -177,9 +215,9 @@ struct Mailbox {
 }
 
 impl Mailbox {
-    fn start() -> Mailbox {
-        let mut command = Command::new(std::env::current_exe().expect("/proc is mounted"));
-        let mut process = command.arg(MAILBOX_ARGUMENT).stdout(Stdio::piped()).spawn().expect("it can run");
+    /// By running this program.
+    fn start(program: &mut Command) -> Mailbox {
+        let mut process = program.arg(MAILBOX_ARGUMENT).stdout(Stdio::piped()).spawn().expect("it can run");
         let lines = BufReader::new(process.stdout.take().expect("it is piped")).lines();
         let addresses = lines.take(PORTS.len()).map(|line| line.unwrap().parse().unwrap()).collect();
         Mailbox { process, addresses }

@@ -26,6 +26,7 @@ const LIMIT: Duration = Duration::from_secs(30);
 
 /// How long streams go on whose memory is looked at.
 const STREAMING: Duration = Duration::from_secs(5);
+const STREAMS: usize = 16;
 
 /// The file to test, by the name under which `make check-release` passes it.
 fn release_binary() -> PathBuf {
@@ -106,16 +107,16 @@ fn it_relays_where_there_is_nothing_but_itself() {
 #[test]
 fn its_memory_is_bounded() {
     let mailbox = memory::serve();
-    let start = || memory::Setup::start(&release_binary(), &mailbox, None, &[]);
+    let start = || memory::Setup::start(TestTailnet::start(), &mailbox, Edge::builder(&release_binary()));
     let at_most = |edge: &Edge, mb: u64, when: &str| {
         let peak = edge.peak_rss_kb() / 1024;
         assert!(peak <= mb, "{peak} MB {when}, at most {mb} are right");
     };
     let streams = start();
     at_most(&streams.edge, 42, "at rest");
-    streams.stream("swallows", STREAMING);
+    streams.stream("swallows", STREAMS, Duration::ZERO, STREAMING);
     at_most(&streams.edge, 128 + 32, "with uploads");
-    streams.stream("pours", STREAMING);
+    streams.stream("pours", STREAMS, Duration::ZERO, STREAMING);
     at_most(&streams.edge, 128 + 32, "with downloads");
     drop(streams);
 

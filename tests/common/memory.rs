@@ -2,10 +2,9 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::{JoinHandle, spawn};
+use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
 use ring::digest::{Context, SHA256};
@@ -16,8 +15,6 @@ use super::tailnet::TestTailnet;
 
 pub const LIMIT: Duration = Duration::from_secs(60);
 const MAILBOX: &str = "stalwart";
-/// Streams at full speed.
-const STREAMS: usize = 16;
 const GREETING: &[u8] = b"* OK IMAP4rev1 ready\r\n";
 
 /// What the mailbox does with a connection.
@@ -46,21 +43,16 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// `mailbox` is where [`serve`] serves the ports; `mib` the limit on memory, if not the default.
-    pub fn start(program: &Path, mailbox: &[SocketAddr], mib: Option<u32>, wrapper: &[&str]) -> Setup {
-        let tailnet = TestTailnet::start();
+    /// `mailbox` is where [`serve`] serves the ports, seen from the tailnet's program.
+    pub fn start(tailnet: TestTailnet, mailbox: &[SocketAddr], edge: Builder) -> Setup {
         let forwards: Vec<_> =
             PORTS.iter().zip(mailbox).map(|((_, port, _), address)| (*port, *address)).collect();
         tailnet.add_node(MAILBOX, &["tag:stalwart"], &forwards);
-        let mut builder = Edge::builder(program)
+        let builder = edge
             .control_url(tailnet.control_url())
             .auth_key("tskey-auth-test")
             .upstream(MAILBOX)
-            .set("limits", "max_connections_per_client", "0")
-            .wrapped(wrapper);
-        if let Some(mib) = mib {
-            builder = builder.set("limits", "memory_mib", &mib.to_string());
-        }
+            .set("limits", "max_connections_per_client", "0");
         let builder = PORTS.iter().fold(builder, |builder: Builder, (name, port, _)| {
             builder.listener(Listener::new(name, "tcp", *port).set("listen", r#"["127.0.0.1:0"]"#))
         });
@@ -76,16 +68,22 @@ impl Setup {
         client
     }
 
-    /// Streams at full speed for a while; how many bytes have moved.
-    pub fn stream(&self, port: &str, lasting: Duration) -> u64 {
+    /// So many streams at full speed; how many bytes have moved in this time once they have gone on for a
+    /// while.
+    pub fn stream(&self, port: &str, streams: usize, warm_up: Duration, lasting: Duration) -> u64 {
         let moved = Arc::new(AtomicU64::new(0));
         let run = if port == "pours" { take } else { give };
-        let threads = (0..STREAMS).map(|_| {
+        let threads = (0..streams).map(|_| {
             let (client, moved) = (self.connect(port), Arc::clone(&moved));
-            spawn(move || run(client, lasting, &moved))
+            spawn(move || run(client, warm_up + lasting, &moved))
         });
-        join(threads.collect());
-        moved.load(Ordering::Relaxed)
+        let threads = threads.collect();
+        sleep(warm_up);
+        let before = moved.load(Ordering::Relaxed);
+        sleep(lasting);
+        let after = moved.load(Ordering::Relaxed);
+        join(threads);
+        after - before
     }
 
     /// So many clients that do not read what the mailbox pours, and so many whose mailbox takes nothing, once

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::process::{Daemon, delete_namespace_at_end};
 use super::require_root;
+use super::tailnet::go_program;
 use super::tools::run;
 
 const COMMAND_LIMIT: Duration = Duration::from_secs(20);
@@ -31,10 +32,34 @@ pub struct Namespace {
     /// The namespace's end.
     pub inside: Ipv4Addr,
     etc: PathBuf,
+    _wire: Option<Daemon>,
 }
 
 impl Namespace {
     pub fn create() -> Namespace {
+        Namespace::with_cable(|name| {
+            ip(&format!("link add {name} type veth peer name {INTERFACE} netns {name}"));
+            None
+        })
+    }
+
+    /// As [`Namespace::create`], but so far away that a packet takes `delay` in each direction.
+    pub fn far(delay: Duration) -> Namespace {
+        Namespace::with_cable(|name| {
+            let theirs = format!("{name}f");
+            let mut wire = Command::new(go_program("wire"));
+            let wire = Daemon::spawn("wire", wire.args([name, &theirs, &format!("{}us", delay.as_micros())]));
+            wire.wait_ready(COMMAND_LIMIT, None, || wire.output().text().contains("ready"));
+            ip(&format!("link set {theirs} netns {name} name {INTERFACE}"));
+            for end in [format!("link set {name}"), format!("-n {name} link set {INTERFACE}")] {
+                ip(&format!("{end} txqueuelen 20000")); // nothing is lost
+            }
+            Some(wire)
+        })
+    }
+
+    /// `lay_cable` puts one between an interface here and the namespace, both of that name.
+    fn with_cable(lay_cable: impl FnOnce(&str) -> Option<Daemon>) -> Namespace {
         require_root("a network namespace");
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -45,14 +70,16 @@ impl Namespace {
         let pair = (pid.wrapping_mul(16) + count) % PAIRS;
         let address = |offset| Ipv4Addr::from_bits(FIRST_ADDRESS + 4 * pair + offset);
         let etc = Path::new("/etc/netns").join(&name);
-        let namespace = Namespace { outside: address(1), inside: address(2), etc, name };
-        delete_namespace_at_end(&namespace.name);
+        delete_namespace_at_end(&name);
+        ip(&format!("netns add {name}"));
+        let wire = lay_cable(&name);
+        let namespace = Namespace { outside: address(1), inside: address(2), etc, name, _wire: wire };
         namespace.build();
         namespace
     }
 
     fn build(&self) {
-        let Namespace { name, outside, inside, etc } = self;
+        let Namespace { name, outside, inside, etc, .. } = self;
         // `ip netns exec` mounts what is in here over /etc.
         std::fs::create_dir_all(etc).expect("root can write in /etc");
         self.write_etc(
@@ -62,8 +89,6 @@ impl Namespace {
         let (ours, theirs) = (self.outer_interface(), INTERFACE);
         // IPv6 too, so that nothing stays inside merely for want of a route.
         for command in [
-            format!("netns add {name}"),
-            format!("link add {ours} type veth peer name {theirs} netns {name}"),
             format!("addr add {outside}/30 dev {ours}"),
             format!("-6 addr add fd00:198:18::1/64 dev {ours} nodad"),
             format!("link set {ours} up"),

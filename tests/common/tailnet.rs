@@ -3,6 +3,7 @@
 //! The program is `libtailscale/testnet/cmd/testnet`; its protocol is one JSON object a line, a
 //! command in and its answer out. It ends when its input closes, so it cannot outlive this process.
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -36,6 +37,8 @@ pub struct Options {
     /// Whether control behaves as a Headscale of 2026 towards the edge.
     pub headscale: bool,
     pub verbose: bool,
+    /// What goes before the program: where else to run it.
+    pub wrapper: Vec<String>,
 }
 
 /// A running tailnet, ended on drop.
@@ -110,14 +113,15 @@ impl TestTailnet {
     }
 
     pub fn start_with(options: &Options) -> TestTailnet {
-        TestTailnet::start_program(program(), options)
+        TestTailnet::start_program(&go_program("testnet"), options)
     }
 
     /// Runs an executable that speaks the protocol.
     pub fn start_program(program: &Path, options: &Options) -> TestTailnet {
         let dir = temp_dir("testnet");
-        let mut command = Command::new(program);
-        command.arg("--dir").arg(dir.path());
+        let mut words = options.wrapper.iter().map(OsStr::new).chain([program.as_os_str()]);
+        let mut command = Command::new(words.next().expect("the program itself"));
+        command.args(words).arg("--dir").arg(dir.path());
         if let Some(host) = options.host {
             command.args(["--host", &host.to_string()]);
         }
@@ -493,23 +497,23 @@ fn next_answer(daemon: &Daemon, answers: &Receiver<String>, to: &str) -> Value {
     serde_json::from_str(&line).unwrap_or_else(|error| panic!("testnet: not JSON ({error}): {line}"))
 }
 
-/// Builds the program, once per process, and says where it is.
-fn program() -> &'static Path {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
+/// Where a program of `libtailscale/testnet/cmd` is. They are built once per process.
+pub fn go_program(name: &str) -> PathBuf {
+    static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
+    let directory = DIRECTORY.get_or_init(|| {
         let here = std::env::current_exe().expect("/proc is mounted");
         // target/debug/deps or target/debug/examples: one up is where cargo leaves programs.
         let target =
             here.parent().and_then(Path::parent).expect("the program is in cargo's target directory");
-        let program = target.join("testnet");
         let mut build = Command::new("flock");
-        // Tests in other processes build the same file. Go leaves it alone when it is up to date.
+        // Tests in other processes build the same files. Go leaves them alone when they are up to date.
         build.arg(target.join("testnet.lock"));
         build.arg(repo_root().join("scripts/go"));
         build.args(["build", "-C"]).arg(repo_root().join("libtailscale"));
         // No look at git, which fails in a checkout of another user.
-        build.arg("-buildvcs=false").arg("-o").arg(&program).arg("./testnet/cmd/testnet");
+        build.arg("-buildvcs=false").arg("-o").arg(target).arg("./testnet/cmd/...");
         run(&mut build, b"", BUILD_LIMIT).expect_success();
-        program
-    })
+        target.to_owned()
+    });
+    directory.join(name)
 }
