@@ -403,7 +403,7 @@ mod tests {
     use socket2::{Socket as RawSocket, Type};
 
     use super::*;
-    use crate::test_net::own_addr;
+    use crate::test_net::free_addr;
 
     fn listening(address: SocketAddr, dual_stack: bool) -> (OwnedFd, SocketAddr) {
         let socket = RawSocket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
@@ -467,7 +467,7 @@ mod tests {
     async fn a_units_name_goes_before_the_file_and_its_address_for_no_other_listener() {
         let (named, at) = listening(local(), false);
         let sockets = handed(vec![("a", named)]);
-        let free = own_addr();
+        let free = free_addr();
         let opened = sockets.open(&config(&[&[free]]), &Opened::default()).unwrap();
         assert_eq!(locals(&opened), [[at]]);
         // `b` wants the address of a's socket, which is a's as long as there is an a.
@@ -487,9 +487,9 @@ mod tests {
     #[tokio::test]
     async fn a_kept_socket_is_used_for_exactly_its_address() {
         let (same, at) = listening(local(), false);
-        let (other, elsewhere) = listening(own_addr(), false);
+        let (other, elsewhere) = listening(free_addr(), false);
         let mut sockets = handed(vec![("kept.a", same), ("kept.b", other)]);
-        let free = own_addr();
+        let free = free_addr();
         let opened = sockets.open(&config(&[&[at], &[free]]), &Opened::default()).unwrap();
         assert_eq!(locals(&opened), [[at], [free]]);
         sockets.close_unused(&opened);
@@ -515,7 +515,7 @@ mod tests {
         let address = UnixAddr::from_abstract_name(name.as_bytes()).unwrap();
         let supervisor =
             Supervisor::find(&|variable| (variable == "NOTIFY_SOCKET").then(|| format!("@{name}")));
-        let addresses = [(); 2].map(|()| own_addr());
+        let addresses = [(); 2].map(|()| free_addr());
         let mut sockets = Sockets::default();
         let opened = sockets.open(&config(&[&addresses]), &Opened::default()).unwrap();
         sockets.store(&supervisor, &opened);
@@ -549,7 +549,7 @@ mod tests {
     #[tokio::test]
     async fn addresses_change_hands_without_being_bound_anew() {
         let sockets = Sockets::default();
-        let [a, b] = [(); 2].map(|()| own_addr());
+        let [a, b] = [(); 2].map(|()| free_addr());
         let opened = sockets.open(&config(&[&[a], &[b]]), &Opened::default()).unwrap();
         let swapped = sockets.open(&config(&[&[b], &[a]]), &opened).unwrap();
         assert!(swapped.listeners[0].1[0].is(&opened.listeners[1].1[0]));

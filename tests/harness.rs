@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use command_fds::CommandFdExt;
 
-use common::net::{backlog, connect, is_listening, own_addr};
+use common::net::{backlog, connect, free_addr, is_listening};
 use common::process::{Daemon, descendants};
 use common::stub::{self, Stub};
 use common::wait::eventually;
@@ -75,13 +75,13 @@ fn a_port_of_a_stub_is_nobody_elses_afterwards() {
     assert!(socket.bind(&address.into()).is_err(), "somebody else may have it");
     // A server that comes back may.
     let _again = Stub::start_at(address, stub::silent);
-    assert_ne!(own_addr(), address);
+    assert_ne!(free_addr(), address);
 }
 
 #[test]
 fn a_stub_can_be_started_again_while_others_start_programs() {
     const PROGRAMS: usize = 200;
-    let address = own_addr();
+    let address = free_addr();
     let start = || {
         let mut program = Command::new("true");
         // As those for whom descriptors are put in order: the copy of this process lasts longer.

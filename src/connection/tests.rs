@@ -7,7 +7,7 @@ use super::*;
 use crate::ledger::Ledger;
 use crate::peers::Peer;
 use crate::tailnet::{ConnectError, PingReport};
-use crate::test_net::own_addr;
+use crate::test_net::free_addr;
 
 /// Dials a port of this machine, or nothing at all.
 pub(crate) struct Loopback(std::sync::Mutex<Option<SocketAddr>>);
@@ -144,13 +144,13 @@ async fn a_reset_after_the_clients_end_of_stream_is_noticed() {
 #[tokio::test]
 async fn an_upstream_that_refuses_closes_the_client_in_order() {
     let (mut client, accepted, peer) = client().await;
-    served(&service(Some(own_addr()), ProxyProtocol::V2), accepted, peer).await;
+    served(&service(Some(free_addr()), ProxyProtocol::V2), accepted, peer).await;
     assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
 }
 
 /// A service on smtp that holds its clients, and has nothing to connect to.
 async fn holding(limit: Duration, places: usize) -> Service<Loopback> {
-    let mut service = service(Some(own_addr()), ProxyProtocol::V1);
+    let mut service = service(Some(free_addr()), ProxyProtocol::V1);
     service.protocol = Protocol::Smtp;
     service.hold = Hold { limit, places: Arc::new(Semaphore::new(places)), last_dial: Duration::ZERO };
     service

@@ -4,6 +4,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -16,38 +17,33 @@ const ECHO_LIMIT: Duration = Duration::from_secs(30);
 
 /// A port of 127.0.0.1 and ::1 that is nobody else's for the life of this process.
 ///
-/// Asking for port 0 and closing again would hand the port to the next outgoing connection, now and
-/// then. So both sockets stay bound, without listening, and allow address reuse: a server (all of
-/// them set SO_REUSEADDR) can bind and listen, connections before that are refused, and the kernel
-/// gives the port to nobody of its own accord.
+/// It is below those that the kernel gives to outgoing connections and to port 0, so that nobody gets it by
+/// chance. Both sockets stay bound, without listening, and allow address reuse: other processes see that it is
+/// taken, a server (all of them set SO_REUSEADDR) can bind and listen, and connections are refused while there
+/// is none. A server that is gone then still has its port: whoever goes on looking for it there does not come to
+/// another test's server.
 pub fn free_port() -> u16 {
-    const TRIES: usize = 100;
-    for _ in 0..TRIES {
-        let port = v4_port();
-        // The port may be in use on the other family alone.
-        let Ok(v6) = reserve((Ipv6Addr::LOCALHOST, port).into()) else { continue };
-        keep(v6);
-        return port;
+    const FIRST: u32 = 10_000;
+    const COUNT: u32 = 22_000; // up to 32,000: Linux gives away those from 32,768 on
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    // Processes begin at different places, not to try each other's first.
+    let offset = std::process::id().wrapping_mul(977);
+    for _ in 0..COUNT {
+        let next = offset.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = u16::try_from(FIRST + next % COUNT).expect("it is below 65,536");
+        let reserved = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()]
+            .map(|address| reserve(SocketAddr::new(address, port)));
+        if let [Ok(v4), Ok(v6)] = reserved {
+            keep([v4, v6]);
+            return port;
+        }
     }
     panic!("no port is free on both 127.0.0.1 and ::1 (is IPv6 enabled on the loopback interface?)");
 }
 
-/// An address of 127.0.0.1 as [`free_port`] has them. A server that is gone then still has its port: whoever
-/// goes on looking for it there is refused, and does not come to another test's server.
-pub fn own_addr() -> SocketAddr {
-    (Ipv4Addr::LOCALHOST, v4_port()).into()
-}
-
-fn v4_port() -> u16 {
-    let socket = reserve((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback has a free port");
-    let port = socket.local_addr().ok().and_then(|addr| addr.as_socket()).expect("it is bound").port();
-    keep(socket);
-    port
-}
-
-fn keep(socket: Socket) {
+fn keep(sockets: [Socket; 2]) {
     static RESERVED: Mutex<Vec<Socket>> = Mutex::new(Vec::new());
-    RESERVED.lock().unwrap_or_else(PoisonError::into_inner).push(socket);
+    RESERVED.lock().unwrap_or_else(PoisonError::into_inner).extend(sockets);
 }
 
 /// Binds without address reuse, so that a port in use is noticed, and allows reuse only then.

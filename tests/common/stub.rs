@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use socket2::SockRef;
 
-use super::net::own_addr;
+use super::net::free_addr;
 use super::wait::{eventually, wait_for};
 use super::{START_LIMIT, proxy_header};
 
@@ -53,7 +53,7 @@ pub struct Record {
 impl Stub {
     /// Listens on a port of 127.0.0.1, which nobody else gets afterwards.
     pub fn start(script: impl Fn(Conn) + Send + Sync + 'static) -> Stub {
-        Stub::start_at(own_addr(), script)
+        Stub::start_at(free_addr(), script)
     }
 
     /// Listens on this address, so that a server can be stopped and started again; see
