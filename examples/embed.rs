@@ -5,12 +5,12 @@
 //!
 //! The directory keeps the node's identity, so a second start needs no key. The key has to carry the
 //! default tag, `tag:reverse-proxy`. With `TS_CONTROL_URL` it joins a Headscale. A mailbox that
-//! demands a PROXY header greets nobody without: see `tailwart_edge::proxy_header`.
+//! demands a PROXY header greets nobody without: see `tailwart_edge::protocol::proxy_header`.
 
 use std::error::Error;
 
 use tailwart_edge::config::{self, Config};
-use tailwart_edge::credential::Sources;
+use tailwart_edge::tailnet::credential::Sources;
 use tailwart_edge::tailnet::{JoinError, Node, forget_environment};
 use tokio::io::AsyncReadExt;
 

@@ -3,10 +3,10 @@
 //! browsers at `/`, and `/doctor` for our own `doctor`.
 //!
 //! `/livez` is 200 while the process runs. `/readyz` is 200 when mail can be
-//! accepted (see [`crate::overview`]); otherwise 503 with all the reasons as JSON.
+//! accepted (see [`crate::admin::overview`]); otherwise 503 with all the reasons as JSON.
 //!
 //! `/status` is what is known of the node and of each
-//! server of the mailbox, as JSON. `/metrics` is what [`crate::metrics`] has.
+//! server of the mailbox, as JSON. `/metrics` is what [`crate::admin::metrics`] has.
 //! `/doctor` looks at the tailnet through the running node, which may take a
 //! minute and makes connections to the mailbox: one look at a time, 429 for
 //! whoever comes meanwhile.
@@ -24,7 +24,10 @@
 //! likes, makes others wait for a moment: when half of the places are taken, the
 //! rest is for those who ask at once.
 
+pub mod metrics;
+pub mod overview;
 mod page;
+pub mod status;
 
 use std::convert::Infallible;
 use std::net::IpAddr;
@@ -46,14 +49,13 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, error, info};
 
+use crate::admin::metrics::Format;
+use crate::admin::overview::Overview;
+use crate::connection::relay::Reset;
 use crate::doctor::{self, Examiner, NoLook};
-use crate::health::Judgement;
 use crate::listener::ListeningSocket;
-use crate::metrics::Format;
-use crate::overview::Overview;
-use crate::relay::Reset;
-use crate::status;
 use crate::tailnet::{Code, Node};
+use crate::upstream::health::Judgement;
 
 /// Admin connections at once; more wait in the backlog.
 const PLACES: usize = 64;
@@ -291,7 +293,7 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
-    use crate::overview::tests::overview;
+    use crate::admin::overview::tests::overview;
 
     #[tokio::test]
     async fn when_half_of_the_places_are_taken_the_rest_is_for_those_who_ask_at_once() {

@@ -6,6 +6,8 @@
 //! Deliberately not here: doing anything about it, and reading the environment (see
 //! [`crate::config::config_path`]).
 
+pub mod healthcheck;
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
@@ -296,7 +298,8 @@ mod tests {
     #[test]
     fn long_help_teaches() {
         let help = Cli::command().render_long_help().to_string();
-        let variables = crate::credential::VARIABLES.into_iter().chain([crate::config::PATH_VARIABLE]);
+        let variables =
+            crate::tailnet::credential::VARIABLES.into_iter().chain([crate::config::PATH_VARIABLE]);
         let files = [crate::config::DEFAULT_PATH, "/var/lib/tailwart-edge"];
         let codes = ["  0  ", "  1  ", "  2  ", "  3  ", "  4  "];
         let start = ["TS_AUTHKEY=tskey-auth-... tailwart-edge run --upstream stalwart"];

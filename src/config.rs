@@ -17,7 +17,7 @@
 //!
 //! Deliberately not here: looking at the network, at `state_dir` or at `auth_key_file` (a file can
 //! be checked on another machine than the one it is for), and reading the auth key (see
-//! [`crate::credential`]).
+//! [`crate::tailnet::credential`]).
 
 mod clashes;
 mod file;
@@ -96,7 +96,7 @@ pub struct Tailnet {
     /// The control server, for Headscale. Default: `TS_CONTROL_URL`, else `None`, Tailscale's own.
     pub control_url: Option<String>,
     /// A file holding the auth key; the environment goes before it, see
-    /// [`crate::credential::Sources::read`]. Default: `None`.
+    /// [`crate::tailnet::credential::Sources::read`]. Default: `None`.
     pub auth_key_file: Option<PathBuf>,
     /// How long joining may take before the start fails. Default: 15 seconds.
     pub join_timeout: Duration,

@@ -15,6 +15,13 @@
 //! - An abrupt end on one side becomes one on the other; an orderly end stays
 //!   orderly.
 
+pub mod counters;
+pub mod end_state;
+pub mod ledger;
+pub mod limits;
+pub mod refusal;
+pub mod relay;
+
 use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::pin::{Pin, pin};
@@ -29,13 +36,13 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::answer::{self, PublicName};
 use crate::config::{Protocol, ProxyProtocol};
-use crate::end_state::EndState;
-use crate::ledger::{Ended, Page, Visit};
-use crate::proxy_header::proxy_header;
-use crate::relay::{End, FirstWords, Outcome, Reset, Side, Timeouts, relay};
-use crate::trust::HeaderWatch;
+use crate::connection::end_state::EndState;
+use crate::connection::ledger::{Ended, Page, Visit};
+use crate::connection::refusal::PublicName;
+use crate::connection::relay::{End, FirstWords, Outcome, Reset, Side, Timeouts, relay};
+use crate::protocol::header_watch::HeaderWatch;
+use crate::protocol::proxy_header::proxy_header;
 use crate::upstream::{Dial, Failure, Reached, Server, Upstream, UpstreamError};
 
 /// How long the stack may take to accept the header: a new connection's send
@@ -112,7 +119,7 @@ pub async fn serve<D: Dial>(service: &Service<D>, client: &mut TcpStream, peer: 
             let is_gone = matches!(refusal, Refusal::ClientGone { .. });
             visit.end(&refusal.ended(&service.upstream));
             if !is_gone {
-                Box::pin(answer::refuse(client, service.protocol, &service.public_name)).await;
+                Box::pin(refusal::refuse(client, service.protocol, &service.public_name)).await;
             }
         }
     }

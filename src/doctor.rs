@@ -24,7 +24,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use crate::config::{Config, ConfigError};
-use crate::credential::Sources;
+use crate::tailnet::credential::Sources;
 use local::{Addresses, Place, Running};
 use resolver::Resolver;
 

@@ -9,6 +9,7 @@
 //!
 //! A reload works at any time after the node has started, also while it joins.
 
+pub mod reload;
 mod serving;
 
 use std::pin::pin;
@@ -23,23 +24,23 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use crate::admin::overview::Overview;
 use crate::config::Config;
-use crate::credential::Sources;
+use crate::connection::ledger::Ledger;
 use crate::doctor::Examiner;
-use crate::drain::{Request, Signals};
-use crate::health::Board;
-use crate::ledger::Ledger;
+use crate::edge::reload::{ReloadError, Source};
 use crate::listener::BindError;
-use crate::log::Logging;
-use crate::membership::Membership;
-use crate::overview::Overview;
-use crate::peers::Peer;
-use crate::reload::{ReloadError, Source};
-use crate::sockets::{Opened, Sockets};
-use crate::state_dir::{self, StateDirError};
-use crate::supervisor::{Handed, Supervisor};
+use crate::listener::sockets::{Opened, Sockets};
+use crate::process::log::Logging;
+use crate::process::signals::{Request, Signals};
+use crate::process::supervisor::{Handed, Supervisor};
+use crate::support::vital::{UnexpectedEnd, UnexpectedEnds, Vital, Vitals};
+use crate::tailnet::credential::Sources;
+use crate::tailnet::membership::Membership;
+use crate::tailnet::state_dir::{self, StateDirError};
 use crate::tailnet::{JoinError, Node, linked_version};
-use crate::vital::{UnexpectedEnd, UnexpectedEnds, Vital, Vitals};
+use crate::upstream::health::Board;
+use crate::upstream::peers::Peer;
 use serving::{Admin, Parts, Serving};
 
 /// While draining, a connection that waits for its client this long is closed;
@@ -377,7 +378,7 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::log::{self, tests::log_of};
+    use crate::process::log::{self, tests::log_of};
 
     /// An edge that cannot join, as its control server is not there; it is not enrolled.
     fn start(dir: &std::path::Path) -> Start {

@@ -21,80 +21,29 @@
 
 pub mod edge;
 
+pub mod cli;
+
+pub mod admin;
+
+pub mod doctor;
+
 pub mod listener;
 
 pub mod connection;
 
 pub mod upstream;
 
-pub mod proxy_header;
-
-pub mod relay;
-
-pub mod answer;
-
-pub mod end_state;
-
-pub mod ledger;
-
-pub mod repeats;
-
-pub mod trust;
-
-pub mod probe;
-
-pub mod health;
-
-pub mod peers;
-
 pub mod tailnet;
 
-pub mod membership;
-pub mod memory;
-
-pub mod cli;
+pub mod process;
 
 pub mod config;
 
-pub mod credential;
+pub mod protocol;
 
-pub mod secret;
+pub(crate) mod ffi;
 
-pub mod state_dir;
-
-pub mod limits;
-
-pub mod sockets;
-
-pub mod reload;
-
-pub mod supervisor;
-
-pub mod drain;
-
-pub mod admin;
-
-pub mod overview;
-
-pub mod metrics;
-
-pub mod log;
-
-pub mod status;
-
-pub mod healthcheck;
-
-pub mod doctor;
-
-pub mod wall_clock;
-
-pub mod printable;
-
-pub mod http_client;
-
-pub mod output;
-
-pub mod vital;
+pub mod support;
 
 #[cfg(test)]
 #[path = "../tests/common/net.rs"]

@@ -14,6 +14,8 @@
 //! `[::]` sockets take IPv6 only, so that v4 and v6 are configured and fail
 //! each on their own.
 
+pub mod sockets;
+
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -30,10 +32,10 @@ use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
-use crate::answer;
+use crate::connection::ledger::Ended;
+use crate::connection::limits::{ClientLimit, ClientLimitReached};
+use crate::connection::refusal;
 use crate::connection::{self, Service};
-use crate::ledger::Ended;
-use crate::limits::{ClientLimit, ClientLimitReached};
 use crate::upstream::Dial;
 
 /// Connections that wait for a permit in the kernel; capped by
@@ -276,7 +278,7 @@ fn admit<D: Dial>(
     let place = match admission.clients.admit(peer.ip()) {
         Ok(place) => place,
         Err(ClientLimitReached) => {
-            answer::refuse_at_once(&client, service.protocol, &service.public_name);
+            refusal::refuse_at_once(&client, service.protocol, &service.public_name);
             return service.page.enter(peer).end(&Ended::client_limit());
         }
     };
@@ -310,8 +312,8 @@ mod tests {
 
     use super::*;
     use crate::config::ProxyProtocol;
+    use crate::connection::relay::Reset;
     use crate::connection::tests::{Loopback, service, service_to};
-    use crate::relay::Reset;
     use crate::tailnet::{ConnectError, PingReport};
 
     fn admission(connections: usize) -> Admission {
@@ -423,7 +425,7 @@ mod tests {
             let mut client = client(&socket).await;
             assert_eq!(client.read(&mut [0]).await.unwrap_or(0), 0, "it is closed");
             let counters = &service.page.ledger().counters;
-            until(|| counters.count("smtp", crate::end_state::EndState::Internal) == ended).await;
+            until(|| counters.count("smtp", crate::connection::end_state::EndState::Internal) == ended).await;
             until(|| admission.permits.available_permits() == 1).await;
         }
         assert!(!accepting.is_finished());

@@ -10,14 +10,19 @@ use std::sync::Arc;
 
 use clap::{CommandFactory, Parser};
 use clap_complete::Shell;
+use tailwart_edge::admin::status;
+use tailwart_edge::cli::healthcheck;
 use tailwart_edge::cli::{Cli, Command, ConfigArgs, DoctorArgs, EdgeArgs, HealthcheckArgs, StatusArgs};
 use tailwart_edge::config::{self, Config, ConfigError, config_path};
-use tailwart_edge::credential::Sources;
 use tailwart_edge::doctor::{self, Patient};
+use tailwart_edge::edge::reload::Source;
 use tailwart_edge::edge::{self, Start};
-use tailwart_edge::reload::Source;
-use tailwart_edge::supervisor::{Supervisor, handed_over};
-use tailwart_edge::{healthcheck, log, output, status, tailnet};
+use tailwart_edge::process::log;
+use tailwart_edge::process::signals::expect_signals;
+use tailwart_edge::process::supervisor::{Supervisor, handed_over};
+use tailwart_edge::support::output;
+use tailwart_edge::tailnet;
+use tailwart_edge::tailnet::credential::Sources;
 use tokio::runtime::Runtime;
 
 /// Wrong usage or configuration.
@@ -88,7 +93,7 @@ fn check(args: &ConfigArgs) -> Outcome {
 }
 
 fn run(args: &ConfigArgs) -> Outcome {
-    let installed = tailnet::expect_signals();
+    let installed = expect_signals();
     installed.map_err(|error| failure(format!("cannot install signal handlers: {error}")))?;
     let config = load(args).map_err(config_mistakes)?;
     let credentials = Sources::capture(&environment, config.tailnet.auth_key_file.clone());

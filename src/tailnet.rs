@@ -8,8 +8,10 @@
 //! Nothing here falls back to the host's resolver or network: a name that the
 //! tailnet's map does not hold is an error.
 
+pub mod credential;
 mod error;
-mod ffi;
+pub mod membership;
+pub mod state_dir;
 mod status;
 
 use std::fmt;
@@ -28,17 +30,14 @@ use tokio::net::unix::pipe;
 use tokio::sync::watch;
 
 use crate::config;
-use crate::credential::{Credential, Kind};
-use crate::printable::harmless;
-use crate::relay::Reset;
-use crate::vital::{Vital, Vitals};
-use ffi::{Conn, LineSink, Listener, NodeHandle, Setting};
+use crate::connection::relay::Reset;
+use crate::ffi::libtailscale::{Conn, LineSink, Listener, NodeHandle, Setting};
+use crate::support::text::harmless;
+use crate::support::vital::{Vital, Vitals};
+use crate::tailnet::credential::{Credential, Kind};
 
+pub use crate::ffi::libtailscale::{Code, forget_environment, linked_version, set_log_upload, set_memory};
 pub use error::{ConnectError, JoinError};
-pub use ffi::{
-    Code, expect_signals, forget_environment, linked_version, open_connections, run_on_alternate_stack,
-    set_log_upload, set_memory, signals_are_heard, take_inherited_sockets,
-};
 pub use status::{NodeStatus, Trouble};
 
 /// What a ping beneath TCP found out about a peer.

@@ -15,6 +15,10 @@
 //!
 //! Deliberately not here: how long a client waits (see `connection.rs`), and probing.
 
+pub mod health;
+pub mod peers;
+pub mod probe;
+
 use std::fmt;
 use std::future::Future;
 use std::io;
@@ -30,12 +34,12 @@ use tokio::sync::{Mutex, Notify, Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{info, warn};
 
-use crate::end_state::EndState;
-use crate::peers::{Connected, Path, Peer};
-use crate::relay::Reset;
-use crate::repeats::Repeats;
+use crate::connection::end_state::EndState;
+use crate::connection::relay::Reset;
+use crate::protocol::header_watch;
+use crate::support::repeats::Repeats;
 use crate::tailnet::{ConnectError, Node, PingReport, TailnetStream};
-use crate::trust;
+use crate::upstream::peers::{Connected, Path, Peer};
 
 /// How long a peer has to answer the ping that follows a silent connect.
 const PING_LIMIT: Duration = Duration::from_secs(2);
@@ -607,7 +611,7 @@ impl<D: Dial> Upstream<D> {
             return;
         }
         *told = Some(Instant::now());
-        let advice = trust::advice(&self.dialler.addresses());
+        let advice = header_watch::advice(&self.dialler.addresses());
         warn!(listener, upstream = %server, "the mailbox takes the PROXY header for a command, so mail cannot pass: {advice}");
     }
 

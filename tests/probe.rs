@@ -13,9 +13,9 @@ use common::mail::{MailHome, MailServer};
 use common::postfix::Postfix;
 use common::wait::eventually;
 use tailwart_edge::config::Protocol;
-use tailwart_edge::probe::{Finding, ProbeError, Target, probe};
 use tailwart_edge::tailnet::{ConnectError, PingReport};
 use tailwart_edge::upstream::Dial;
+use tailwart_edge::upstream::probe::{Finding, ProbeError, Target, probe};
 use tokio::net::TcpStream;
 
 const LIMIT: Duration = Duration::from_secs(20);

@@ -16,8 +16,8 @@ use hyper::header::{
 use jiff::Timestamp;
 use maud::{DOCTYPE, Markup, PreEscaped, Render, html};
 
-use crate::health::{Seen, State};
-use crate::status::{Details, Line, Status, bytes, lasting};
+use crate::admin::status::{Details, Line, Status, bytes, lasting};
+use crate::upstream::health::{Seen, State};
 
 /// Between two loads.
 const REFRESH_SECONDS: u32 = 5;
@@ -277,7 +277,7 @@ fn connections(status: &Status) -> Markup {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::tests::ANSWER;
+    use crate::admin::status::tests::ANSWER;
 
     fn status() -> Status {
         serde_json::from_str(ANSWER).unwrap()

@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use super::Env;
-use crate::secret::looks_like_key;
+use crate::support::secret::looks_like_key;
 
 /// How many mistakes are printed before "and N more".
 pub(super) const PRINTED: usize = 50;

@@ -4,10 +4,10 @@ use tokio::io::AsyncReadExt;
 use tokio::net::TcpListener;
 
 use super::*;
-use crate::ledger::Ledger;
-use crate::peers::Peer;
+use crate::connection::ledger::Ledger;
 use crate::tailnet::{ConnectError, PingReport};
 use crate::test_net::free_addr;
+use crate::upstream::peers::Peer;
 
 /// Dials a port of this machine, or nothing at all.
 pub(crate) struct Loopback(std::sync::Mutex<Option<SocketAddr>>);

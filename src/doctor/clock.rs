@@ -14,10 +14,10 @@ use tokio_rustls::TlsConnector;
 
 use super::report::Check;
 use super::resolver::{Resolver, connect};
-use crate::http_client;
-use crate::printable::harmless;
-use crate::probe::tls;
-use crate::wall_clock;
+use crate::support::http_client;
+use crate::support::text::harmless;
+use crate::support::wall_clock;
+use crate::upstream::probe::tls;
 
 const NAME: &str = "clock";
 

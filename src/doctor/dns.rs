@@ -3,7 +3,7 @@
 //!
 //! Invariants: a server that does not answer is one failed check and the end of the questions, since
 //! each further one would wait in vain; a question that a server cannot answer is a check of its
-//! own. Host names from the DNS are shown only through [`crate::printable::harmless`].
+//! own. Host names from the DNS are shown only through [`crate::support::text::harmless`].
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;

@@ -19,10 +19,10 @@ use tokio::time::timeout;
 
 use super::report::{Check, Outcome};
 use crate::config::{self, Config, ConfigError, DEFAULT_ADMIN};
-use crate::credential::{Credential, CredentialError, Sources};
 use crate::listener;
-use crate::sockets::ADMIN;
-use crate::state_dir::{self, StateDir, StateDirError};
+use crate::listener::sockets::ADMIN;
+use crate::tailnet::credential::{Credential, CredentialError, Sources};
+use crate::tailnet::state_dir::{self, StateDir, StateDirError};
 
 /// Where Tailscale keeps a node's identity in the state directory.
 const IDENTITY: &str = "tailscaled.state";

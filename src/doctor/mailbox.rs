@@ -12,12 +12,12 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::report::{Check, Outcome};
 use crate::config::{self, Protocol, ProxyProtocol};
-use crate::peers::Peer;
-use crate::probe::{Certificate, Finding, ProbeError, Target, probe};
+use crate::protocol::header_watch;
+use crate::support::wall_clock;
 use crate::tailnet::{ConnectError, Node, PingReport, TailnetStream};
-use crate::trust;
+use crate::upstream::peers::Peer;
+use crate::upstream::probe::{Certificate, Finding, ProbeError, Target, probe};
 use crate::upstream::{Dial, Failure, Silence, Upstream, UpstreamError};
-use crate::wall_clock;
 
 /// How long a mailbox may take to greet and to say goodbye, once connected.
 const TALK_LIMIT: Duration = Duration::from_secs(15);
@@ -138,7 +138,7 @@ fn greeting(
         Err(error @ (ProbeError::HeaderTaken { .. } | ProbeError::ClosedSilently { header: true })) => {
             let text = error.to_string();
             let finding = text.split("; ").next().unwrap_or_default();
-            vec![Check::fail(visit.check("proxy"), finding, trust::advice(own))]
+            vec![Check::fail(visit.check("proxy"), finding, header_watch::advice(own))]
         }
         Err(error) => vec![Check::told(name, Outcome::Fail, error)],
     }
@@ -167,7 +167,7 @@ fn demand(visit: &Visit, without: &Result<Finding, ProbeError>, own: &[IpAddr]) 
     Check::warn(
         name,
         "greets with a PROXY header and without one: that it reads the client's address from it is not proven, and whoever may connect on the tailnet is taken for a client",
-        format!("make it demand the header: {}", trust::advice(own)),
+        format!("make it demand the header: {}", header_watch::advice(own)),
     )
 }
 
@@ -220,7 +220,7 @@ mod tests {
         ] {
             let checks = greeting(&listener("smtp"), &Err(error), &own(), Timestamp::UNIX_EPOCH);
             assert_eq!((&*checks[0].name, checks[0].outcome), ("proxy smtp stalwart:25", Outcome::Fail));
-            assert_eq!(checks[0].remedy.as_deref(), Some(&*trust::advice(&own())), "it is not cut");
+            assert_eq!(checks[0].remedy.as_deref(), Some(&*header_watch::advice(&own())), "it is not cut");
         }
         let without = Err(ProbeError::ClosedSilently { header: false });
         let checks = greeting(&listener("smtp"), &without, &own(), Timestamp::UNIX_EPOCH);

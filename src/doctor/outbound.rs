@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use super::report::Check;
 use super::resolver::{Resolver, connect};
-use crate::printable::harmless;
+use crate::support::text::harmless;
 
 /// A mail server that has taken connections from anywhere for decades.
 pub const DEFAULT_SERVER: &str = "gmail-smtp-in.l.google.com:25";

@@ -1,13 +1,13 @@
 //! What the doctor says: checks, and the two ways to print them.
 //!
 //! Invariant: whatever text comes in, from the network or from another program, what goes out is
-//! harmless (see `printable.rs`).
+//! harmless (see `text.rs`).
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::printable::harmless;
+use crate::support::text::harmless;
 
 /// How a check went.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]

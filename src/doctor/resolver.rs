@@ -18,7 +18,7 @@ use thiserror::Error;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::printable::harmless;
+use crate::support::text::harmless;
 
 /// How long an answer may take, repetitions included.
 const QUESTION_LIMIT: Duration = Duration::from_secs(5);

@@ -23,10 +23,10 @@ use super::local::{Place, Running, is_enrolled};
 use super::mailbox::{self, Visit};
 use super::report::{Check, Outcome};
 use crate::config::{self, Config};
-use crate::http_client::get_from;
+use crate::support::http_client::get_from;
+use crate::support::wall_clock;
 use crate::tailnet::{ConnectError, JoinError, Node, NodeStatus, PingReport, Trouble};
 use crate::upstream::Silence;
-use crate::wall_clock;
 
 /// The path at which a running edge looks by itself.
 pub const PATH: &str = "/doctor";

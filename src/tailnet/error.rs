@@ -5,7 +5,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::Code;
-use crate::credential::CredentialError;
+use crate::tailnet::credential::CredentialError;
 
 /// Why the node could not start or join; the text of each ends with what to do.
 #[derive(Debug, Error)]

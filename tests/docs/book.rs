@@ -5,9 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+use tailwart_edge::admin::status::Status;
 use tailwart_edge::config::{Config, KEYS};
-use tailwart_edge::end_state::EndState;
-use tailwart_edge::status::Status;
+use tailwart_edge::connection::end_state::EndState;
 
 use crate::common::repo_root;
 use crate::pages::{self, BOOK, Page, resolve};
@@ -95,7 +95,9 @@ fn metrics(file: &str) -> Vec<String> {
 #[test]
 fn every_metric_is_on_its_page() {
     let page = Page::read(&Path::new(BOOK).join("reference/metrics.md")).text;
-    for (file, prefix) in [("src/metrics.rs", "tailwart_edge_"), ("src/metrics/process.rs", "process_")] {
+    for (file, prefix) in
+        [("src/admin/metrics.rs", "tailwart_edge_"), ("src/admin/metrics/process.rs", "process_")]
+    {
         let names = metrics(file);
         assert!(names.len() >= 5, "{file}: only {names:?}");
         for name in names {

@@ -4,7 +4,7 @@
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpStream};
 
-use tailwart_edge::end_state::EndState;
+use tailwart_edge::connection::end_state::EndState;
 
 use crate::common::edge::{Builder, Edge, Listener};
 use crate::common::http;
@@ -267,7 +267,7 @@ fn of_limits(edge: &Edge) {
 /// What failed somebody is in the list of failures, and nothing else.
 fn failures_are_listed(edge: &Edge) {
     let status = http::get(edge.addr("admin"), "/status").body;
-    let status: tailwart_edge::status::Status = serde_json::from_str(&status).expect("it is JSON");
+    let status: tailwart_edge::admin::status::Status = serde_json::from_str(&status).expect("it is JSON");
     let mut listed: Vec<&str> = status.failures.iter().map(|failure| &*failure.end).collect();
     listed.sort_unstable();
     assert_eq!(listed, ["AC", "AC", "DD", "PQ", "SC", "SD", "SH", "sC", "sL", "sQ"]);

@@ -291,7 +291,7 @@ fn of_the_process(edge: &Edge) {
     near("process_threads", edge.threads() as f64, 4.0);
     let resident = edge.rss_kb() as f64 * 1024.0;
     near("process_resident_memory_bytes", resident, resident / 5.0);
-    let now = tailwart_edge::wall_clock::now().as_second() as f64;
+    let now = tailwart_edge::support::wall_clock::now().as_second() as f64;
     near("process_start_time_seconds", now - 60.0, 60.0 + 2.0);
     assert!(value(edge, "process_cpu_seconds_total") > 0.0);
     assert!(value(edge, "tailwart_edge_go_goroutines") > 5.0);

@@ -7,7 +7,7 @@ use std::io::Read;
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 
-use tailwart_edge::status::Status;
+use tailwart_edge::admin::status::Status;
 
 use crate::common::chromium::{View, look, measure};
 use crate::common::edge::{Builder, Edge, Listener};

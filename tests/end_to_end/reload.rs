@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tailwart_edge::status::{ListenerView, Status};
+use tailwart_edge::admin::status::{ListenerView, Status};
 use tempfile::TempDir;
 
 use crate::common::client::LineClient;

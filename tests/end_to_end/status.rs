@@ -4,7 +4,7 @@ use std::io::Read;
 use std::net::{SocketAddr, TcpStream};
 
 use serde_json::Value;
-use tailwart_edge::status::Status;
+use tailwart_edge::admin::status::Status;
 
 use crate::common::edge::{Edge, Listener};
 use crate::common::net::{client_from, connect, free_addr, hears_itself};

@@ -4,7 +4,7 @@
 //! `Clone`, `Display` or comparable, its `Debug` prints `[secret]`, and its memory is cleared when
 //! it is dropped.
 //!
-//! Deliberately not here: where secrets come from (see [`crate::credential`]), and clearing the
+//! Deliberately not here: where secrets come from (see [`crate::tailnet::credential`]), and clearing the
 //! copies others hold (the process environment, which the caller removes the variable from, and the
 //! copy Go made of it when it was loaded).
 

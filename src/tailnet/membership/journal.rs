@@ -8,9 +8,9 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
-use crate::log::list;
+use crate::process::log::list;
+use crate::support::wall_clock;
 use crate::tailnet::{NodeStatus, Trouble};
-use crate::wall_clock;
 
 /// A key that expires is warned about when it has this many days left, and again at the next.
 const EXPIRY_WARNINGS: [i64; 3] = [1, 7, 30];

@@ -9,7 +9,6 @@
 //! Deliberately not here: serving it (see [`crate::admin`]).
 
 mod classic;
-mod counters;
 mod order;
 mod process;
 
@@ -25,15 +24,13 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::health::{Board, Listening, Monitor, State};
-use crate::ledger::{Ledger, Open, STAGES};
+use crate::connection::ledger::{Ledger, Open, STAGES};
 use crate::tailnet::{Figures, NodeStatus, Route, linked_version};
+use crate::upstream::health::{Board, Listening, Monitor, State};
 use classic::classic;
 use order::ordered;
 
-pub use counters::{Counters, ListenerCounters, Totals};
-
-const PREFIX: &str = "tailwart_edge";
+use crate::connection::counters::PREFIX;
 
 /// The formats there are: Prometheus asks for OpenMetrics, `curl` and `promtool` for the classic one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -308,7 +305,7 @@ fn node_metrics(registry: &mut Registry, node: &NodeStatus) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::end_state::EndState;
+    use crate::connection::end_state::EndState;
 
     fn text_of(node: &NodeStatus, ledger: &Ledger, format: Format) -> String {
         let sources = Sources {

@@ -20,7 +20,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::printable::harmless;
+use crate::support::text::harmless;
 
 /// More than any answer that is expected.
 const ANSWER_BYTES: usize = 1 << 20;

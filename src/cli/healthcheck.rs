@@ -12,7 +12,7 @@ use hyper::Response;
 use hyper::body::Bytes;
 use serde::Deserialize;
 
-use crate::http_client::ask_edge;
+use crate::support::http_client::ask_edge;
 
 /// How long the edge may take to answer.
 const LIMIT: Duration = Duration::from_secs(3);

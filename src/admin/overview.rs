@@ -26,13 +26,14 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing_appender::non_blocking::ErrorCounter;
 
-use crate::health::{Board, Judgement, Listening, Monitor, NOT_REACHED_YET};
-use crate::ledger::{Ledger, Open};
-use crate::limits::network_of;
-use crate::metrics::{self, Format};
-use crate::status::{ClientView, ListenerView, MemoryView, NodeView, Status, UpstreamView};
+use crate::admin::metrics::{self, Format};
+use crate::admin::status::{ClientView, ListenerView, MemoryView, NodeView, Status, UpstreamView};
+use crate::connection::ledger::{Ledger, Open};
+use crate::connection::limits::network_of;
+use crate::process::memory;
+use crate::support::wall_clock;
 use crate::tailnet::{Figures, Node, NodeStatus, linked_version};
-use crate::{memory, wall_clock};
+use crate::upstream::health::{Board, Judgement, Listening, Monitor, NOT_REACHED_YET};
 
 /// Connections that are listed; of more the oldest are.
 const CONNECTIONS: usize = 200;
@@ -215,8 +216,8 @@ fn clients(connections: &[Open]) -> Vec<ClientView> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::end_state::EndState;
-    use crate::ledger::Ended;
+    use crate::connection::end_state::EndState;
+    use crate::connection::ledger::Ended;
     use crate::tailnet::Trouble;
 
     fn ready_node() -> NodeStatus {

@@ -21,7 +21,7 @@ use rustix::process::{Resource, getrlimit};
 use tokio::sync::Semaphore;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::memory::MemoryLimit;
+use crate::process::memory::MemoryLimit;
 
 /// Descriptors that are not connections: standard streams, tokio, the node's
 /// sockets and state files, DERP and control connections, admin requests.

@@ -27,12 +27,12 @@ use tracing::{info, warn};
 
 use crate::config;
 use crate::connection::Service;
-use crate::peers::Peer;
-use crate::probe::{Certificate, Finding, ProbeError, Target, probe};
+use crate::protocol::header_watch;
+use crate::support::wall_clock;
 use crate::tailnet::ConnectError;
-use crate::trust;
+use crate::upstream::peers::Peer;
+use crate::upstream::probe::{Certificate, Finding, ProbeError, Target, probe};
 use crate::upstream::{Dial, Server, Silence, UpstreamError};
-use crate::wall_clock;
 
 /// How long one probe may take. Mail servers make strangers wait for their greeting, some for 20
 /// seconds.
@@ -415,7 +415,7 @@ fn take_in<D: Dial>(
             service.upstream.found(server, false);
             let advice = match problem {
                 ProbeError::HeaderTaken { .. } | ProbeError::ClosedSilently { header: true } => {
-                    format!(": {}", trust::advice(&dialler.addresses()))
+                    format!(": {}", header_watch::advice(&dialler.addresses()))
                 }
                 _ => String::new(),
             };

@@ -9,7 +9,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 
 use super::*;
-use crate::relay::Reset;
+use crate::connection::relay::Reset;
 use crate::tailnet::PingReport;
 
 /// Long enough for a busy machine.

@@ -17,7 +17,7 @@
 //!
 //! Deliberately not here: anything about protocols in which the client speaks
 //! first (there the header's effect cannot be told from the client's), and
-//! anything active, see [`crate::probe`].
+//! anything active, see [`crate::upstream::probe`].
 
 use std::net::IpAddr;
 use std::time::Duration;

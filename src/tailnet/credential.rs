@@ -6,7 +6,7 @@
 //! enrol again finds what was put there since. Only regular files are read, since a pipe or a
 //! terminal in their place could make the edge wait for ever.
 //!
-//! Deliberately not here: deciding whether a credential is needed (see [`crate::membership`]), and
+//! Deliberately not here: deciding whether a credential is needed (see [`crate::tailnet::membership`]), and
 //! making an auth key from the other kinds (libtailscale's `credential.go`).
 
 use std::fmt;
@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use zeroize::Zeroizing;
 
 use crate::config::Env;
-use crate::secret::{Secret, looks_like_key};
+use crate::support::secret::{Secret, looks_like_key};
 
 /// The most that is read of a file; keys have about 60 bytes, identity tokens some thousand.
 const MAX_BYTES: u64 = 16 * 1024;

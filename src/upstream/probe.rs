@@ -32,10 +32,10 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::config::Protocol;
-use crate::printable::harmless_up_to;
-use crate::proxy_header::LOCAL;
+use crate::protocol::header_watch::Language;
+use crate::protocol::proxy_header::LOCAL;
+use crate::support::text::harmless_up_to;
 use crate::tailnet::ConnectError;
-use crate::trust::Language;
 use crate::upstream::{Dial, Silence};
 use talk::Talk;
 

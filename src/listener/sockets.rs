@@ -30,8 +30,8 @@ use tracing::{info, warn};
 
 use crate::config::{Config, DEFAULT_ADMIN, Listener};
 use crate::listener::{BindError, ListeningSocket, bind};
-use crate::log::list;
-use crate::supervisor::{Handed, Supervisor};
+use crate::process::log::list;
+use crate::process::supervisor::{Handed, Supervisor};
 
 /// What the names of our own sockets in the supervisor's store begin with.
 const KEPT: &str = "kept.";

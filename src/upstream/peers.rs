@@ -31,9 +31,9 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::warn;
 
+use crate::support::vital::{Vital, Vitals};
 use crate::tailnet::{ConnectError, PingReport, Route};
 use crate::upstream::Dial;
-use crate::vital::{Vital, Vitals};
 
 /// How many looks in a row must have found nothing of a peer.
 const LOOKS: u32 = 5;

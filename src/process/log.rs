@@ -24,7 +24,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
 use crate::config::{Log, LogFormat};
-use crate::vital;
+use crate::support::vital;
 
 /// Lines that may wait: more than the connections that there usually may be, since at a stop all that
 /// are quiet end at once.
@@ -149,7 +149,7 @@ pub(crate) mod tests {
         let line: serde_json::Value = serde_json::from_str(log.trim()).expect(&log);
         let message = line["message"].as_str().unwrap_or_default();
         assert_eq!(line["level"], "ERROR");
-        assert!(message.starts_with("panicked at src/log.rs:"), "{message}");
+        assert!(message.starts_with("panicked at src/process/log.rs:"), "{message}");
         assert!(message.ends_with(": a bug in two lines; please report this"), "{message}");
     }
 }

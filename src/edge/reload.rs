@@ -18,9 +18,9 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::config::{Config, ConfigError, Env, Listener, config_path};
-use crate::credential::VARIABLES;
 use crate::listener::BindError;
-use crate::log::list;
+use crate::process::log::list;
+use crate::tailnet::credential::VARIABLES;
 
 /// How long reading the file may take. Only a network file system takes any time.
 const READ_LIMIT: Duration = Duration::from_secs(10);

@@ -20,9 +20,9 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, error, info, warn};
 
 use crate::config;
-use crate::credential::{Credential, Sources};
-use crate::log::list;
-use crate::output;
+use crate::process::log::list;
+use crate::support::output;
+use crate::tailnet::credential::{Credential, Sources};
 use crate::tailnet::{JoinError, Node, NodeStatus, Trouble};
 use journal::{Journal, Moment};
 use pace::{LOOK, Pace};

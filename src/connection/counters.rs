@@ -9,8 +9,10 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::PREFIX;
-use crate::end_state::EndState;
+use crate::connection::end_state::EndState;
+
+/// What the names of all metrics begin with.
+pub(crate) const PREFIX: &str = "tailwart_edge";
 
 /// A dial inside the tailnet takes a round trip, or five seconds and more when WireGuard has to repeat
 /// a handshake.
@@ -42,7 +44,7 @@ struct OfRefusal {
 #[derive(Debug)]
 pub struct Counters {
     /// For who shows them.
-    pub(super) registry: Registry,
+    pub(crate) registry: Registry,
     ended: Family<OfEnd, Counter>,
     refused: Family<OfRefusal, Counter>,
     sent: Family<OfListener, Counter>,

@@ -16,9 +16,9 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::health::{Seen, State};
-use crate::http_client::{ask_edge, cannot_ask};
-use crate::ledger::{ConnectionView, Failure};
+use crate::connection::ledger::{ConnectionView, Failure};
+use crate::support::http_client::{ask_edge, cannot_ask};
+use crate::upstream::health::{Seen, State};
 
 /// The path at which the admin port says it.
 pub const PATH: &str = "/status";

@@ -30,7 +30,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
-use crate::trust::{HeaderWatch, Verdict};
+use crate::protocol::header_watch::{HeaderWatch, Verdict};
 
 /// Bytes moved per read. With 64 KiB a wake of the network stack (about
 /// 60 kB) is taken in one read; smaller ones cost a call into Go each.

@@ -23,12 +23,12 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 use tracing::info;
 
-use crate::end_state::EndState;
-use crate::limits::network_of;
-use crate::metrics::{Counters, ListenerCounters};
-use crate::repeats::Repeats;
+use crate::connection::counters::{Counters, ListenerCounters};
+use crate::connection::end_state::EndState;
+use crate::connection::limits::network_of;
+use crate::support::repeats::Repeats;
+use crate::support::wall_clock;
 use crate::upstream::Server;
-use crate::wall_clock;
 
 /// Kinds of failures that are kept to be shown.
 const FAILURES: usize = 30;
