@@ -24,6 +24,7 @@
 //! likes, makes others wait for a moment: when half of the places are taken, the
 //! rest is for those who ask at once.
 
+pub mod board;
 pub mod metrics;
 pub mod overview;
 mod page;
@@ -49,13 +50,13 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, error, info};
 
+use crate::admin::board::Judgement;
 use crate::admin::metrics::Format;
 use crate::admin::overview::Overview;
-use crate::connection::relay::Reset;
 use crate::doctor::{self, Examiner, NoLook};
 use crate::listener::ListeningSocket;
 use crate::tailnet::{Code, Node};
-use crate::upstream::health::Judgement;
+use crate::upstream::dial::Reset;
 
 /// Admin connections at once; more wait in the backlog.
 const PLACES: usize = 64;

@@ -36,14 +36,17 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Protocol, ProxyProtocol};
 use crate::connection::end_state::EndState;
 use crate::connection::ledger::{Ended, Page, Visit};
 use crate::connection::refusal::PublicName;
-use crate::connection::relay::{End, FirstWords, Outcome, Reset, Side, Timeouts, relay};
+use crate::connection::relay::{End, FirstWords, Outcome, Side, Timeouts, relay};
 use crate::protocol::header_watch::HeaderWatch;
 use crate::protocol::proxy_header::proxy_header;
-use crate::upstream::{Dial, Failure, Reached, Server, Upstream, UpstreamError};
+use crate::protocol::{Protocol, ProxyProtocol};
+use crate::tailnet::ConnectError;
+use crate::upstream::dial::Dial;
+use crate::upstream::dial::Reset;
+use crate::upstream::{Failure, Reached, Server, Upstream, UpstreamError};
 
 /// How long the stack may take to accept the header: a new connection's send
 /// buffer is empty, so it is immediate unless the connection has failed.
@@ -66,7 +69,7 @@ pub struct Service<D> {
     /// What is spoken on it.
     pub protocol: Protocol,
     /// Where its connections go.
-    pub upstream: Upstream<D>,
+    pub upstream: Arc<Upstream<D>>,
     /// The header that they demand.
     pub proxy_protocol: ProxyProtocol,
     /// How long they may be silent.
@@ -416,7 +419,7 @@ impl Refusal {
             Refusal::ClientGone { held: true } => {
                 (EndState::ClientLeftHeld, "client left while it was held".to_owned())
             }
-            Refusal::Away(error) => (error.end_state(), format!("cannot reach {upstream}: {}", error.what())),
+            Refusal::Away(error) => (away(error), format!("cannot reach {upstream}: {}", error.what())),
             Refusal::HoldEnded(error) => {
                 let is_denied = error.as_ref().is_some_and(UpstreamError::is_denied);
                 let state = if is_denied { EndState::PolicyDenied } else { EndState::HoldEnded };
@@ -430,6 +433,22 @@ impl Refusal {
             }
         };
         Ended { state, why }
+    }
+}
+
+/// How a connection ends whose upstream cannot be reached.
+fn away(error: &UpstreamError) -> EndState {
+    let all = |kind: fn(&Failure) -> bool| error.failures().all(kind);
+    if all(|failure| *failure == Failure::Connect(ConnectError::NotRunning)) {
+        EndState::NoTailnet
+    } else if error.is_denied() {
+        EndState::PolicyDenied
+    } else if all(|failure| matches!(failure, Failure::Silent { .. })) {
+        EndState::ServerSilent
+    } else if all(|failure| matches!(failure, Failure::Wordless | Failure::Header(_))) {
+        EndState::ServerWordless
+    } else {
+        EndState::ServerUnreachable
     }
 }
 

@@ -24,6 +24,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use crate::admin::board::Board;
 use crate::admin::overview::Overview;
 use crate::config::Config;
 use crate::connection::ledger::Ledger;
@@ -39,7 +40,6 @@ use crate::tailnet::credential::Sources;
 use crate::tailnet::membership::Membership;
 use crate::tailnet::state_dir::{self, StateDirError};
 use crate::tailnet::{JoinError, Node, linked_version};
-use crate::upstream::health::Board;
 use crate::upstream::peers::Peer;
 use serving::{Admin, Parts, Serving};
 

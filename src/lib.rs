@@ -2,22 +2,16 @@
 //! mailbox, byte for byte, with a PROXY protocol header that names the real
 //! client. It joins the tailnet itself and decrypts nothing.
 //!
-//! The modules in reading order: [`edge`] joins the parts; [`listener`]
-//! accepts; [`connection`] is one client's life: [`upstream`] dials,
-//! [`proxy_header`] writes, [`relay`] moves the bytes, [`answer`] speaks when
-//! there is no mailbox that could; [`ledger`] has who is connected, and how it ended
-//! ([`end_state`]), and [`repeats`] how often that is told. [`trust`] recognises a mailbox that takes the
-//! header for commands, [`probe`] looks whether one is well and [`health`] keeps
-//! looking; [`peers`] notices one that is gone. [`tailnet`] is the node and the C
-//! boundary, [`membership`] its life. The rest is what an operator touches: [`cli`],
-//! [`config`], [`credential`], [`secret`], [`state_dir`], [`limits`], [`sockets`],
-//! [`reload`], [`supervisor`], [`drain`], [`admin`], [`overview`], [`metrics`], [`log`],
-//! [`status`], [`healthcheck`], [`doctor`], and what several of them need: [`wall_clock`],
-//! [`printable`], [`http_client`], [`output`], [`vital`].
+//! The modules in reading order, each on a floor of its own or beside one that does not need it: a module uses
+//! only those below. [`edge`] starts, reloads and stops the rest; [`cli`] has the arguments and the commands that ask
+//! a running edge; [`admin`] is what an operator is shown, [`doctor`] what is wrong with a set-up. A client's way
+//! is [`listener`], [`connection`], [`upstream`], [`tailnet`]. [`process`] is the process among others,
+//! [`config`] checked settings, [`protocol`] what is said on the wire, `ffi` the only `unsafe`, [`support`] small
+//! things that know nothing of the rest.
 //!
 //! `ARCHITECTURE.md` has the picture and the invariants.
 
-#![deny(clippy::print_stdout, clippy::print_stderr)] // see `output`
+#![deny(clippy::print_stdout, clippy::print_stderr)] // see `support::output`
 
 pub mod edge;
 

@@ -36,7 +36,7 @@ use crate::connection::ledger::Ended;
 use crate::connection::limits::{ClientLimit, ClientLimitReached};
 use crate::connection::refusal;
 use crate::connection::{self, Service};
-use crate::upstream::Dial;
+use crate::upstream::dial::Dial;
 
 /// Connections that wait for a permit in the kernel; capped by
 /// net.core.somaxconn (4096 by default).
@@ -311,10 +311,10 @@ mod tests {
     use tokio::time::{sleep, timeout};
 
     use super::*;
-    use crate::config::ProxyProtocol;
-    use crate::connection::relay::Reset;
     use crate::connection::tests::{Loopback, service, service_to};
+    use crate::protocol::ProxyProtocol;
     use crate::tailnet::{ConnectError, PingReport};
+    use crate::upstream::dial::Reset;
 
     fn admission(connections: usize) -> Admission {
         let permits = Arc::new(Semaphore::new(connections));

@@ -30,7 +30,6 @@ use tokio::net::unix::pipe;
 use tokio::sync::watch;
 
 use crate::config;
-use crate::connection::relay::Reset;
 use crate::ffi::libtailscale::{Conn, LineSink, Listener, NodeHandle, Setting};
 use crate::support::text::harmless;
 use crate::support::vital::{Vital, Vitals};
@@ -506,6 +505,13 @@ pub struct TailnetStream {
     conn: Conn,
 }
 
+impl TailnetStream {
+    /// Ends the connection with a RST.
+    pub fn reset(&mut self) {
+        self.conn.abort();
+    }
+}
+
 impl AsyncRead for TailnetStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
@@ -529,12 +535,6 @@ impl AsyncWrite for TailnetStream {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(self.conn.shutdown().map_err(io::Error::from))
-    }
-}
-
-impl Reset for TailnetStream {
-    fn reset(&mut self) {
-        self.conn.abort();
     }
 }
 

@@ -1,6 +1,6 @@
 //! Where a listener's connections go, and how long to try.
 //!
-//! [`Dial`] is the seam to the network: the tailnet in production, anything that makes streams in
+//! [`dial`] is the seam to the network: the tailnet in production, anything that makes streams in
 //! tests. [`Upstream::connect`] tries each server once, in the order of the configuration, and says
 //! of each why it could not be reached; when one was met by silence it finds out what can be known:
 //! an access rule that denies a port swallows the SYN, and not every peer says so.
@@ -15,30 +15,27 @@
 //!
 //! Deliberately not here: how long a client waits (see `connection.rs`), and probing.
 
+pub mod dial;
 pub mod health;
 pub mod peers;
 pub mod probe;
 
 use std::fmt;
-use std::future::Future;
 use std::io;
 use std::mem::Discriminant;
-use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Mutex, Notify, Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{info, warn};
 
-use crate::connection::end_state::EndState;
-use crate::connection::relay::Reset;
 use crate::protocol::header_watch;
 use crate::support::repeats::Repeats;
-use crate::tailnet::{ConnectError, Node, PingReport, TailnetStream};
+use crate::tailnet::{ConnectError, PingReport};
+use crate::upstream::dial::Dial;
 use crate::upstream::peers::{Connected, Path, Peer};
 
 /// How long a peer has to answer the ping that follows a silent connect.
@@ -88,51 +85,6 @@ const DISTRUST_INTERVAL: Duration = Duration::from_secs(600);
 /// How often a minute it is told that no server can be reached, for each kind of reason: an upstream
 /// may come and go.
 const TOLD_PER_MINUTE: u32 = 3;
-
-/// Makes connections to peers.
-pub trait Dial: Send + Sync + 'static {
-    /// A connection.
-    type Stream: AsyncRead + AsyncWrite + Reset + Unpin + Send;
-
-    /// Connects to a port of a peer. Dropping the future gives up and frees
-    /// everything; it has no time limit of its own.
-    fn dial(&self, host: &str, port: u16) -> impl Future<Output = Result<Self::Stream, ConnectError>> + Send;
-
-    /// Looks for a sign of life of a peer for up to `limit`.
-    fn ping(
-        &self,
-        host: &str,
-        limit: Duration,
-    ) -> impl Future<Output = Result<PingReport, ConnectError>> + Send;
-
-    /// Resets every connection to a peer's address.
-    fn abort(&self, _: IpAddr) {}
-
-    /// The addresses that peers see us come from; none while that is not known.
-    fn addresses(&self) -> Vec<IpAddr> {
-        Vec::new()
-    }
-}
-
-impl Dial for Node {
-    type Stream = TailnetStream;
-
-    async fn dial(&self, host: &str, port: u16) -> Result<TailnetStream, ConnectError> {
-        self.connect(host, port).await
-    }
-
-    async fn ping(&self, host: &str, limit: Duration) -> Result<PingReport, ConnectError> {
-        Node::ping(self, host, limit).await
-    }
-
-    fn abort(&self, peer: IpAddr) {
-        self.abort_peer(peer);
-    }
-
-    fn addresses(&self) -> Vec<IpAddr> {
-        self.status().borrow().ips.clone()
-    }
-}
 
 /// The mailbox's servers as one listener sees them, and how to reach them.
 #[derive(Debug)]
@@ -327,22 +279,6 @@ impl UpstreamError {
         let each: Vec<_> =
             self.failures.iter().map(|(server, failure)| format!("{server}: {}", what(failure))).collect();
         each.join(", ")
-    }
-
-    /// How a connection ends for it.
-    pub fn end_state(&self) -> EndState {
-        let all = |kind: fn(&Failure) -> bool| self.failures().all(kind);
-        if all(|failure| *failure == Failure::Connect(ConnectError::NotRunning)) {
-            EndState::NoTailnet
-        } else if self.is_denied() {
-            EndState::PolicyDenied
-        } else if all(|failure| matches!(failure, Failure::Silent { .. })) {
-            EndState::ServerSilent
-        } else if all(|failure| matches!(failure, Failure::Wordless | Failure::Header(_))) {
-            EndState::ServerWordless
-        } else {
-            EndState::ServerUnreachable
-        }
     }
 
     /// Whether the tailnet's policy denies every server's port.

@@ -12,9 +12,9 @@ use common::log::Log;
 use common::mail::{MailHome, MailServer};
 use common::postfix::Postfix;
 use common::wait::eventually;
-use tailwart_edge::config::Protocol;
+use tailwart_edge::protocol::Protocol;
 use tailwart_edge::tailnet::{ConnectError, PingReport};
-use tailwart_edge::upstream::Dial;
+use tailwart_edge::upstream::dial::Dial;
 use tailwart_edge::upstream::probe::{Finding, ProbeError, Target, probe};
 use tokio::net::TcpStream;
 

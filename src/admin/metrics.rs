@@ -24,9 +24,10 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::admin::board::{Board, Listening};
 use crate::connection::ledger::{Ledger, Open, STAGES};
 use crate::tailnet::{Figures, NodeStatus, Route, linked_version};
-use crate::upstream::health::{Board, Listening, Monitor, State};
+use crate::upstream::health::{Monitor, State};
 use classic::classic;
 use order::ordered;
 
@@ -359,7 +360,7 @@ mod tests {
         let listener = Listening {
             removed: false,
             name: "smtp".into(),
-            protocol: crate::config::Protocol::Smtp,
+            protocol: crate::protocol::Protocol::Smtp,
             addresses: vec![],
             upstream: "stalwart:25".into(),
         };

@@ -26,6 +26,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing_appender::non_blocking::ErrorCounter;
 
+use crate::admin::board::{Board, Judgement, Listening, NOT_REACHED_YET};
 use crate::admin::metrics::{self, Format};
 use crate::admin::status::{ClientView, ListenerView, MemoryView, NodeView, Status, UpstreamView};
 use crate::connection::ledger::{Ledger, Open};
@@ -33,7 +34,7 @@ use crate::connection::limits::network_of;
 use crate::process::memory;
 use crate::support::wall_clock;
 use crate::tailnet::{Figures, Node, NodeStatus, linked_version};
-use crate::upstream::health::{Board, Judgement, Listening, Monitor, NOT_REACHED_YET};
+use crate::upstream::health::Monitor;
 
 /// Connections that are listed; of more the oldest are.
 const CONNECTIONS: usize = 200;
@@ -289,7 +290,7 @@ pub(crate) mod tests {
     async fn the_state_has_who_is_connected_and_what_became_of_others() {
         let listeners = vec![Listening {
             name: "smtp".into(),
-            protocol: crate::config::Protocol::Smtp,
+            protocol: crate::protocol::Protocol::Smtp,
             addresses: vec!["0.0.0.0:25".parse().unwrap()],
             upstream: "stalwart:25".into(),
             removed: false,

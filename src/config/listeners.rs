@@ -15,7 +15,8 @@ use std::time::Duration;
 use super::clashes::Claim;
 use super::mistakes::{At, Mistakes, Place};
 use super::reader::{Found, Table};
-use super::{Listener, Protocol, ProxyProtocol, Upstream, values};
+use super::{Listener, Upstream, values};
+use crate::protocol::{Protocol, ProxyProtocol};
 
 /// What `[upstream]` and `--upstream` give to listeners that name nothing of their own.
 pub(super) struct Shared {

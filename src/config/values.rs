@@ -11,7 +11,8 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{Env, LogFormat, Protocol, ProxyProtocol};
+use super::{Env, LogFormat};
+use crate::protocol::{Protocol, ProxyProtocol};
 use crate::support::secret::looks_like_key;
 
 /// The longest duration taken: no time-out of this program makes sense beyond a week, and sums with
@@ -102,7 +103,7 @@ pub(super) const CONTROL_URL: Kind<String> = Kind {
 };
 
 /// The admin listener's name, in the log and among socket units.
-const ADMIN_NAME: &str = crate::listener::sockets::ADMIN;
+const ADMIN_NAME: &str = super::ADMIN;
 
 pub(super) const NAME: Kind<String> = Kind {
     expected: "1 to 63 letters, digits, hyphens, underscores and dots",

@@ -21,7 +21,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::config::Protocol;
+use crate::protocol::Protocol;
 
 /// How long the client may take to accept the text: it fits into any window.
 const WRITE_LIMIT: Duration = Duration::from_secs(5);

@@ -52,20 +52,6 @@ thread_local! {
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER_BYTES].into_boxed_slice());
 }
 
-/// A stream that can be ended abruptly.
-pub trait Reset {
-    /// Ends the connection with a RST, now or when it is dropped.
-    fn reset(&mut self);
-}
-
-impl Reset for tokio::net::TcpStream {
-    fn reset(&mut self) {
-        // With zero linger the close sends RST. A socket that is already gone
-        // needs none.
-        let _ = self.set_zero_linger();
-    }
-}
-
 /// One of the two parties of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {

@@ -39,7 +39,7 @@ pub(crate) fn service_to<D: Dial>(dialler: D, proxy_protocol: ProxyProtocol) -> 
     Service {
         name: "smtp".into(),
         protocol: Protocol::Tcp,
-        upstream: Upstream::new(Arc::new(dialler), vec![peer], 25, minute),
+        upstream: Arc::new(Upstream::new(Arc::new(dialler), vec![peer], 25, minute)),
         proxy_protocol,
         timeouts: Timeouts { idle: minute, half_close: minute, quiet: minute },
         hold: Hold { limit: Duration::ZERO, places: Arc::new(Semaphore::new(10)), last_dial: Duration::ZERO },

@@ -15,7 +15,8 @@ use tokio::time::timeout;
 use super::local::Addresses;
 use super::report::Check;
 use super::resolver::{Resolver, Unanswered};
-use crate::config::{Config, Protocol};
+use crate::config::Config;
+use crate::protocol::Protocol;
 
 /// All questions together; each has a limit of its own.
 const LIMIT: Duration = Duration::from_secs(60);

@@ -18,9 +18,8 @@ use rustix::fs::Access;
 use tokio::time::timeout;
 
 use super::report::{Check, Outcome};
-use crate::config::{self, Config, ConfigError, DEFAULT_ADMIN};
+use crate::config::{self, ADMIN, Config, ConfigError, DEFAULT_ADMIN};
 use crate::listener;
-use crate::listener::sockets::ADMIN;
 use crate::tailnet::credential::{Credential, CredentialError, Sources};
 use crate::tailnet::state_dir::{self, StateDir, StateDirError};
 

@@ -11,13 +11,15 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 
 use super::report::{Check, Outcome};
-use crate::config::{self, Protocol, ProxyProtocol};
+use crate::config;
 use crate::protocol::header_watch;
+use crate::protocol::{Protocol, ProxyProtocol};
 use crate::support::wall_clock;
 use crate::tailnet::{ConnectError, Node, PingReport, TailnetStream};
+use crate::upstream::dial::Dial;
 use crate::upstream::peers::Peer;
 use crate::upstream::probe::{Certificate, Finding, ProbeError, Target, probe};
-use crate::upstream::{Dial, Failure, Silence, Upstream, UpstreamError};
+use crate::upstream::{Failure, Silence, Upstream, UpstreamError};
 
 /// How long a mailbox may take to greet and to say goodbye, once connected.
 const TALK_LIMIT: Duration = Duration::from_secs(15);

@@ -19,7 +19,7 @@ use tracing::{info, warn};
 
 use crate::config::{Config, ConfigError, Env, Listener, config_path};
 use crate::listener::BindError;
-use crate::process::log::list;
+use crate::support::text::list;
 use crate::tailnet::credential::VARIABLES;
 
 /// How long reading the file may take. Only a network file system takes any time.

@@ -22,8 +22,9 @@ use tracing::{info, warn};
 
 use super::QUIET;
 use crate::admin;
+use crate::admin::board::{Board, Listening, Outlook};
 use crate::admin::overview::Overview;
-use crate::config::{self, Config};
+use crate::config::{self, ADMIN, Config};
 use crate::connection::ledger::Ledger;
 use crate::connection::limits::{ClientLimit, ConnectionLimit, Permits, connection_limit};
 use crate::connection::refusal::PublicName;
@@ -31,17 +32,19 @@ use crate::connection::relay::Timeouts;
 use crate::connection::{Hold, Service};
 use crate::doctor::Examiner;
 use crate::edge::reload::Changes;
-use crate::listener::sockets::{ADMIN, Opened, Socket, Sockets};
+use crate::listener::sockets::{Opened, Socket, Sockets};
 use crate::listener::{self, Admission, BindError};
 use crate::process::log::Logging;
 use crate::process::memory::MemoryLimit;
 use crate::process::signals::{Drained, Signals};
 use crate::process::supervisor::Supervisor;
+use crate::protocol::ProxyProtocol;
 use crate::support::vital::{Vital, Vitals};
 use crate::tailnet::{Node, set_memory};
-use crate::upstream::Upstream;
-use crate::upstream::health::{self, Board, Listening, Monitor, Outlook, State};
+use crate::upstream::health::{self, Monitor, State};
 use crate::upstream::peers::{Peer, Peers};
+use crate::upstream::probe::Target;
+use crate::upstream::{Server, Upstream};
 
 /// How long those who wait for a tailnet that refuses this edge may take to read the answer.
 const TURN_AWAY_LIMIT: Duration = Duration::from_secs(3);
@@ -359,7 +362,12 @@ impl Serving {
         let service = Arc::new(Service {
             name: listener.name.clone(),
             protocol: listener.protocol,
-            upstream: Upstream::new(Arc::clone(&self.parts.node), servers, *port, definition.connect),
+            upstream: Arc::new(Upstream::new(
+                Arc::clone(&self.parts.node),
+                servers,
+                *port,
+                definition.connect,
+            )),
             proxy_protocol: listener.proxy_protocol,
             timeouts: Timeouts {
                 idle: listener.idle_timeout,
@@ -372,7 +380,7 @@ impl Serving {
             page: self.parts.ledger.page(&listener.name, listener.upstream.to_string()),
         });
         let servers = service.upstream.servers().iter();
-        let monitors = servers.map(|server| Arc::new(Monitor::new(&service, server))).collect();
+        let monitors = servers.map(|server| Arc::new(monitor(&service, server))).collect();
         let (accepting, probing) = (Vec::new(), Vec::new());
         Port { definition, service, sockets, accepting, monitors, probing }
     }
@@ -508,18 +516,29 @@ impl Port {
         self.probing.clear();
         for (monitor, server) in self.monitors.iter_mut().zip(self.service.upstream.servers()) {
             if settings.interval.is_zero() {
-                *monitor = Arc::new(Monitor::new(&self.service, server));
+                *monitor = Arc::new(self::monitor(&self.service, server));
                 self.service.upstream.unprobed(server);
                 continue;
             }
-            let (service, server, node) = (Arc::clone(&self.service), Arc::clone(server), Arc::clone(node));
-            let monitor = Arc::clone(monitor);
+            let (server, node) = (Arc::clone(server), Arc::clone(node));
+            let (monitor, upstream) = (Arc::clone(monitor), Arc::clone(&self.service.upstream));
             monitor.begin();
-            let name = format!("probe {server} for {}", service.name);
-            let probing = health::keep_probing(monitor, service, server, node, settings);
+            let name = format!("probe {server} for {}", self.service.name);
+            let probing = health::keep_probing(monitor, upstream, server, node, settings);
             self.probing.push(vitals.spawn(name, probing));
         }
     }
+}
+
+/// For one server of a listener's service.
+fn monitor(service: &Service<Node>, server: &Server) -> Monitor {
+    let target = Target {
+        host: server.host().to_owned(),
+        port: server.port,
+        protocol: service.protocol,
+        header: service.proxy_protocol != ProxyProtocol::Off,
+    };
+    Monitor::new(&service.name, target, server)
 }
 
 fn announce(listener: &str, socket: &Socket) {

@@ -28,10 +28,10 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use socket2::{Domain, SockRef, Type};
 use tracing::{info, warn};
 
-use crate::config::{Config, DEFAULT_ADMIN, Listener};
+use crate::config::{ADMIN, Config, DEFAULT_ADMIN, Listener};
 use crate::listener::{BindError, ListeningSocket, bind};
-use crate::process::log::list;
 use crate::process::supervisor::{Handed, Supervisor};
+use crate::support::text::list;
 
 /// What the names of our own sockets in the supervisor's store begin with.
 const KEPT: &str = "kept.";
@@ -39,9 +39,6 @@ const KEPT: &str = "kept.";
 /// As many sockets as the packaged unit has the supervisor keep; of more than its own limit it says
 /// nothing.
 const STORE_MAX: usize = 64;
-
-/// The admin listener's name, in the log and among socket units.
-pub const ADMIN: &str = "admin";
 
 /// An open socket, in the place of an address of the configuration.
 #[derive(Clone, Debug)]

@@ -92,12 +92,6 @@ fn tell_panic(panic: &PanicHookInfo<'_>) {
     }
 }
 
-/// Several values of one field, as people write them; none is no field.
-pub fn list<T: fmt::Display>(items: &[T]) -> Option<String> {
-    let items: Vec<String> = items.iter().map(ToString::to_string).collect();
-    (!items.is_empty()).then(|| items.join(", "))
-}
-
 fn format(settings: Log, writer: &NonBlocking, colour: bool) -> Formatter {
     let layer = tracing_subscriber::fmt::layer().with_target(false).with_writer(writer.clone());
     match settings.format {
@@ -117,12 +111,6 @@ fn choose(settings: Log, directives: Option<&str>) -> EnvFilter {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-
-    #[test]
-    fn several_values_are_one_text_and_none_is_nothing() {
-        assert_eq!(list(&["tag:a", "tag:b"]).as_deref(), Some("tag:a, tag:b"));
-        assert_eq!(list::<String>(&[]), None);
-    }
 
     const JSON: Log = Log { level: tracing::Level::INFO, format: LogFormat::Json, repeats: 0 };
 
@@ -144,7 +132,7 @@ pub(crate) mod tests {
 
     #[test]
     fn a_panic_is_a_line_of_the_log() {
-        let (log, succeeds) = log_of("log::tests::panics");
+        let (log, succeeds) = log_of("process::log::tests::panics");
         assert!(succeeds, "{log}");
         let line: serde_json::Value = serde_json::from_str(log.trim()).expect(&log);
         let message = line["message"].as_str().unwrap_or_default();

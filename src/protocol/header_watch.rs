@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::config::Protocol;
+use crate::protocol::Protocol;
 
 /// How much of a line is looked at: enough for a status with its enhanced
 /// status, and for Exim's "554 SMTP synchronization error".

@@ -20,7 +20,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use ppp::{v1, v2};
 
-use crate::config::ProxyProtocol;
+use crate::protocol::ProxyProtocol;
 
 /// The v2 header of a connection that is on nobody's behalf (section 2.2):
 /// receivers go on with our own address. Its length is 0, as the reader of some
@@ -31,7 +31,7 @@ pub const LOCAL: [u8; 16] = *b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
 /// socket. `None` if the listener wants none.
 ///
 /// ```
-/// use tailwart_edge::config::ProxyProtocol;
+/// use tailwart_edge::protocol::ProxyProtocol;
 /// use tailwart_edge::proxy_header::proxy_header;
 ///
 /// let (client, local) = ("192.0.2.7:50123".parse()?, "198.51.100.1:25".parse()?);

@@ -1,9 +1,11 @@
-//! Text from elsewhere, fit to be printed: in a log line, on a terminal, in an answer.
+//! Text fit to be printed: in a log line, on a terminal, in an answer.
 //!
-//! Invariant: whatever comes in, what goes out is printable ASCII of bounded length on one line.
+//! Invariant: whatever text comes in from elsewhere, what goes out of [`harmless`] is printable ASCII of bounded length on one line.
 //!
 //! Deliberately not here: hiding what is secret (see `secret.rs`), and text from the control server,
 //! which passes `words.go` before it leaves the library.
+
+use std::fmt;
 
 /// The most characters that [`harmless`] leaves; the doctor's advice on trust has some 900.
 const CHARS: usize = 1500;
@@ -28,6 +30,12 @@ pub fn harmless_up_to(chars: usize, text: &str) -> String {
     shown
 }
 
+/// Several values of one field, as people write them; none is no field.
+pub fn list<T: fmt::Display>(items: &[T]) -> Option<String> {
+    let items: Vec<String> = items.iter().map(ToString::to_string).collect();
+    (!items.is_empty()).then(|| items.join(", "))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -43,5 +51,11 @@ mod tests {
     fn only_what_is_longer_is_cut() {
         assert_eq!(harmless_up_to(3, " abc\n"), "abc");
         assert_eq!(harmless_up_to(3, "abcd"), "abc...");
+    }
+
+    #[test]
+    fn several_values_are_one_text_and_none_is_nothing() {
+        assert_eq!(list(&["tag:a", "tag:b"]).as_deref(), Some("tag:a, tag:b"));
+        assert_eq!(list::<String>(&[]), None);
     }
 }

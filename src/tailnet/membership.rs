@@ -20,8 +20,8 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, error, info, warn};
 
 use crate::config;
-use crate::process::log::list;
 use crate::support::output;
+use crate::support::text::list;
 use crate::tailnet::credential::{Credential, Sources};
 use crate::tailnet::{JoinError, Node, NodeStatus, Trouble};
 use journal::{Journal, Moment};

@@ -8,31 +8,26 @@
 //! - That this edge is off the tailnet or has no network is nobody's fault there: such a probe
 //!   counts for nothing.
 //!
-//! What they find is judged here too: whether any listener can serve its clients ([`Board::judge`]).
-//!
-//! Deliberately not here: what a probe does (see `probe.rs`), and what clients get meanwhile (see
-//! `upstream.rs`: a server that is down is tried last).
+//! Deliberately not here: what a probe does (see `probe.rs`), what clients get meanwhile (see
+//! `upstream.rs`: a server that is down is tried last), and whether the edge is ready for all that (see
+//! `admin/board.rs`).
 
 use std::mem::Discriminant;
-use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
 use crate::config;
-use crate::connection::Service;
 use crate::protocol::header_watch;
 use crate::support::wall_clock;
 use crate::tailnet::ConnectError;
-use crate::upstream::peers::Peer;
+use crate::upstream::dial::Dial;
 use crate::upstream::probe::{Certificate, Finding, ProbeError, Target, probe};
-use crate::upstream::{Dial, Server, Silence, UpstreamError};
+use crate::upstream::{Server, Silence, Upstream};
 
 /// How long one probe may take. Mail servers make strangers wait for their greeting, some for 20
 /// seconds.
@@ -47,9 +42,6 @@ const FAST: Duration = Duration::from_secs(2);
 /// A certificate that ends sooner than this has not been renewed when it should have been: Let's
 /// Encrypt's clients renew 30 days before the end.
 const RENEWAL_DUE: SignedDuration = SignedDuration::from_hours(14 * 24);
-
-/// What is told before the first probe has ended.
-pub const NOT_REACHED_YET: &str = "the mailbox was not reached yet";
 
 /// Whether a server is well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,20 +115,23 @@ impl Default for Seen {
 }
 
 impl Monitor {
-    /// For a server of a listener's service, which is not probed before [`Monitor::begin`].
-    pub fn new<D: Dial>(service: &Service<D>, server: &Server) -> Monitor {
+    /// For a server of this listener, which is not probed before [`Monitor::begin`].
+    pub fn new(listener: &str, target: Target, server: &Server) -> Monitor {
+        let (listener, upstream) = (listener.to_owned(), server.to_string());
+        Monitor { listener, upstream, target, seen: Mutex::default() }
+    }
+
+    /// One that has found this state and problem, for tests of what is made of it.
+    #[cfg(test)]
+    pub(crate) fn in_state(state: State, problem: Option<&str>) -> Monitor {
         let target = Target {
-            host: server.host().to_owned(),
-            port: server.port,
-            protocol: service.protocol,
-            header: service.proxy_protocol != config::ProxyProtocol::Off,
+            host: "stalwart".into(),
+            port: 993,
+            protocol: crate::protocol::Protocol::Imaps,
+            header: true,
         };
-        Monitor {
-            listener: service.name.clone(),
-            upstream: server.to_string(),
-            target,
-            seen: Mutex::default(),
-        }
+        let seen = Mutex::new(Seen { state, problem: problem.map(str::to_owned), ..Seen::default() });
+        Monitor { listener: "imaps".into(), upstream: "stalwart:993".into(), target, seen }
     }
 
     /// It is probed from now on.
@@ -207,143 +202,10 @@ impl Monitor {
     }
 }
 
-/// A listener and what is known of the servers that it needs.
-#[derive(Debug)]
-pub struct Outlook {
-    listener: String,
-    is_mail: bool,
-    /// One for each server; empty when nothing is probed.
-    monitors: Vec<Arc<Monitor>>,
-    /// Why no server could be reached at the last attempt.
-    away: watch::Receiver<Option<UpstreamError>>,
-    /// How often one was reached.
-    successes: Arc<AtomicU64>,
-}
-
-/// Whether a listener can serve its clients.
-#[derive(Debug, PartialEq, Eq)]
-enum Verdict {
-    Yes,
-    /// Nobody has tried, and nobody probes.
-    Untried,
-    /// No server is known to be up, and not all are known to be down.
-    NotYetKnown,
-    /// Why not.
-    No(String),
-}
-
-impl Outlook {
-    /// Of a listener's service, of all that is probed.
-    pub fn new<D: Dial>(service: &Service<D>, probed: &[Arc<Monitor>]) -> Outlook {
-        let monitors = probed.iter().filter(|monitor| monitor.listener == service.name);
-        Outlook {
-            listener: service.name.clone(),
-            is_mail: service.protocol.is_mail(),
-            monitors: monitors.cloned().collect(),
-            away: service.upstream.watch_away(),
-            successes: service.upstream.watch_successes(),
-        }
-    }
-
-    fn verdict(&self) -> Verdict {
-        if self.monitors.is_empty() {
-            return match &*self.away.borrow() {
-                Some(error) if error.blames_a_server() => Verdict::No(error.to_string()),
-                None if self.successes.load(Ordering::Relaxed) > 0 => Verdict::Yes,
-                _ => Verdict::Untried,
-            };
-        }
-        let seen: Vec<(&Monitor, Seen)> =
-            self.monitors.iter().map(|monitor| (&**monitor, monitor.seen())).collect();
-        let is_any = |state| seen.iter().any(|(_, seen)| seen.state == state);
-        if is_any(State::Up) {
-            return Verdict::Yes;
-        }
-        if is_any(State::Unknown) {
-            return Verdict::NotYetKnown;
-        }
-        let problems = seen.iter().map(|(monitor, seen)| {
-            let problem = seen.problem.as_deref().unwrap_or("it is well again, and has yet to prove it");
-            format!("{}: {problem}", monitor.upstream)
-        });
-        Verdict::No(problems.collect::<Vec<_>>().join("; "))
-    }
-}
-
-/// What speaks against sending clients here.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Judgement {
-    /// Why nobody should be sent; empty when clients can be served.
-    pub reasons: Vec<String>,
-    /// What is wrong besides.
-    pub warnings: Vec<String>,
-}
-
-/// A listener as it is served.
-#[derive(Clone, Debug)]
-pub struct Listening {
-    /// Its name.
-    pub name: String,
-    /// What is spoken there.
-    pub protocol: config::Protocol,
-    /// Where clients come in.
-    pub addresses: Vec<SocketAddr>,
-    /// Where its connections go.
-    pub upstream: String,
-    /// Whether it is gone, and only its connections may be left.
-    pub removed: bool,
-}
-
-/// Every server that is probed, and how many clients wait for one.
-#[derive(Debug)]
-pub struct Board {
-    /// One for each listener and server.
-    pub monitors: Vec<Arc<Monitor>>,
-    /// The ports as they are served, and after them those that are gone.
-    pub listeners: Vec<Listening>,
-    /// One for each listener.
-    pub outlooks: Vec<Outlook>,
-    /// The mailbox's nodes, as long as anything goes there.
-    pub peers: Vec<Weak<Peer>>,
-}
-
-impl Board {
-    /// Of an edge that serves nothing.
-    #[cfg(test)]
-    pub fn empty() -> Board {
-        Board { monitors: Vec::new(), listeners: Vec::new(), outlooks: Vec::new(), peers: Vec::new() }
-    }
-
-    /// Whether mail can be passed on: as long as one mail listener has a server that answers, what is
-    /// wrong with others is a warning. Without a mail listener, all listeners count. One that is not probed
-    /// and that nobody has tried yet speaks neither for nor against it.
-    pub fn judge(&self) -> Judgement {
-        let any_mail = self.outlooks.iter().any(|outlook| outlook.is_mail);
-        let (counting, others): (Vec<&Outlook>, Vec<&Outlook>) =
-            self.outlooks.iter().partition(|outlook| outlook.is_mail || !any_mail);
-        let verdicts: Vec<Verdict> = counting.iter().map(|outlook| outlook.verdict()).collect();
-        let mut judgement = Judgement { reasons: complaints(&counting), warnings: complaints(&others) };
-        if verdicts.contains(&Verdict::Yes) {
-            judgement.warnings.splice(0..0, std::mem::take(&mut judgement.reasons));
-        } else if verdicts.contains(&Verdict::NotYetKnown) {
-            judgement.reasons.insert(0, NOT_REACHED_YET.to_owned());
-        }
-        judgement
-    }
-}
-
-fn complaints(outlooks: &[&Outlook]) -> Vec<String> {
-    let complaint = |outlook: &&Outlook| match outlook.verdict() {
-        Verdict::No(why) => Some(format!("listener {}: no upstream answers: {why}", outlook.listener)),
-        _ => None,
-    };
-    outlooks.iter().filter_map(complaint).collect()
-}
-
-/// Probes one server of a service for as long as it is not dropped.
+/// Probes one server for as long as it is not dropped.
 pub async fn keep_probing<D: Dial>(
     monitor: Arc<Monitor>,
-    service: Arc<Service<D>>,
+    upstream: Arc<Upstream<D>>,
     server: Arc<Server>,
     dialler: Arc<D>,
     settings: config::Probe,
@@ -352,7 +214,7 @@ pub async fn keep_probing<D: Dial>(
         let began = Instant::now();
         let result = probe(&*dialler, &monitor.target, PROBE_LIMIT).await;
         if let Some(result) = explained(&*dialler, &monitor.target.host, result).await {
-            take_in(&monitor, &service, &server, &*dialler, &settings, &result);
+            take_in(&monitor, &upstream, &server, &*dialler, &settings, &result);
         }
         let pause = if monitor.is_settled() { settings.interval } else { settings.interval.min(FAST) };
         tokio::select! {
@@ -391,35 +253,35 @@ async fn explained<D: Dial>(
 /// Notes and tells what a probe has found.
 fn take_in<D: Dial>(
     monitor: &Monitor,
-    service: &Service<D>,
+    upstream: &Upstream<D>,
     server: &Server,
     dialler: &D,
     settings: &config::Probe,
     result: &Result<Finding, ProbeError>,
 ) {
     let changed = monitor.note(result, settings);
-    let (listener, upstream) = (&monitor.listener, &monitor.upstream);
+    let (listener, name) = (&monitor.listener, &monitor.upstream);
     match result {
         Ok(finding) => {
             server.greeted(Instant::now());
-            service.upstream.found(server, monitor.seen().state == State::Up);
+            upstream.found(server, monitor.seen().state == State::Up);
             if changed {
                 let (greeting, connect_ms) = (&finding.greeting, finding.connect.as_millis() as u64);
-                info!(listener, %upstream, greeting, connect_ms, "the mailbox is well");
+                info!(listener, upstream = %name, greeting, connect_ms, "the mailbox is well");
             }
             if let Some(certificate) = &finding.certificate {
                 monitor.look_at_end(certificate);
             }
         }
         Err(problem) if changed => {
-            service.upstream.found(server, false);
+            upstream.found(server, false);
             let advice = match problem {
                 ProbeError::HeaderTaken { .. } | ProbeError::ClosedSilently { header: true } => {
                     format!(": {}", header_watch::advice(&dialler.addresses()))
                 }
                 _ => String::new(),
             };
-            warn!(listener, %upstream, "the mailbox is not well: {problem}{advice}");
+            warn!(listener, upstream = %name, "the mailbox is not well: {problem}{advice}");
         }
         Err(_) => {}
     }
@@ -428,8 +290,7 @@ fn take_in<D: Dial>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Protocol;
-    use crate::upstream::Failure;
+    use crate::protocol::Protocol;
 
     const SETTINGS: config::Probe = config::Probe { interval: Duration::from_secs(30), rise: 2, fall: 3 };
 
@@ -522,87 +383,5 @@ mod tests {
         assert!(!told(15 * 24));
         assert!(told(13 * 24) && told(-1));
         assert!(!told(89 * 24));
-    }
-
-    /// A listener whose servers are in these states; without any it is not probed, and away.
-    fn outlook(listener: &str, is_mail: bool, states: &[State]) -> Outlook {
-        let in_state = |state: &State| {
-            let monitor = monitor();
-            let mut seen = monitor.seen.lock().unwrap();
-            seen.state = *state;
-            seen.problem = (*state == State::Down).then(|| "it is ill".to_owned());
-            drop(seen);
-            Arc::new(monitor)
-        };
-        Outlook {
-            listener: listener.into(),
-            is_mail,
-            monitors: states.iter().map(in_state).collect(),
-            away: away_for(ConnectError::Refused),
-            successes: Arc::default(),
-        }
-    }
-
-    fn away_for(reason: ConnectError) -> watch::Receiver<Option<UpstreamError>> {
-        watch::channel(Some(UpstreamError::of("stalwart:993", Failure::Connect(reason)))).1
-    }
-
-    fn judge(outlooks: Vec<Outlook>) -> Judgement {
-        Board { outlooks, ..Board::empty() }.judge()
-    }
-
-    fn judgement(reasons: &[&str], warnings: &[&str]) -> Judgement {
-        let texts = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect();
-        Judgement { reasons: texts(reasons), warnings: texts(warnings) }
-    }
-
-    const SMTP: &str = "listener smtp: no upstream answers: stalwart:993: it is ill";
-    const WEB: &str = "listener web: no upstream answers: stalwart:993: it is ill";
-
-    #[test]
-    fn one_mail_listener_that_is_served_is_enough() {
-        use State::{Down, Unknown, Up};
-        assert_eq!(judge(vec![outlook("smtp", true, &[Down, Up])]), judgement(&[], &[]), "failover");
-        let imaps = || outlook("imaps", true, &[Up]);
-        assert_eq!(judge(vec![outlook("smtp", true, &[Down]), imaps()]), judgement(&[], &[SMTP]));
-        assert_eq!(judge(vec![outlook("smtp", true, &[Unknown]), imaps()]), judgement(&[], &[]));
-        let web = || outlook("web", false, &[Down]);
-        assert_eq!(judge(vec![web(), imaps()]), judgement(&[], &[WEB]));
-        assert_eq!(judge(vec![web(), outlook("smtp", true, &[Down])]), judgement(&[SMTP], &[WEB]));
-        assert_eq!(
-            judge(vec![outlook("web", false, &[Up]), outlook("smtp", true, &[Down])]),
-            judgement(&[SMTP], &[])
-        );
-        assert_eq!(judge(vec![web()]), judgement(&[WEB], &[]), "nothing else is served here");
-    }
-
-    #[test]
-    fn nobody_is_ready_before_the_first_probe() {
-        use State::{Down, Unknown};
-        let unknown = outlook("imaps", true, &[Down, Unknown]);
-        assert_eq!(
-            judge(vec![outlook("smtp", true, &[Down]), unknown]),
-            judgement(&[NOT_REACHED_YET, SMTP], &[])
-        );
-    }
-
-    #[test]
-    fn without_a_probe_the_last_attempt_counts() {
-        let away = || outlook("smtp", true, &[]);
-        let why = format!("listener smtp: no upstream answers: {}", ConnectError::Refused);
-        assert_eq!(judge(vec![away()]), judgement(&[&why], &[]));
-        // That this edge had no tailnet then is not the mailbox's fault.
-        for away_since in [watch::channel(None).1, away_for(ConnectError::NotRunning)] {
-            assert_eq!(judge(vec![Outlook { away: away_since.clone(), ..away() }]), judgement(&[], &[]));
-            let untried = Outlook { away: away_since, ..outlook("imaps", true, &[]) };
-            assert_eq!(
-                judge(vec![away(), untried]),
-                judgement(&[&why], &[]),
-                "it says nothing for the other"
-            );
-        }
-        let reached = Arc::new(AtomicU64::new(1));
-        let reached = Outlook { away: watch::channel(None).1, successes: reached, ..away() };
-        assert_eq!(judge(vec![away(), reached]), judgement(&[], &[&why]));
     }
 }

@@ -33,7 +33,7 @@ use tracing::warn;
 
 use crate::support::vital::{Vital, Vitals};
 use crate::tailnet::{ConnectError, PingReport, Route};
-use crate::upstream::Dial;
+use crate::upstream::dial::Dial;
 
 /// How many looks in a row must have found nothing of a peer.
 const LOOKS: u32 = 5;

@@ -31,12 +31,13 @@ use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::config::Protocol;
+use crate::protocol::Protocol;
 use crate::protocol::header_watch::Language;
 use crate::protocol::proxy_header::LOCAL;
 use crate::support::text::harmless_up_to;
 use crate::tailnet::ConnectError;
-use crate::upstream::{Dial, Silence};
+use crate::upstream::Silence;
+use crate::upstream::dial::Dial;
 use talk::Talk;
 
 /// How long connecting may take, as for a client's connection by default; what

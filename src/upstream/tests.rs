@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::net::TcpStream;
 
 use super::*;
+use crate::upstream::dial::Reset;
 
 /// Never connects; answers a ping with what it is given, after a second.
 struct Silent {

@@ -12,6 +12,7 @@ mod blocks;
 mod book;
 mod commands;
 mod errors;
+mod floors;
 mod links;
 mod pages;
 mod reference;

@@ -6,7 +6,8 @@ use std::path::Path;
 
 use clap::CommandFactory;
 use tailwart_edge::cli::Cli;
-use tailwart_edge::config::{Config, DefaultValue, KEYS, Key, Protocol};
+use tailwart_edge::config::{Config, DefaultValue, KEYS, Key};
+use tailwart_edge::protocol::Protocol;
 
 use crate::common::repo_root;
 use crate::pages::BOOK;

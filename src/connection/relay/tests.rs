@@ -8,7 +8,8 @@ use tokio::time::{advance, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::config::Protocol;
+use crate::protocol::Protocol;
+use crate::upstream::dial::Reset;
 
 const TIMEOUTS: Timeouts = Timeouts {
     idle: Duration::from_secs(35 * 60),

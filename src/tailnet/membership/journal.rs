@@ -8,7 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
-use crate::process::log::list;
+use crate::support::text::list;
 use crate::support::wall_clock;
 use crate::tailnet::{NodeStatus, Trouble};
 

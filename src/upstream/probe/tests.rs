@@ -9,8 +9,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 
 use super::*;
-use crate::connection::relay::Reset;
 use crate::tailnet::PingReport;
+use crate::upstream::dial::Reset;
 
 /// Long enough for a busy machine.
 const LIMIT: Duration = Duration::from_secs(20);
