@@ -217,4 +217,4 @@ demo: deps ## a mailbox, a tailnet and the edge on this machine, one message thr
 	@$(CARGO) run --quiet --locked --example demo
 
 clean: ## remove everything that was built
-	rm -rf target dist
+	rm -rf target dist go.work go.work.sum

@@ -12,11 +12,13 @@ import (
 )
 
 // What one direction of a connection may hold. The floor is everybody's; the rest
-// comes out of the budget. Half of a receive buffer is window, the other half is for
-// what segments cost beside their bytes.
+// comes out of the budget. A receive buffer is twice as large: half of it is window, the
+// other half is for what segments cost beside their bytes.
 const (
-	sendFloor = 64 << 10
-	recvFloor = 128 << 10
+	mostFloor  = 64 << 10
+	leastFloor = 4 << 10
+	// floorParts is how many times the budget all floors together may be.
+	floorParts = 4
 	// What one connection can use: Tailscale's own maxima
 	// (wgengine/netstack/netstack_tcpbuf_default.go).
 	sendMost = 6 << 20
@@ -24,27 +26,34 @@ const (
 )
 
 const (
-	// sendNarrow is the send buffer in the place of any other limit while writes are
-	// small. A segment costs some 700 bytes beside those that it carries, and the stack
-	// joins none that wait: a byte at a time, the floor alone would be 45 MB.
-	sendNarrow = 512
+	// narrowPart of the floor is the size of the send buffer while writes are small,
+	// whatever the limit. A segment costs some 700 bytes beside those that it carries, and
+	// the stack joins none that wait: a byte at a time, a floor of 64 KiB would be 45 MB.
+	narrowPart  = 256
+	leastNarrow = leastFloor / narrowPart
 	// smallWrite is a write that costs more than twice its bytes.
 	smallWrite = 512
 	// manySmall is how many small writes more than large ones make a send buffer narrow.
 	// A blocked client's next bytes come together, as one larger write.
-	manySmall = 64
+	manySmall = 32
 )
 
 const (
 	// balanceInterval is how often shares change: often enough to follow a slow start,
 	// which doubles within a round trip.
 	balanceInterval = 20 * time.Millisecond
+	// balancePauseMost bounds the pause that follows a division which took long.
+	balancePauseMost = time.Second
 	// quietAfter is how long a direction may move nothing before it counts as stalled:
 	// it keeps what it holds and gets no more.
 	quietAfter = time.Second
 	// segmentBytes is what a segment carries: an MTU of 1,280 without IPv6 and TCP.
 	segmentBytes = 1220
-	// defaultBudget is for who sets none: enough for 1 Gb/s at 100 ms.
+	// forgetting is how fast what a direction could use is forgotten: half of it within a
+	// second.
+	forgetting = 64
+	// defaultBudget is for who sets none: at a round trip of 100 ms 1.3 Gb/s to the peers,
+	// half of that from them.
 	defaultBudget = 16 << 20
 )
 
@@ -80,8 +89,9 @@ type direction struct {
 	blocked atomic.Bool  // the last write was not taken whole
 
 	share
-	narrow    bool  // sendNarrow counts in the place of the limit
-	applied   int64 // the limit that the stack has
+	narrow    bool  // the size for small writes counts in the place of the limit
+	applied   int64 // the size that the stack has
+	lowered   bool  // since the last division: what moved may have been taken before
 	lastMoved time.Time
 }
 
@@ -107,14 +117,21 @@ func (b *budget) max() int64 {
 	return b.total
 }
 
+// floor is that of a connection that is made now, for what it sends: the more there are,
+// the less, so that all floors together are bounded too.
+func (b *budget) floor() int64 {
+	open := int64(max(conns.count(), 1))
+	return max(leastFloor, min(b.max()*floorParts/open/3, mostFloor)) // and twice that to receive
+}
+
 // join brings a connection into the budget, with the floor at first. It is in both
 // places before the next division, which may take it out of both.
 func (b *budget) join(c *conn) *flow {
 	f := &flow{owner: c, ep: c.ep}
-	f.send.share = share{floor: sendFloor, most: sendMost, want: sendFloor, limit: sendFloor, held: sendFloor}
-	f.recv.share = share{floor: recvFloor, most: recvMost, want: recvFloor, limit: recvFloor, held: recvFloor}
-	f.send.applied, f.recv.applied = sendSize(sendFloor, c.sizes.areSmall), recvFloor
+	f.send.share = newShare(c.floor, sendMost)
+	f.recv.share = newShare(2*c.floor, recvMost)
 	f.send.narrow = c.sizes.areSmall
+	f.send.applied, f.recv.applied = f.send.size(), f.recv.size()
 	f.send.lastMoved = time.Now()
 	f.recv.lastMoved = f.send.lastMoved
 	b.mu.Lock()
@@ -147,7 +164,7 @@ func (b *budget) run() {
 		if !b.balance(now, now.Sub(last)) {
 			return
 		}
-		last, pause = now, max(balanceInterval, 50*time.Since(now))
+		last, pause = now, min(max(balanceInterval, 50*time.Since(now)), balancePauseMost)
 	}
 }
 
@@ -172,14 +189,28 @@ func (b *budget) balance(now time.Time, elapsed time.Duration) bool {
 // apply gives the stack the limits that have changed.
 func (f *flow) apply() {
 	options := f.ep.SocketOptions()
-	if size := sendSize(f.send.limit, f.send.narrow); size != f.send.applied {
-		f.send.applied = size
+	if size, changed := f.send.resize(); changed {
 		options.SetSendBufferSize(size, true) // wakes who waits to write
 	}
-	if f.recv.limit != f.recv.applied {
-		f.recv.applied = f.recv.limit
-		options.SetReceiveBufferSize(f.recv.limit, false) // the next read announces it
+	if size, changed := f.recv.resize(); changed {
+		options.SetReceiveBufferSize(size, false) // the next read announces it
 	}
+}
+
+// size is that of the stack's buffer.
+func (d *direction) size() int64 {
+	if d.narrow {
+		return narrowSize(d.floor)
+	}
+	return d.limit
+}
+
+// resize is the size that the stack is to have, and whether it has another.
+func (d *direction) resize() (size int64, changed bool) {
+	before := d.applied
+	d.applied = d.size()
+	d.lowered = d.lowered || d.applied < before
+	return d.applied, d.applied != before
 }
 
 // isOver is whether a flow needs no more than the floor, and takes it out if so.
@@ -207,7 +238,7 @@ func (d *direction) isAtRest() bool {
 func (f *flow) measure(now time.Time, elapsed time.Duration) {
 	if f.owner == nil {
 		f.send.stalled = true // it gets no more, and nobody tells how much has gone
-		f.recv.note(now, 0, false)
+		f.recv.note(now, 0, 0)
 		return
 	}
 	sent, blocked := f.send.moved.Swap(0), f.send.blocked.Load()
@@ -215,29 +246,51 @@ func (f *flow) measure(now time.Time, elapsed time.Duration) {
 	if sent+received > 0 {
 		var info tcpip.TCPInfoOption
 		f.ep.GetSockOpt(&info) // cannot fail on TCP
+		f.send.forget(sent)
+		f.recv.forget(received)
 		if blocked {
 			// As the stack itself has it: what is in flight, and as much to follow.
 			f.send.ask(2 * int64(info.SndCwnd) * segmentBytes)
 		}
-		// A window of what comes within a round trip, twice for growth; see recvFloor.
+		// A window of what comes within a round trip, and twice that for growth; half of
+		// a buffer is window.
 		f.recv.ask(4 * int64(float64(received)*float64(info.RTT)/float64(elapsed)))
 	}
-	f.send.note(now, sent, blocked)
-	waiting, _ := f.ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption) // cannot fail on TCP
-	f.recv.note(now, received, waiting > 0)
+	// The stack does not tell how much is unsent. What was taken under this limit shows
+	// that no more than this is there.
+	var unsent int64
+	if f.send.lowered || sent == 0 && blocked {
+		unsent = f.send.held
+	}
+	f.send.lowered = false
+	f.send.note(now, sent, unsent)
+	unread, _ := f.ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption) // cannot fail on TCP
+	f.recv.note(now, received, 2*int64(unread))
+}
+
+// forget lowers what a direction wants that moves, for it to ask again.
+func (d *direction) forget(moved int64) {
+	if moved > 0 {
+		d.want -= (d.want - d.floor) / forgetting
+	}
+}
+
+func newShare(floor, most int64) share {
+	return share{floor: floor, most: most, want: floor, limit: floor, held: floor}
 }
 
 // ask raises what a direction wants.
 func (s *share) ask(bytes int64) { s.want = max(s.want, min(bytes, s.most)) }
 
-// note is told how many bytes have moved, and whether others wait.
-func (d *direction) note(now time.Time, moved int64, waiting bool) {
+// note is told how many bytes have moved, and how much memory others take at most that
+// wait.
+func (d *direction) note(now time.Time, moved, waiting int64) {
 	switch {
 	case moved > 0:
 		d.lastMoved, d.stalled = now, false
-		d.held = d.limit // what was held beyond it is gone, else nothing could move
+		d.held = max(d.limit, min(d.held, waiting))
 	case now.Sub(d.lastMoved) < quietAfter:
-	case waiting:
+	case waiting > 0:
 		d.stalled = true
 	default:
 		d.stalled = false
@@ -289,8 +342,8 @@ type writeSizes struct {
 	areSmall bool
 }
 
-// note is told the size of a write; whether areSmall has changed. A write counts as
-// many large ones as smallWrite goes into it.
+// note is told how much a write that was taken had to offer; whether areSmall has
+// changed. A write counts as many large ones as smallWrite goes into it.
 func (s *writeSizes) note(bytes int) (changed bool) {
 	s.small = max(0, min(s.small+1-bytes/smallWrite, manySmall))
 	switch s.small {
@@ -302,11 +355,15 @@ func (s *writeSizes) note(bytes int) (changed bool) {
 	return changed
 }
 
-// narrow lowers the send buffer to sendNarrow, or ends that.
+// narrow lowers the send buffer to narrowSize, or ends that.
 func (c *conn) narrow(on bool) {
 	f := c.flow.Load()
 	if f == nil {
-		c.ep.SocketOptions().SetSendBufferSize(sendSize(sendFloor, on), true)
+		size := c.floor
+		if on {
+			size = narrowSize(c.floor)
+		}
+		c.ep.SocketOptions().SetSendBufferSize(size, true)
 		return
 	}
 	flowBudget.mu.Lock()
@@ -315,9 +372,5 @@ func (c *conn) narrow(on bool) {
 	f.apply()
 }
 
-func sendSize(limit int64, narrow bool) int64 {
-	if narrow {
-		return sendNarrow
-	}
-	return limit
-}
+// narrowSize is the size of a send buffer while writes are small.
+func narrowSize(floor int64) int64 { return max(leastNarrow, floor/narrowPart) }

@@ -50,6 +50,10 @@ type conn struct {
 	// attempt is set while the connection is being made; see reject.go.
 	attempt atomic.Pointer[attempt]
 
+	// floor is what it may hold in any case of what it sends, in bytes; twice that of what
+	// it receives. Set once.
+	floor int64
+
 	// flow is set while the connection may hold more than the floor; see budget.go.
 	flow atomic.Pointer[flow]
 
@@ -57,7 +61,7 @@ type conn struct {
 	// sizes tells large writes from small ones; see narrow.
 	sizes writeSizes
 	// received counts the bytes that were read since the connection was last out of the
-	// budget, up to recvFloor.
+	// budget, up to the floor.
 	received int
 	// failed is the first error of the connection. The stack reports an
 	// error once and then looks like a clean end, so it must be kept.
@@ -87,11 +91,13 @@ func (c *conn) notify(events waiter.EventMask) {
 }
 
 // prepare sets what every connection has, dialled or accepted.
-func prepare(ep tcpip.Endpoint) tcpip.Error {
+func (c *conn) prepare() tcpip.Error {
 	// This ends the stack's own tuning, which grows a buffer for as long as the peer is
 	// slow; see budget.go.
-	ep.SocketOptions().SetSendBufferSize(sendFloor, true)
-	return setKeepalive(ep)
+	c.floor = flowBudget.floor()
+	c.ep.SocketOptions().SetSendBufferSize(c.floor, true)
+	c.ep.SocketOptions().SetReceiveBufferSize(2*c.floor, true)
+	return setKeepalive(c.ep)
 }
 
 func setKeepalive(ep tcpip.Endpoint) tcpip.Error {
@@ -112,13 +118,17 @@ func setKeepalive(ep tcpip.Endpoint) tcpip.Error {
 
 // state is nil when connected, codeWouldBlock while connecting.
 func (c *conn) state() error {
-	c.mu.Lock()
-	state := c.stateLocked()
-	c.mu.Unlock()
+	state := c.look()
 	if state != codeWouldBlock {
 		c.settle()
 	}
 	return state
+}
+
+func (c *conn) look() error {
+	c.mu.Lock()
+	defer c.mu.Unlock() // also after a panic of the stack's
+	return c.stateLocked()
 }
 
 func (c *conn) stateLocked() error {
@@ -203,13 +213,13 @@ func (c *conn) write(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	if c.sizes.note(len(p)) {
-		c.narrow(c.sizes.areSmall)
-	}
 	var payload bytes.Reader
 	payload.Reset(p)
 	n, err := c.ep.Write(&payload, tcpip.WriteOptions{})
 	if err == nil {
+		if c.sizes.note(len(p)) {
+			c.narrow(c.sizes.areSmall)
+		}
 		c.noteSent(int(n), int(n) < len(p))
 		return int(n), nil
 	}
@@ -246,7 +256,7 @@ func (c *conn) noteSent(n int, blocked bool) {
 func (c *conn) noteReceived(n int) {
 	f := c.flow.Load()
 	if f == nil {
-		if c.received += n; c.received < recvFloor {
+		if c.received += n; int64(c.received) < 2*c.floor {
 			return
 		}
 		f = c.joinBudget()

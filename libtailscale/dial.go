@@ -77,7 +77,7 @@ func (n *node) startHandshake(c *conn, source netip.Addr, to netip.AddrPort) err
 			c.close()
 		}
 	}()
-	if terr := prepare(c.ep); terr != nil {
+	if terr := c.prepare(); terr != nil {
 		return codeOf(terr)
 	}
 	c.subscribe()

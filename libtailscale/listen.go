@@ -98,10 +98,11 @@ func unwrap(wrapped net.Conn) (*conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	if terr := prepare(ep); terr != nil {
+	c := &conn{ep: ep, queue: queue}
+	if terr := c.prepare(); terr != nil {
 		return nil, codeOf(terr)
 	}
-	return &conn{ep: ep, queue: queue}, nil
+	return c, nil
 }
 
 // accept gives the connection away that waits longest. Its token is told from now

@@ -377,7 +377,7 @@ func (n *node) lowerBuffers() error {
 	if err == nil {
 		err = n.stack.TransportProtocolOption(tcp.ProtocolNumber, &recv)
 	}
-	send.Min, send.Default, recv.Default = sendNarrow, sendFloor, recvFloor
+	send.Min, send.Default, recv.Default = leastNarrow, mostFloor, 2*mostFloor
 	if err == nil {
 		err = n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &send)
 	}

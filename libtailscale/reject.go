@@ -12,10 +12,11 @@ import (
 // rejects tells connections that are being made that their peer has dropped the
 // SYN. TCP hears nothing of it: Tailscale's packet filter swallows the packet and
 // says so in a message of its own (TSMP). Peers send it for IPv4 alone and may have
-// been told not to, so that a silence still says nothing.
+// been told not to, so silence does not prove that the port is allowed.
 //
-// Whoever is a peer can send such a message about any connection, of which it would
-// have to guess the port. It ends an attempt and never a connection that is made.
+// The message counts for the addresses of the packet that it came in, which WireGuard
+// vouches for (net/packet/tsmp.go, AsTailscaleRejectedHeader): only the peer that is
+// dialled can send one. It ends an attempt and never a connection that is made.
 type rejects struct {
 	mu      sync.Mutex // also held during a wake: no connection is closed meanwhile
 	awaited map[tuple]*conn

@@ -156,8 +156,9 @@ void tailscale_set_log_upload(int on);
 
 // Bounds what the nodes of this process hold, in bytes: what is in flight on all
 // connections together (sent and not acknowledged, received and not read), beyond a
-// small floor for each; and Go's heap, of which the collector keeps it below. Call it
-// at any time; zero or less leaves a bound as it is.
+// floor for each, which is the lower the more connections there are; and Go's heap,
+// which its collector works to keep below that. Call it at any time; zero or less
+// leaves a bound as it is.
 void tailscale_set_memory(int64_t in_flight, int64_t heap);
 
 // Sets the one function that is called when a connection or listener became ready.

@@ -114,7 +114,7 @@ pub struct Figures {
     pub handles: u64,
     /// What connections may hold beyond their floor at this moment.
     pub in_flight_bytes: u64,
-    /// What all may hold.
+    /// The most that all connections together may have in flight.
     pub in_flight_max_bytes: u64,
 }
 

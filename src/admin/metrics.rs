@@ -248,7 +248,12 @@ fn library_metrics(registry: &mut Registry, figures: &Figures) {
     let help = "What connections hold for bytes in flight beyond their floor";
     registry.register_with_unit("in_flight", help, Unit::Bytes, in_flight);
     let max = whole(figures.in_flight_max_bytes);
-    registry.register_with_unit("in_flight_max", "What all may hold so", Unit::Bytes, max);
+    registry.register_with_unit(
+        "in_flight_max",
+        "The most that all connections together may have in flight",
+        Unit::Bytes,
+        max,
+    );
     let endpoints = whole(figures.endpoints);
     registry.register("stack_endpoints", "TCP endpoints of the node, in whatever state", endpoints);
     let handles = whole(figures.handles);

@@ -107,14 +107,16 @@ pub struct MemoryView {
     pub resident_bytes: u64,
     /// What connections hold for bytes in flight, beyond the floor that each has.
     pub in_flight_bytes: u64,
-    /// What all may hold so.
+    /// The most that all connections together may have in flight.
     pub in_flight_max_bytes: u64,
 }
 
 impl fmt::Display for MemoryView {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} of {}, ", bytes(self.resident_bytes), bytes(self.limit_bytes))?;
-        write!(f, "{} of {} in flight", bytes(self.in_flight_bytes), bytes(self.in_flight_max_bytes))
+        // In the unit of limits.memory_mib.
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        write!(f, "{:.0} of {:.0} MiB, ", mib(self.resident_bytes), mib(self.limit_bytes))?;
+        write!(f, "{:.1} of {:.0} MiB in flight", mib(self.in_flight_bytes), mib(self.in_flight_max_bytes))
     }
 }
 
@@ -429,7 +431,7 @@ tailwart-edge 0.1.0 is ready; started 2 d 4 h ago
 warning: listener web: no upstream answers
 node edge.ts.net (Running), 100.64.0.2, tag:reverse-proxy, home relay fra
 connections: 1; 3 WAIT for the mailbox
-memory: 41.2 MB of 268.4 MB, 131.1 kB of 16.8 MB in flight
+memory: 39 of 256 MiB, 0.1 of 16 MiB in flight
 
 LISTENER  ADDRESSES           OPEN  ENDED  FAILED  FROM CLIENTS  TO CLIENTS
 smtp      0.0.0.0:25 [::]:25  1     1234   5       999 B         12.3 MB

@@ -79,7 +79,7 @@ fn limit_for(
         },
         None if free > ceiling => ConnectionLimit {
             connections: ceiling,
-            reason: "what memory_mib has room for; max_connections can raise it".into(),
+            reason: "what the limit on memory has room for; max_connections can raise it".into(),
         },
         None => ConnectionLimit { connections: free, reason: format!("descriptor limit of {descriptors}") },
     }
@@ -248,7 +248,7 @@ mod tests {
         for (mib, connections) in [(64, 1677), (128, 8388), (256, DEFAULT_CEILING)] {
             let limit = limit_for(None, 10, 1 << 20, mib << 20);
             assert_eq!(limit.connections, connections, "{}", limit.reason);
-            assert_eq!(limit.reason.contains("memory_mib"), connections != DEFAULT_CEILING);
+            assert_eq!(limit.reason.contains("limit on memory"), connections != DEFAULT_CEILING);
         }
         assert_eq!(limit_for(Some(9000), 10, 1 << 20, 64 << 20).connections, 9000, "who says so may");
     }

@@ -39,11 +39,11 @@ const BUFFER_BYTES: usize = 64 * 1024;
 /// Reads per direction before other tasks of the worker get their turn: 1 MiB.
 const READS_PER_TURN: usize = 16;
 
-/// What all connections together may keep before reads become short.
-const KEPT_MOST: usize = 8 * 1024 * 1024;
+/// What all connections together may keep before reads become short; see [`set_kept_most`].
+static KEPT_MOST: AtomicUsize = AtomicUsize::new(8 * 1024 * 1024);
 
 /// A read is never shorter than this: what thousands of stalled connections keep each.
-const READ_LEAST: usize = 4 * 1024;
+const READ_LEAST: usize = 1024;
 
 /// What all connections keep at this moment.
 static KEPT_BYTES: AtomicUsize = AtomicUsize::new(0);
@@ -371,7 +371,9 @@ impl Direction {
             self.bytes += written as u64;
             self.kept.from += written;
         }
-        self.kept = Kept::default();
+        if !self.kept.bytes.is_empty() {
+            self.kept = Kept::default();
+        }
         Poll::Ready(Ok(()))
     }
 
@@ -422,9 +424,14 @@ impl Direction {
     }
 }
 
+/// Sets how many bytes all connections together may keep that their sinks do not take.
+pub fn set_kept_most(bytes: usize) {
+    KEPT_MOST.store(bytes, Ordering::Relaxed);
+}
+
 /// How much is read at once.
 fn read_bytes() -> usize {
-    let left = KEPT_MOST.saturating_sub(KEPT_BYTES.load(Ordering::Relaxed));
+    let left = KEPT_MOST.load(Ordering::Relaxed).saturating_sub(KEPT_BYTES.load(Ordering::Relaxed));
     (left / 8).clamp(READ_LEAST, BUFFER_BYTES)
 }
 
@@ -448,7 +455,9 @@ impl Kept {
 
 impl Drop for Kept {
     fn drop(&mut self) {
-        KEPT_BYTES.fetch_sub(self.bytes.len(), Ordering::Relaxed);
+        if !self.bytes.is_empty() {
+            KEPT_BYTES.fetch_sub(self.bytes.len(), Ordering::Relaxed);
+        }
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
 
@@ -23,9 +23,6 @@ use crate::upstream::{Failure, Silence, Upstream, UpstreamError};
 
 /// How long a mailbox may take to greet and to say goodbye, once connected.
 const TALK_LIMIT: Duration = Duration::from_secs(15);
-
-/// The ping that follows a silent port.
-const PING_LIMIT: Duration = Duration::from_secs(2);
 
 /// How long a mailbox that demands a header is given to greet without; one that needs none greets
 /// at once.
@@ -61,48 +58,48 @@ pub async fn visit(node: Arc<Node>, visit: Visit) -> Vec<Check> {
     let own = node.status().borrow().ips.clone();
     let peer = Arc::new(Peer::new(visit.target.host.clone()));
     let upstream = Upstream::new(node, vec![peer], visit.target.port, visit.connect_timeout);
-    let dialler = Explaining { upstream, failure: Mutex::new(None) };
-    let limit = visit.connect_timeout + PING_LIMIT + TALK_LIMIT;
-    let found = probe(&dialler, &visit.target, limit).await;
-    if let Some(failure) = dialler.failure() {
-        return vec![Check::told(visit.check("upstream"), Outcome::Fail, &in_words(&failure))];
-    }
+    let found = match look(&upstream, &visit.target, TALK_LIMIT).await {
+        Ok(found) => found,
+        Err(failure) => {
+            return vec![Check::told(visit.check("upstream"), Outcome::Fail, &in_words(&failure))];
+        }
+    };
     let mut checks = vec![Check::pass(visit.check("upstream"), "takes connections")];
     if matches!(visit.target.protocol, Protocol::Http | Protocol::Tcp) && found.is_ok() {
         return checks; // what is spoken there is not known
     }
     checks.extend(greeting(&visit, &found, &own, wall_clock::now()));
-    if let (true, Ok(found)) = (visit.target.header, &found) {
-        let without = Target { header: false, ..visit.target.clone() };
-        let found = probe(&dialler, &without, found.connect + WITHOUT_HEADER_LIMIT).await;
-        checks.push(demand(&visit, &found, &own));
+    if visit.target.header && found.is_ok() {
+        let target = Target { header: false, ..visit.target.clone() };
+        if let Ok(without) = look(&upstream, &target, WITHOUT_HEADER_LIMIT).await {
+            checks.push(demand(&visit, &without, &own));
+        }
     }
     checks
 }
 
-/// Connects as the edge does, and keeps what was found out when it could not.
-struct Explaining {
-    upstream: Upstream<Node>,
-    failure: Mutex<Option<UpstreamError>>,
+/// Connects as the edge does for a client, with its reason when it cannot, and probes that connection for
+/// up to `limit`.
+async fn look(
+    upstream: &Upstream<Node>,
+    target: &Target,
+    limit: Duration,
+) -> Result<Result<Finding, ProbeError>, UpstreamError> {
+    let began = Instant::now();
+    let stream = upstream.connect().await?.stream;
+    let connect = began.elapsed();
+    let found = probe(&Connected(Mutex::new(Some(stream))), target, limit).await;
+    Ok(found.map(|found| Finding { connect, total: connect + found.total, ..found }))
 }
 
-impl Explaining {
-    fn failure(&self) -> Option<UpstreamError> {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-}
+/// A connection that is there already, for a probe that makes one.
+struct Connected(Mutex<Option<TailnetStream>>);
 
-impl Dial for Explaining {
+impl Dial for Connected {
     type Stream = TailnetStream;
 
     async fn dial(&self, _: &str, _: u16) -> Result<TailnetStream, ConnectError> {
-        match self.upstream.connect().await {
-            Ok(reached) => Ok(reached.stream),
-            Err(failure) => {
-                *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(failure);
-                Err(ConnectError::TimedOut)
-            }
-        }
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take().ok_or(ConnectError::TimedOut)
     }
 
     async fn ping(&self, _: &str, _: Duration) -> Result<PingReport, ConnectError> {

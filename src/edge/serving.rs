@@ -28,7 +28,7 @@ use crate::config::{self, ADMIN, Config};
 use crate::connection::ledger::Ledger;
 use crate::connection::limits::{ClientLimit, ConnectionLimit, Permits, connection_limit};
 use crate::connection::refusal::PublicName;
-use crate::connection::relay::Timeouts;
+use crate::connection::relay::{Timeouts, set_kept_most};
 use crate::connection::{Hold, Service};
 use crate::doctor::Examiner;
 use crate::edge::reload::Changes;
@@ -120,6 +120,8 @@ pub(super) struct Serving {
     sockets: Sockets,
     admission: Admission,
     permits: Permits,
+    /// In force.
+    memory: MemoryLimit,
     held: Permits,
     peers: Peers<Node>,
     drain: CancellationToken,
@@ -177,9 +179,10 @@ impl Definition {
 impl Serving {
     /// Nothing accepts yet.
     pub fn new(config: Config, sockets: Sockets, opened: Opened, parts: Parts) -> Serving {
-        let limit = total_limit(&config, &opened);
+        let memory = MemoryLimit::new(config.limits.memory_mib);
+        let limit = total_limit(&config, &opened, &memory);
         tell_limit(&config, &limit);
-        bound_memory(&config, &parts.admin.overview);
+        bound_memory(&memory, &parts.admin.overview);
         let permits = Permits::new(limit.connections);
         let admission = Admission {
             permits: Arc::clone(permits.semaphore()),
@@ -201,6 +204,7 @@ impl Serving {
             sockets,
             admission,
             permits,
+            memory,
             held,
             peers,
             drain,
@@ -277,8 +281,8 @@ impl Serving {
         new.warnings.iter().for_each(|warning| warn!("{warning}"));
         self.sockets.warn_of_idle_units(&opened);
         let is_probed_anew = self.config.probe != new.probe;
-        let is_memory_changed = self.config.limits.memory_mib != new.limits.memory_mib;
-        let limit = total_limit(&new, &opened);
+        let memory = MemoryLimit::new(new.limits.memory_mib);
+        let limit = total_limit(&new, &opened, &memory);
         let per_client = self.config.limits.max_connections_per_client;
         let is_total_same = limit.connections == self.permits.size();
         let is_limit_told = is_total_same && per_client == new.limits.max_connections_per_client;
@@ -294,8 +298,9 @@ impl Serving {
             tell_limit(&self.config, &limit);
         }
         self.permits.resize(limit.connections).await;
-        if is_memory_changed {
-            bound_memory(&self.config, &self.parts.admin.overview);
+        if memory != self.memory {
+            bound_memory(&memory, &self.parts.admin.overview);
+            self.memory = memory;
         }
         self.held.resize(self.config.limits.hold_max).await;
         self.admission.clients.set_max(self.config.limits.max_connections_per_client);
@@ -547,22 +552,26 @@ fn announce(listener: &str, socket: &Socket) {
     }
 }
 
-fn total_limit(config: &Config, opened: &Opened) -> ConnectionLimit {
+fn total_limit(config: &Config, opened: &Opened, memory: &MemoryLimit) -> ConnectionLimit {
     let sockets = opened.listeners.iter().map(|(_, sockets)| sockets.len()).sum();
-    connection_limit(config.limits.max_connections, sockets, &MemoryLimit::new(config.limits.memory_mib))
+    connection_limit(config.limits.max_connections, sockets, memory)
 }
 
 fn tell_limit(config: &Config, limit: &ConnectionLimit) {
     let per_client = config.limits.max_connections_per_client;
-    info!(max_connections = limit.connections, per_client, "{}", limit.reason);
+    info!(max_connections = limit.connections, per_client, "limit on connections: {}", limit.reason);
 }
 
 /// Puts the limit on memory in force, and says what it is.
-fn bound_memory(config: &Config, overview: &Overview) {
-    let limit = MemoryLimit::new(config.limits.memory_mib);
+fn bound_memory(limit: &MemoryLimit, overview: &Overview) {
     set_memory(limit.in_flight_bytes(), limit.heap_bytes());
+    set_kept_most(limit.kept_bytes() as usize);
     overview.memory_limit.store(limit.bytes(), Ordering::Relaxed);
-    info!(memory_mib = limit.mib, in_flight_bytes = limit.in_flight_bytes(), "{}", limit.reason);
+    let in_flight_bytes = limit.in_flight_bytes();
+    info!(memory_mib = limit.mib, in_flight_bytes, "limit on memory: {}", limit.reason);
+    if let Some(warning) = &limit.warning {
+        warn!("{warning}");
+    }
 }
 
 fn summary(board: Option<&Board>, connections: usize) -> String {

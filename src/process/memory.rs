@@ -1,9 +1,9 @@
 //! How much memory the edge takes at most, and what follows from that.
 //!
 //! The figure is `limits.memory_mib`, or half of what the machine or the control group has, at most
-//! 256 MiB. A sixteenth of it is for bytes in flight, which all connections share (see
-//! `libtailscale/budget.go`), three quarters bound the heap of the tailnet library, whose collector
-//! works harder as it comes near.
+//! 256 MiB. Three quarters of it bound the heap of the tailnet library, whose collector works harder as it comes
+//! near. A sixteenth is for bytes in flight that all connections share, and a quarter at most for what each may
+//! have in any case (see `libtailscale/budget.go`). A thirty-second is for what the relay keeps.
 //!
 //! Deliberately not here: how many connections there may be (see `limits.rs`).
 
@@ -27,28 +27,33 @@ pub struct MemoryLimit {
     pub mib: u64,
     /// The reason, for the log.
     pub reason: String,
+    /// Why that is too much, if there is less.
+    pub warning: Option<String>,
 }
 
 impl MemoryLimit {
     /// As configured, else derived from the machine.
     pub fn new(configured_mib: Option<u32>) -> MemoryLimit {
-        match configured_mib {
-            Some(mib) => MemoryLimit { mib: mib.into(), reason: "limits.memory_mib".to_owned() },
-            None => MemoryLimit::derived(Machine::look()),
-        }
+        MemoryLimit::on(&Machine::look(), configured_mib)
     }
 
-    fn derived(machine: Machine) -> MemoryLimit {
-        let half = machine.bytes / 2 / MIB;
+    fn on(machine: &Machine, configured_mib: Option<u32>) -> MemoryLimit {
         let (all, whose) = (machine.bytes / MIB, machine.whose);
-        let reason = match half {
-            half if half > DEFAULT_CEILING_MIB => "default; limits.memory_mib changes it".to_owned(),
-            half if half < DEFAULT_FLOOR_MIB => {
-                format!("the least; half of the {all} MiB {whose} is too little")
+        let half = all / 2;
+        let (mib, reason) = match (configured_mib, half) {
+            (Some(mib), _) => (mib.into(), "limits.memory_mib".to_owned()),
+            (None, DEFAULT_CEILING_MIB..) => {
+                (DEFAULT_CEILING_MIB, "default; limits.memory_mib changes it".to_owned())
             }
-            _ => format!("half of the {all} MiB {whose}"),
+            (None, ..DEFAULT_FLOOR_MIB) => (DEFAULT_FLOOR_MIB, "the least that an edge needs".to_owned()),
+            (None, _) => (half, format!("half of the {all} MiB {whose}")),
         };
-        MemoryLimit { mib: half.clamp(DEFAULT_FLOOR_MIB, DEFAULT_CEILING_MIB), reason }
+        let warning = (mib > all).then(|| {
+            format!(
+                "the limit on memory is {mib} MiB, more than the {all} MiB {whose}: the kernel may kill the edge; give it more memory, or lower limits.memory_mib"
+            )
+        });
+        MemoryLimit { mib, reason, warning }
     }
 
     /// In bytes.
@@ -59,6 +64,11 @@ impl MemoryLimit {
     /// Of it, for bytes that are in flight.
     pub fn in_flight_bytes(&self) -> u64 {
         self.bytes() / 16
+    }
+
+    /// Of it, for what was read and is not taken yet.
+    pub fn kept_bytes(&self) -> u64 {
+        self.bytes() / 32
     }
 
     /// Of it, for the heap of the tailnet library.
@@ -123,17 +133,29 @@ mod tests {
     #[test]
     fn the_default_is_half_of_what_there_is_within_bounds() {
         for (mib, expected, reason) in [
-            (64, 64, "the least; half of the 64 MiB here is too little"),
+            (64, 64, "the least that an edge needs"),
             (256, 128, "half of the 256 MiB here"),
-            (512, 256, "half of the 512 MiB here"),
+            (510, 255, "half of the 510 MiB here"),
             (24 * 1024, 256, "default; limits.memory_mib changes it"),
         ] {
-            let limit = MemoryLimit::derived(Machine { bytes: mib * MIB, whose: "here" });
-            assert_eq!((limit.mib, limit.reason.as_str()), (expected, reason));
+            let limit = MemoryLimit::on(&Machine { bytes: mib * MIB, whose: "here" }, None);
+            assert_eq!((limit.mib, limit.reason.as_str(), limit.warning), (expected, reason, None));
         }
         assert_eq!(MemoryLimit::new(Some(1000)).mib, 1000);
         let limit = MemoryLimit::new(None);
         assert!((DEFAULT_FLOOR_MIB..=DEFAULT_CEILING_MIB).contains(&limit.mib), "{limit:?}");
+    }
+
+    #[test]
+    fn a_limit_above_what_there_is_is_warned_of() {
+        let machine = Machine { bytes: 40 * MIB, whose: "of its control group" };
+        for (configured, mib) in [(None, 64), (Some(512), 512), (Some(41), 41)] {
+            let limit = MemoryLimit::on(&machine, configured);
+            let expected =
+                format!("the limit on memory is {mib} MiB, more than the 40 MiB of its control group");
+            assert!(limit.warning.is_some_and(|warning| warning.starts_with(&expected)));
+        }
+        assert_eq!(MemoryLimit::on(&machine, Some(40)).warning, None);
     }
 
     #[test]

@@ -216,10 +216,10 @@ impl Sources {
         let token = self.value_or_file("TS_ID_TOKEN")?;
         let (client_id, token) = match (self.client_id()?, token) {
             (None, None) => return Ok(None),
-            (Some(id), Some(token)) => (id, checked(token, "TS_ID_TOKEN", &WORD_PROBLEMS)?),
+            (Some(id), Some(token)) => (id, checked(token, "TS_ID_TOKEN", &TOKEN_PROBLEMS)?),
             (Some(_), None) => {
                 return Err(CredentialError::Incomplete(
-                    "TS_CLIENT_ID is set alone; set TS_CLIENT_SECRET too (an OAuth client), or TS_ID_TOKEN (a workload identity)",
+                    "TS_CLIENT_ID is set without what goes with it: TS_CLIENT_SECRET for an OAuth client, TS_ID_TOKEN for a workload identity (no token is fetched for TS_AUDIENCE)",
                 ));
             }
             (None, Some(_)) => {
@@ -333,6 +333,10 @@ fn refuse_other_purpose(secret: &Secret, origin: &'static str) -> Result<(), Cre
 /// server would only say that the key is invalid.
 type Problem = (fn(&str) -> bool, &'static str);
 
+/// A header pasted along.
+const SPACED_WORD: Problem =
+    (SPACED.0, "has white space or control characters in it; expected it alone, on one line");
+
 /// A header pasted along, or two keys.
 const SPACED: Problem = (
     |text| text.contains(|c: char| c.is_whitespace() || c.is_control()),
@@ -344,7 +348,14 @@ const QUOTED: Problem =
     (|text| text.starts_with(['\'', '"']) || text.ends_with(['\'', '"']), "is in quotes; leave them away");
 
 /// What is no single word, as every credential is.
-const WORD_PROBLEMS: [Problem; 2] = [SPACED, QUOTED];
+const WORD_PROBLEMS: [Problem; 2] = [SPACED_WORD, QUOTED];
+
+/// What is no identity token.
+const TOKEN_PROBLEMS: [Problem; 3] = [
+    SPACED_WORD,
+    QUOTED,
+    (|text| text.starts_with(['/', '.', '~']), "looks like a path; write file: in front of it"),
+];
 
 /// What is no key; the first that applies is told, so the most telling ones come first.
 const KEY_PROBLEMS: [Problem; 6] = [

@@ -101,7 +101,21 @@ impl Setup {
             })
             .collect();
         join(pushing);
+        self.edge.settled_rss_kb(LIMIT);
         open
+    }
+
+    /// What connections hold is no more than they may, by the edge's own account.
+    pub fn bytes_in_flight_are_bounded(&self) {
+        let (held, most) = (self.metric("in_flight_bytes "), self.metric("in_flight_max_bytes "));
+        assert!(held > 0 && held <= most, "{held} bytes of {most}");
+    }
+
+    /// The value of a metric, by what its line begins with.
+    fn metric(&self, name: &str) -> u64 {
+        let metrics = http::get(self.edge.addr("admin"), "/metrics").body;
+        let name = format!("tailwart_edge_{name}");
+        metrics.lines().find_map(|line| line.strip_prefix(&name)?.parse().ok()).expect("it is measured")
     }
 
     /// So many clients that were greeted and say nothing.
@@ -124,11 +138,7 @@ impl Setup {
 
     /// Go's heap as far as the system has not got it back.
     pub fn go_heap_bytes(&self) -> u64 {
-        let metrics = http::get(self.edge.addr("admin"), "/metrics").body;
-        let in_state = |state: &str| -> u64 {
-            let name = format!("tailwart_edge_go_heap_bytes{{state=\"{state}\"}} ");
-            metrics.lines().find_map(|line| line.strip_prefix(&name)?.parse().ok()).expect("it is measured")
-        };
+        let in_state = |state: &str| self.metric(&format!("go_heap_bytes{{state=\"{state}\"}} "));
         in_state("in_use") + in_state("idle")
     }
 }

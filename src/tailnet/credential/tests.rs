@@ -240,6 +240,7 @@ fn tokens_and_ids_are_any_word_without_quotes() {
         ("\"id\"", "kTest", "TS_CLIENT_ID is in quotes"),
         ("id", "'kTest'", "TS_ID_TOKEN is in quotes"),
         ("id", "Bearer kTest", "TS_ID_TOKEN has white space"),
+        ("id", "/run/kTest", "TS_ID_TOKEN looks like a path"),
         ("id", "file:", "TS_ID_TOKEN names no file after file:"),
     ] {
         let error = wif(id, token).expect_err(expected);
@@ -283,7 +284,7 @@ fn what_is_no_credential_is_refused_without_showing_it() {
         (found(&[("TS_AUTHKEY", "tskey-api-kTest")], None), "TS_AUTHKEY lets nobody join"),
         (found(&[("TS_AUTHKEY", "tskey-client-kTest?ephemeral=false")], None), "TS_AUTHKEY has a ? in it"),
         (found(&[("TS_CLIENT_SECRET", "tskey-auth-kTest")], None), "TS_CLIENT_SECRET is an auth key"),
-        (found(&[("TS_CLIENT_ID", "id")], None), "TS_CLIENT_ID is set alone"),
+        (found(&[("TS_CLIENT_ID", "id")], None), "TS_CLIENT_ID is set without what goes with it"),
         (found(&[("TS_ID_TOKEN", "kTest")], None), "is set without TS_CLIENT_ID"),
     ];
     for (result, expected) in cases {
