@@ -158,9 +158,10 @@ impl EndState {
             EndState::ServerSilent => {
                 ("sC", "the mailbox did not answer within timeouts.connect; the client was told")
             }
-            EndState::PolicyDenied => {
-                ("AC", "the tailnet's policy denies this edge the mailbox's port; the client was told")
-            }
+            EndState::PolicyDenied => (
+                "AC",
+                "the tailnet's policy denies this edge the mailbox's port; the client was told, after it was held for as long as its listener holds clients",
+            ),
             EndState::HoldEnded => {
                 ("sQ", "held until its time was over, since no mailbox would serve it; the client was told")
             }
