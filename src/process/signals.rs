@@ -7,7 +7,7 @@
 //! would end the edge by Ctrl-C.
 //!
 //! Until the handlers are there a stop ends the process in order at once, and SIGHUP is put off until they
-//! are ([`crate::ffi::libtailscale::expect_signals`], which `run` begins with).
+//! are ([`crate::ffi::process::expect_signals`], which `run` begins with).
 
 use std::fmt;
 use std::io::{self, IsTerminal as _};
@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-pub use crate::ffi::libtailscale::expect_signals;
-use crate::ffi::libtailscale::{run_on_alternate_stack, signals_are_heard};
+pub use crate::ffi::process::expect_signals;
+use crate::ffi::process::{run_on_alternate_stack, signals_are_heard};
 
 /// The signals of the process. Only one should exist at a time.
 #[derive(Debug)]

@@ -30,7 +30,8 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tracing::{debug, warn};
 
 use crate::config::Env;
-use crate::ffi::libtailscale::{open_connections, take_inherited_sockets};
+use crate::ffi::libtailscale::open_connections;
+use crate::ffi::process::take_inherited_sockets;
 
 /// How often, at most, the one-line status is sent.
 const STATUS_INTERVAL: Duration = Duration::from_secs(2);
