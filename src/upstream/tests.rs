@@ -4,7 +4,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::net::TcpStream;
 
 use super::*;
+use crate::tailnet::PingReport;
 use crate::upstream::dial::Reset;
+use crate::upstream::server::{DOUBT, FINDING_LIFE};
 
 /// Never connects; answers a ping with what it is given, after a second.
 struct Silent {

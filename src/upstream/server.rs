@@ -1,0 +1,236 @@
+//! One port of a peer, and what is known of it: whether it is up, and whether it has lately served anybody.
+//!
+//! Deliberately not here: probing it (see `health.rs`), and in which order servers are tried (see `upstream.rs`).
+
+use std::fmt;
+use std::future::Future;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Mutex as AsyncMutex, Notify};
+use tokio::time::Instant;
+
+use crate::tailnet::{ConnectError, PingReport};
+use crate::upstream::peers::{Connected, Path, Peer};
+use crate::upstream::{Failure, Silence};
+
+/// For how long what a ping found out is told to later connections too, so
+/// that a flood of them does not become a flood of pings.
+pub(super) const FINDING_LIFE: Duration = Duration::from_secs(10);
+
+/// For how long a server that answered with silence, or left without a word, is tried last: what
+/// each client would have to wait for, one finds out.
+pub(super) const DOUBT: Duration = Duration::from_secs(10);
+
+/// For how long a server that has greeted somebody counts as well: longer than probes are apart, which look
+/// again at once when a client was left without a word.
+const WELL: Duration = Duration::from_secs(60);
+
+/// For how long a server that has greeted a client counts as one that serves clients: on a small machine
+/// they are few at night, when scanners are not.
+const SERVED: Duration = Duration::from_secs(600);
+
+/// How long an attempt may take before its server is doubted. With another one at hand nobody has to
+/// wait for it; a connection over a relay takes less.
+const SLOW: Duration = Duration::from_secs(1);
+
+/// Between two lines that tell of the same server's distrust.
+const DISTRUST_INTERVAL: Duration = Duration::from_secs(600);
+
+/// A port of a peer.
+#[derive(Debug)]
+pub struct Server {
+    peer: Arc<Peer>,
+    /// The port.
+    pub port: u16,
+    record: Mutex<Record>,
+    /// Told of each failure to connect, so that the probe need not wait for its next turn.
+    suspected: Notify,
+    /// The last answer to "why is it silent", and when it was found.
+    finding: AsyncMutex<Option<(Instant, Silence)>>,
+}
+
+/// What is known of a server.
+#[derive(Debug)]
+struct Record {
+    up: bool,
+    /// When it last cost a client its time, unless it was well since.
+    doubted: Option<Instant>,
+    /// When it last greeted somebody, a client or a probe.
+    greeted: Option<Instant>,
+    /// When it last greeted a client.
+    greeted_client: Option<Instant>,
+    /// When it was last told that it does not take the header for what it is.
+    distrust_told: Option<Instant>,
+}
+
+fn is_within(at: Option<Instant>, span: Duration) -> bool {
+    at.is_some_and(|at| at.elapsed() < span)
+}
+
+impl Server {
+    pub(super) fn new(peer: Arc<Peer>, port: u16) -> Server {
+        let record =
+            Record { up: true, doubted: None, greeted: None, greeted_client: None, distrust_told: None };
+        let (suspected, finding) = (Notify::new(), AsyncMutex::new(None));
+        Server { peer, port, record: Mutex::new(record), suspected, finding }
+    }
+
+    fn record(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The peer, as the configuration names it.
+    pub fn host(&self) -> &str {
+        &self.peer.host
+    }
+
+    /// Whether others are to be tried before it.
+    pub(super) fn comes_last(&self) -> bool {
+        let record = self.record();
+        !record.up || is_within(record.doubted, DOUBT)
+    }
+
+    /// Whether it has lately cost a client its time.
+    #[cfg(test)]
+    pub fn is_doubted(&self) -> bool {
+        self.comes_last()
+    }
+
+    /// Notes what a probe calls it.
+    pub(super) fn set_up(&self, up: bool) {
+        self.record().up = up;
+    }
+
+    /// Notes a failure, for the probe and for the order of the next attempts.
+    pub(super) fn failed(&self, failure: &Failure) {
+        self.suspected.notify_one();
+        // One client that it does not want is no reason to spare it others.
+        let is_ill = matches!(failure, Failure::Header(_))
+            || (matches!(failure, Failure::Wordless) && !self.greeted_lately());
+        if is_ill {
+            self.doubt();
+        }
+    }
+
+    fn doubt(&self) {
+        self.record().doubted = Some(Instant::now());
+    }
+
+    /// Notes that it took the PROXY header for a command; whether that is to be told, which it is not with
+    /// every connection.
+    pub(super) fn distrusts(&self) -> bool {
+        self.suspected.notify_one();
+        let mut record = self.record();
+        let is_due = !is_within(record.distrust_told, DISTRUST_INTERVAL);
+        if is_due {
+            record.distrust_told = Some(Instant::now());
+        }
+        is_due
+    }
+
+    /// Notes that it has greeted a client or a probe then, perhaps a while ago, and so was well.
+    pub fn greeted(&self, then: Instant) {
+        let mut record = self.record();
+        record.greeted = record.greeted.max(Some(then));
+        record.doubted = record.doubted.filter(|doubted| *doubted > then);
+    }
+
+    /// Whether it has greeted somebody, a client or a probe, since then.
+    pub fn greeted_since(&self, then: Instant) -> bool {
+        self.record().greeted > Some(then)
+    }
+
+    /// Notes that it greets a client at this moment.
+    pub fn greets_client(&self) {
+        let now = Instant::now();
+        self.greeted(now);
+        self.record().greeted_client = Some(now);
+    }
+
+    /// Whether it serves clients, as far as can be known: one that it does not greet is not its failure then.
+    pub fn serves_clients(&self) -> bool {
+        is_within(self.record().greeted_client, SERVED)
+    }
+
+    /// Whether it has greeted somebody so short a while ago that it must be well.
+    pub fn greeted_lately(&self) -> bool {
+        is_within(self.record().greeted, WELL)
+    }
+
+    /// Has the peer watched while there is this connection to it.
+    pub fn connected(&self) -> Connected<'_> {
+        self.peer.connected()
+    }
+
+    /// The peer.
+    #[cfg(test)]
+    pub fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// Notes that bytes come from its peer at this moment.
+    pub fn speaks(&self) {
+        self.peer.speaks();
+    }
+
+    /// Whether its peer vanished a moment ago, so that its connections were reset.
+    pub fn is_given_up(&self) -> bool {
+        self.peer.is_given_up()
+    }
+
+    /// The last known path to the peer.
+    pub fn path(&self) -> Option<Path> {
+        self.peer.path()
+    }
+
+    /// Completes when a connection to it has failed since the last time.
+    pub async fn suspected(&self) {
+        self.suspected.notified().await;
+    }
+
+    /// What is behind its silence: as was found out a moment ago, or as a ping of its peer tells now. One at
+    /// a time.
+    pub(super) async fn silence<P>(&self, ping: impl FnOnce() -> P) -> Silence
+    where
+        P: Future<Output = Result<PingReport, ConnectError>>,
+    {
+        let mut finding = self.finding.lock().await;
+        if let Some((found, silence)) = &*finding
+            && found.elapsed() < FINDING_LIFE
+        {
+            return silence.clone();
+        }
+        let silence = match ping().await {
+            Ok(report) => Silence::of(&report),
+            // Nothing was found out, so there is nothing to tell others.
+            Err(reason) => return Silence::Unknown(reason),
+        };
+        *finding = Some((Instant::now(), silence.clone()));
+        silence
+    }
+}
+
+impl fmt::Display for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host().parse::<std::net::Ipv6Addr>() {
+            Ok(v6) => write!(f, "[{v6}]:{}", self.port),
+            Err(_) => write!(f, "{}:{}", self.host(), self.port),
+        }
+    }
+}
+
+/// An attempt to connect. When it ends, also because a client has lost its patience, a server that
+/// took its time is doubted.
+pub(super) struct Attempt<'a> {
+    pub(super) server: &'a Server,
+    pub(super) began: Instant,
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        if self.began.elapsed() >= SLOW {
+            self.server.doubt();
+        }
+    }
+}
