@@ -1,4 +1,4 @@
-//! One client's life: reach the upstream, write the PROXY header, relay, and one
+//! One client's life: reach the upstream, write the PROXY header (`hold.rs`), relay (`relay.rs`), and one
 //! line in the ledger.
 //!
 //! Invariants
@@ -15,102 +15,35 @@
 //! - An abrupt end on one side becomes one on the other; an orderly end stays
 //!   orderly.
 
+mod client;
 pub mod counters;
 pub mod end_state;
+mod hold;
 pub mod ledger;
 pub mod limits;
 pub mod refusal;
 pub mod relay;
+mod service;
 
-use std::io;
-use std::net::{Shutdown, SocketAddr};
-use std::pin::{Pin, pin};
-use std::sync::Arc;
-use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::net::SocketAddr;
+use std::pin::pin;
 
-use socket2::SockRef;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
-use tokio_util::sync::CancellationToken;
+use tokio::time::Instant;
+
+use client::{SharedTcp, reset};
+use hold::{Refusal, Waiting};
+
+pub use service::{Hold, Service};
 
 use crate::connection::end_state::EndState;
-use crate::connection::ledger::{Ended, Page, Visit};
-use crate::connection::refusal::PublicName;
-use crate::connection::relay::{End, FirstWords, Outcome, Side, Timeouts, relay};
+use crate::connection::ledger::{Ended, Visit};
+use crate::connection::relay::{End, FirstWords, Outcome, Side, relay};
+use crate::protocol::ProxyProtocol;
 use crate::protocol::header_watch::HeaderWatch;
 use crate::protocol::proxy_header::proxy_header;
-use crate::protocol::{Protocol, ProxyProtocol};
-use crate::tailnet::ConnectError;
-use crate::upstream::dial::Dial;
-use crate::upstream::dial::Reset;
-use crate::upstream::{Failure, Reached, Server, Upstream, UpstreamError};
-
-/// How long the stack may take to accept the header: a new connection's send
-/// buffer is empty, so it is immediate unless the connection has failed.
-const HEADER_LIMIT: Duration = Duration::from_secs(5);
-
-/// How long the first attempt may take before the client counts as held.
-const HELD_AFTER: Duration = Duration::from_secs(1);
-
-/// How long a client that is held pauses before it tries a server again that has
-/// closed its connection without a word: twice as long each time, since every
-/// attempt may be a line in the server's log.
-const PAUSE_FIRST: Duration = Duration::from_secs(1);
-const PAUSE_LAST: Duration = Duration::from_secs(8);
-
-/// What every connection of a listener shares.
-#[derive(Debug)]
-pub struct Service<D> {
-    /// The listener's name.
-    pub name: String,
-    /// What is spoken on it.
-    pub protocol: Protocol,
-    /// Where its connections go.
-    pub upstream: Arc<Upstream<D>>,
-    /// The header that they demand.
-    pub proxy_protocol: ProxyProtocol,
-    /// How long they may be silent.
-    pub timeouts: Timeouts,
-    /// For how long clients wait for the upstream, and how many.
-    pub hold: Hold,
-    /// Who the edge is when it answers itself.
-    pub public_name: PublicName,
-    /// Fires when the edge begins to stop.
-    pub drain: CancellationToken,
-    /// Where its connections are entered.
-    pub page: Arc<Page>,
-}
-
-/// For how long clients wait for an upstream that is away, and how many.
-#[derive(Debug)]
-pub struct Hold {
-    /// From the moment the client came; zero does not hold it at all.
-    pub limit: Duration,
-    /// One permit for each client that may be held, over all listeners.
-    pub places: Arc<Semaphore>,
-    /// How much longer an attempt may take once the edge is stopping.
-    pub last_dial: Duration,
-}
-
-/// How a connection ended before it was relayed.
-enum Refusal {
-    /// The client left while it waited.
-    ClientGone {
-        /// Whether it was held.
-        held: bool,
-    },
-    /// The upstream cannot be reached, and clients are not held.
-    Away(UpstreamError),
-    /// Nor could it be for as long as clients are held.
-    HoldEnded(Option<UpstreamError>),
-    /// As many clients as may be are held already.
-    HoldFull(Option<UpstreamError>),
-    /// The edge is stopping.
-    Stopping,
-}
+use crate::upstream::dial::{Dial, Reset};
+use crate::upstream::{Failure, Server};
 
 /// Serves one accepted connection to its end. Never fails: whatever happens is
 /// in the ledger. Cancellation drops both connections.
@@ -138,12 +71,14 @@ async fn converse<D: Dial>(
 ) -> Result<Ended, Refusal> {
     // Asked now: a socket that was reset meanwhile no longer knows it.
     let local = client.local_addr().map_err(|_| Refusal::ClientGone { held: false })?;
+    let header = proxy_header(service.proxy_protocol, visit.client(), local);
     let mut failed = None;
     let mut tries = 0;
     let mut first_wordless = None;
     loop {
+        let waiting = Waiting { service, client, visit };
         // In a box, since an idle connection would otherwise keep the room for it.
-        let opening = Box::pin(open(service, client, visit, local, failed.take(), &mut tries));
+        let opening = Box::pin(waiting.open(header.as_deref(), failed.take(), &mut tries));
         let (mut upstream, server) = opening.await?;
         let outcome = pass_on(service, client, visit, &mut upstream, &server).await;
         // A server that has greeted others since, and again not this client, has its reasons; where
@@ -161,136 +96,6 @@ async fn converse<D: Dial>(
         first_wordless.get_or_insert(Instant::now());
         failed = Some(service.upstream.suspect(&server, Failure::Wordless));
     }
-}
-
-/// Reaches the upstream and gives it the header, holding the client until that
-/// has succeeded. `failed` is what came of the attempt before, and `tries` how
-/// often there was one: after each round of all servers there is a pause.
-async fn open<D: Dial>(
-    service: &Service<D>,
-    client: &TcpStream,
-    visit: &Visit,
-    local: SocketAddr,
-    mut failed: Option<UpstreamError>,
-    tries: &mut usize,
-) -> Result<(D::Stream, Arc<Server>), Refusal> {
-    let header = proxy_header(service.proxy_protocol, visit.client(), local);
-    loop {
-        if let Some(why) = failed {
-            *tries += 1;
-            let servers = service.upstream.servers().len();
-            let is_round = tries.is_multiple_of(servers);
-            if is_round && service.hold.limit.is_zero() {
-                return Err(Refusal::Away(why));
-            }
-            if is_round {
-                let pause = sleep(pause_after(*tries / servers));
-                hold(service, client, visit, &|| Some(why.clone()), pause).await?;
-            }
-        }
-        let Reached { mut stream, server, dial } = reach(service, client, visit).await?;
-        match write_header(&mut stream, header.as_deref()).await {
-            Ok(()) => {
-                visit.relaying(&server, dial);
-                return Ok((stream, server));
-            }
-            Err(error) => failed = Some(service.upstream.suspect(&server, Failure::Header(error.kind()))),
-        }
-    }
-}
-
-/// How long a client pauses after so many rounds of all servers.
-fn pause_after(round: usize) -> Duration {
-    let doublings = u32::try_from(round.saturating_sub(1)).unwrap_or(u32::MAX).min(8);
-    (PAUSE_FIRST * 2_u32.pow(doublings)).min(PAUSE_LAST)
-}
-
-/// Connects to the upstream, holding the client while it cannot be reached.
-async fn reach<D: Dial>(
-    service: &Service<D>,
-    client: &TcpStream,
-    visit: &Visit,
-) -> Result<Reached<D::Stream>, Refusal> {
-    let upstream = &service.upstream;
-    let why = || upstream.away();
-    visit.connecting();
-    let holds = !service.hold.limit.is_zero();
-    if holds && upstream.is_away() {
-        // While others wait for it already there is no use in trying too, unless
-        // those who have the places may wait for something else.
-        return match service.hold.places.available_permits() {
-            0 => {
-                let attempt = upstream.connect_in_turn();
-                wait(service, client, visit, &why, false, attempt).await?.map_err(Refusal::HoldFull)
-            }
-            _ => hold(service, client, visit, &why, upstream.reconnect()).await,
-        };
-    }
-    let mut first = pin!(upstream.connect());
-    let unanswered = tokio::select! {
-        connected = &mut first => match connected {
-            Err(error) if holds && error.may_pass() => None,
-            connected => return connected.map_err(Refusal::Away),
-        },
-        _ = reset(client) => return Err(Refusal::ClientGone { held: false }),
-        () = sleep(HELD_AFTER), if holds => Some(first),
-    };
-    let attempt = async {
-        if let Some(first) = unanswered {
-            match first.await {
-                Err(error) if error.may_pass() => {}
-                connected => return connected,
-            }
-        }
-        Ok(upstream.reconnect().await)
-    };
-    hold(service, client, visit, &why, attempt).await?.map_err(Refusal::Away)
-}
-
-/// Keeps the client waiting while `attempt` goes on, for as long as it may be
-/// held. `why` tells what it is waiting for.
-async fn hold<D: Dial, T>(
-    service: &Service<D>,
-    client: &TcpStream,
-    visit: &Visit,
-    why: &(dyn Fn() -> Option<UpstreamError> + Sync),
-    attempt: impl Future<Output = T>,
-) -> Result<T, Refusal> {
-    let Ok(_place) = service.hold.places.try_acquire() else {
-        return Err(Refusal::HoldFull(why()));
-    };
-    visit.held();
-    wait(service, client, visit, why, true, attempt).await
-}
-
-/// Waits for `attempt` until the client leaves, its time is over, or the edge
-/// stops. `held` is whether the client has a place.
-async fn wait<D: Dial, T>(
-    service: &Service<D>,
-    client: &TcpStream,
-    visit: &Visit,
-    why: &(dyn Fn() -> Option<UpstreamError> + Sync),
-    held: bool,
-    attempt: impl Future<Output = T>,
-) -> Result<T, Refusal> {
-    tokio::select! {
-        done = attempt => Ok(done),
-        () = left(client) => Err(Refusal::ClientGone { held }),
-        () = sleep_until(visit.accepted() + service.hold.limit) => Err(Refusal::HoldEnded(why())),
-        () = dismissed(service) => Err(Refusal::Stopping),
-    }
-}
-
-/// Completes when the edge is stopping and the mailbox is away, or does not answer in time. Before
-/// that, whoever is being connected is served.
-async fn dismissed<D: Dial>(service: &Service<D>) {
-    service.drain.cancelled().await;
-    let _ = timeout(service.hold.last_dial, service.upstream.until_away()).await;
-}
-
-async fn write_header<S: AsyncWrite + Unpin>(upstream: &mut S, header: Option<&[u8]>) -> io::Result<()> {
-    let Some(header) = header else { return Ok(()) };
-    timeout(HEADER_LIMIT, upstream.write_all(header)).await.unwrap_or(Err(io::ErrorKind::TimedOut.into()))
 }
 
 /// Relays, and ends on one side what was cut on the other.
@@ -336,120 +141,6 @@ async fn pass_on<D: Dial>(
         _ => {}
     }
     outcome
-}
-
-/// Completes when a client that is held has left: it has reset the connection,
-/// or ended it without having said a word. One that has said something may wait
-/// for the reply.
-async fn left(client: &TcpStream) {
-    let ended = async {
-        match client.peek(&mut [0]).await {
-            Ok(0) | Err(_) => {}
-            Ok(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        () = ended => {}
-        _ = reset(client) => {}
-    }
-}
-
-/// Completes when the client has reset the connection. A FIN is no reason to
-/// give up: a client may have said all it wanted and wait for the reply.
-async fn reset(client: &TcpStream) -> io::Error {
-    loop {
-        if client.ready(Interest::ERROR).await.is_err() {
-            return std::future::pending().await; // the runtime is going away
-        }
-        if let Ok(Some(error)) = client.take_error() {
-            return error;
-        }
-        // Nothing to it, or reading has found it first: wait for the next.
-        let _ = client.try_io(Interest::ERROR, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
-    }
-}
-
-/// A socket that is read and written through a shared reference, so that it can
-/// be watched for a reset meanwhile.
-struct SharedTcp<'a>(&'a TcpStream);
-
-impl AsyncRead for SharedTcp<'_> {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        loop {
-            ready!(self.0.poll_read_ready(cx))?;
-            match self.0.try_read(buf.initialize_unfilled()) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {} // readiness was stale
-                read => return Poll::Ready(read.map(|count| buf.advance(count))),
-            }
-        }
-    }
-}
-
-impl AsyncWrite for SharedTcp<'_> {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        loop {
-            ready!(self.0.poll_write_ready(cx))?;
-            match self.0.try_write(bytes) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {} // readiness was stale
-                written => return Poll::Ready(written),
-            }
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(())) // the kernel sends at once
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(SockRef::from(self.0).shutdown(Shutdown::Write))
-    }
-}
-
-impl Refusal {
-    /// What the ledger is to say of it.
-    fn ended<D>(&self, upstream: &Upstream<D>) -> Ended {
-        let cannot = |before: &str, error: &Option<UpstreamError>| {
-            let what = error.as_ref().map_or_else(|| "no answer so far".to_owned(), UpstreamError::what);
-            format!("{before}cannot reach {upstream}: {what}")
-        };
-        let (state, why) = match self {
-            Refusal::ClientGone { held: false } => {
-                (EndState::ClientLeftConnecting, "client left while connecting".to_owned())
-            }
-            Refusal::ClientGone { held: true } => {
-                (EndState::ClientLeftHeld, "client left while it was held".to_owned())
-            }
-            Refusal::Away(error) => (away(error), format!("cannot reach {upstream}: {}", error.what())),
-            Refusal::HoldEnded(error) => {
-                let is_denied = error.as_ref().is_some_and(UpstreamError::is_denied);
-                let state = if is_denied { EndState::PolicyDenied } else { EndState::HoldEnded };
-                (state, cannot("held until its time was over: ", error))
-            }
-            Refusal::HoldFull(error) => {
-                (EndState::HoldFull, cannot("as many clients are held as hold_max allows: ", error))
-            }
-            Refusal::Stopping => {
-                (EndState::StoppedWaiting, "turned away because the edge is stopping".to_owned())
-            }
-        };
-        Ended { state, why }
-    }
-}
-
-/// How a connection ends whose upstream cannot be reached.
-fn away(error: &UpstreamError) -> EndState {
-    let all = |kind: fn(&Failure) -> bool| error.failures().all(kind);
-    if all(|failure| *failure == Failure::Connect(ConnectError::NotRunning)) {
-        EndState::NoTailnet
-    } else if error.is_denied() {
-        EndState::PolicyDenied
-    } else if all(|failure| matches!(failure, Failure::Silent { .. })) {
-        EndState::ServerSilent
-    } else if all(|failure| matches!(failure, Failure::Wordless | Failure::Header(_))) {
-        EndState::ServerWordless
-    } else {
-        EndState::ServerUnreachable
-    }
 }
 
 impl Outcome {

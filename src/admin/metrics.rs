@@ -1,6 +1,6 @@
 //! What is measured, in Prometheus's text formats.
 //!
-//! [`Counters`] count from the start of the process; everything else is looked up at the moment of the
+//! [`Counters`](crate::connection::counters::Counters) count from the start of the process; everything else is looked up at the moment of the
 //! scrape. Names follow Prometheus's conventions: base units, `_total` for what only grows.
 //!
 //! Invariants: no label's values come from clients, so the number of series is bounded by the

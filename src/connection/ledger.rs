@@ -382,6 +382,11 @@ impl Visit {
         self.entry.set_stage(Stage::Held);
     }
 
+    /// Whether the client waits so.
+    pub fn is_held(&self) -> bool {
+        matches!(self.entry.stage(), Stage::Held)
+    }
+
     /// Notes that this server has the header; the dial that led there took so long.
     pub fn relaying(&self, server: &Arc<Server>, dial: Duration) {
         let connected = self.entry.accepted.elapsed();

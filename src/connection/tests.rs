@@ -1,12 +1,22 @@
+use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::*;
+use crate::connection::hold::HELD_AFTER;
 use crate::connection::ledger::Ledger;
+use crate::connection::refusal::PublicName;
+use crate::connection::relay::Timeouts;
+use crate::protocol::Protocol;
 use crate::tailnet::{ConnectError, PingReport};
 use crate::test_net::free_addr;
+use crate::upstream::Upstream;
 use crate::upstream::peers::Peer;
 
 /// Dials a port of this machine, or nothing at all.

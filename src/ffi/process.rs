@@ -45,7 +45,7 @@ static HUNG_UP: AtomicBool = AtomicBool::new(false);
 
 /// What a signal means before anybody listens to it, instead of the kernel's default, which is to kill the
 /// process: SIGTERM and SIGINT end it in order, since nothing has begun; SIGHUP is remembered. To be called
-/// first; [`signals_are_heard`] ends it.
+/// first; `signals_are_heard` ends it.
 pub fn expect_signals() -> io::Result<()> {
     extern "C" fn remember(_: c_int) {
         HUNG_UP.store(true, Ordering::SeqCst);
