@@ -1,10 +1,14 @@
 //! What is said on the wire: the protocols, the PROXY header, and what a server answers that does not trust it.
 
+mod advice;
+pub mod greeting;
 pub mod header_watch;
 pub mod proxy_header;
 
 use std::fmt;
 use std::time::Duration;
+
+pub use advice::advice;
 
 /// What is spoken on a listener: decides its default port, its idle timeout and how a failure is
 /// told to the client.

@@ -31,7 +31,7 @@ use tokio::sync::{Mutex, Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{info, warn};
 
-use crate::protocol::header_watch;
+use crate::protocol::advice;
 use crate::support::repeats::Repeats;
 use crate::tailnet::ConnectError;
 use crate::upstream::dial::Dial;
@@ -222,7 +222,7 @@ impl<D: Dial> Upstream<D> {
         if !server.distrusts() {
             return;
         }
-        let advice = header_watch::advice(&self.dialler.addresses());
+        let advice = advice(&self.dialler.addresses());
         warn!(listener, upstream = %server, "the mailbox takes the PROXY header for a command, so mail cannot pass: {advice}");
     }
 

@@ -12,7 +12,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::report::{Check, Outcome};
 use crate::config;
-use crate::protocol::header_watch;
+use crate::protocol::advice;
 use crate::protocol::{Protocol, ProxyProtocol};
 use crate::support::wall_clock;
 use crate::tailnet::{ConnectError, Node, PingReport, TailnetStream};
@@ -137,7 +137,7 @@ fn greeting(
         Err(error @ (ProbeError::HeaderTaken { .. } | ProbeError::ClosedSilently { header: true })) => {
             let text = error.to_string();
             let finding = text.split("; ").next().unwrap_or_default();
-            vec![Check::fail(visit.check("proxy"), finding, header_watch::advice(own))]
+            vec![Check::fail(visit.check("proxy"), finding, advice(own))]
         }
         Err(error) => vec![Check::told(name, Outcome::Fail, error)],
     }
@@ -166,7 +166,7 @@ fn demand(visit: &Visit, without: &Result<Finding, ProbeError>, own: &[IpAddr]) 
     Check::warn(
         name,
         "greets with a PROXY header and without one: that it reads the client's address from it is not proven, and whoever may connect on the tailnet is taken for a client",
-        format!("make it demand the header: {}", header_watch::advice(own)),
+        format!("make it demand the header: {}", advice(own)),
     )
 }
 
@@ -219,7 +219,7 @@ mod tests {
         ] {
             let checks = greeting(&listener("smtp"), &Err(error), &own(), Timestamp::UNIX_EPOCH);
             assert_eq!((&*checks[0].name, checks[0].outcome), ("proxy smtp stalwart:25", Outcome::Fail));
-            assert_eq!(checks[0].remedy.as_deref(), Some(&*header_watch::advice(&own())), "it is not cut");
+            assert_eq!(checks[0].remedy.as_deref(), Some(&*advice(&own())), "it is not cut");
         }
         let without = Err(ProbeError::ClosedSilently { header: false });
         let checks = greeting(&listener("smtp"), &without, &own(), Timestamp::UNIX_EPOCH);

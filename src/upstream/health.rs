@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
 use crate::config;
-use crate::protocol::header_watch;
+use crate::protocol::advice;
 use crate::support::wall_clock;
 use crate::tailnet::ConnectError;
 use crate::upstream::dial::Dial;
@@ -277,7 +277,7 @@ fn take_in<D: Dial>(
             upstream.found(server, false);
             let advice = match problem {
                 ProbeError::HeaderTaken { .. } | ProbeError::ClosedSilently { header: true } => {
-                    format!(": {}", header_watch::advice(&dialler.addresses()))
+                    format!(": {}", advice(&dialler.addresses()))
                 }
                 _ => String::new(),
             };

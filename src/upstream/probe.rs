@@ -32,7 +32,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::protocol::Protocol;
-use crate::protocol::header_watch::Language;
+use crate::protocol::greeting::Language;
 use crate::protocol::proxy_header::LOCAL;
 use crate::support::text::harmless_up_to;
 use crate::tailnet::ConnectError;

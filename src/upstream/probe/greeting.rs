@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::talk::{Stop, Talk};
 use super::{Clock, LOOK, ProbeError, harmless};
-use crate::protocol::header_watch::{Language, Line, word};
+use crate::protocol::greeting::{Language, Line, word};
 
 /// How long the mailbox has for its answer to goodbye and for its end of the
 /// stream.
