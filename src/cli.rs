@@ -7,6 +7,7 @@
 //! [`crate::config::config_path`]).
 
 pub mod healthcheck;
+pub mod status;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;

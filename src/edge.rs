@@ -9,6 +9,8 @@
 //!
 //! A reload works at any time after the node has started, also while it joins.
 
+mod admin_listener;
+mod port;
 pub mod reload;
 mod serving;
 
@@ -41,7 +43,8 @@ use crate::tailnet::membership::Membership;
 use crate::tailnet::state_dir::{self, StateDirError};
 use crate::tailnet::{JoinError, Node, linked_version};
 use crate::upstream::peers::Peer;
-use serving::{Admin, Parts, Serving};
+use admin_listener::Admin;
+use serving::{Parts, Serving};
 
 /// While draining, a connection that waits for its client this long is closed;
 /// the others have until the drain time-out.

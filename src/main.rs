@@ -10,9 +10,8 @@ use std::sync::Arc;
 
 use clap::{CommandFactory, Parser};
 use clap_complete::Shell;
-use tailwart_edge::admin::status;
-use tailwart_edge::cli::healthcheck;
 use tailwart_edge::cli::{Cli, Command, ConfigArgs, DoctorArgs, EdgeArgs, HealthcheckArgs, StatusArgs};
+use tailwart_edge::cli::{healthcheck, status};
 use tailwart_edge::config::{self, Config, ConfigError, config_path};
 use tailwart_edge::doctor::{self, Patient};
 use tailwart_edge::edge::reload::Source;

@@ -16,7 +16,8 @@ use hyper::header::{
 use jiff::Timestamp;
 use maud::{DOCTYPE, Markup, PreEscaped, Render, html};
 
-use crate::admin::status::{Details, Line, Status, bytes, lasting};
+use crate::admin::status::{Details, Line, Status};
+use crate::support::text::{bytes, lasting};
 use crate::upstream::health::{Seen, State};
 
 /// Between two loads.

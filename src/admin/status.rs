@@ -1,33 +1,22 @@
-//! The state of a running edge: what `/status` says, and `tailwart-edge status`, which shows it on
-//! one screen.
+//! The state of a running edge: what `/status` says, and how that looks on one screen.
 //!
-//! Invariants: it asks the edge and nobody else, changes nothing, and has a deadline. What it prints
-//! was made harmless by the edge.
+//! Invariant: what is shown was made harmless by the edge.
 //!
-//! Deliberately not here: a judgement for scripts (that is `/readyz`), and looking for causes (see
-//! `doctor.rs`).
+//! Deliberately not here: a judgement for scripts (that is `/readyz`), looking for causes (see `doctor.rs`), and
+//! asking a running edge (see `cli/status.rs`).
 
 use std::fmt;
-use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use tokio::time::{MissedTickBehavior, interval};
 
 use crate::connection::ledger::{ConnectionView, Failure};
-use crate::support::http_client::{ask_edge, cannot_ask};
+use crate::support::text::{bytes, lasting, table};
 use crate::upstream::health::{Seen, State};
 
 /// The path at which the admin port says it.
 pub const PATH: &str = "/status";
-
-/// How long the edge may take to answer.
-const LIMIT: Duration = Duration::from_secs(5);
-
-/// Between two questions of who watches.
-const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What an edge says of itself.
 ///
@@ -181,32 +170,6 @@ pub struct ClientView {
     pub received: u64,
 }
 
-/// Asks the edge that has this admin address, or says why that cannot be done.
-pub async fn ask(admin: SocketAddr) -> Result<Status, String> {
-    let answer = ask_edge(admin, PATH, LIMIT).await?;
-    serde_json::from_slice(answer.body()).map_err(|_| cannot_ask(admin, "its answer is not that of an edge"))
-}
-
-/// Shows what the edge says, again and again, each time on a screen that was cleared if `clears`;
-/// an edge that cannot be asked is told and asked on. Returns when `screen` takes nothing more.
-pub async fn watch(admin: SocketAddr, json: bool, clears: bool, screen: &mut impl Write) {
-    const CLEAR: &str = "\x1b[H\x1b[2J\x1b[3J";
-    let mut ticks = interval(WATCH_INTERVAL);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        ticks.tick().await;
-        let text = match ask(admin).await {
-            Ok(status) => status.shown(json),
-            Err(problem) if json => serde_json::json!({ "error": problem }).to_string() + "\n",
-            Err(problem) => problem + "\n",
-        };
-        let before = if clears { CLEAR } else { "" };
-        if write!(screen, "{before}{text}").and_then(|()| screen.flush()).is_err() {
-            return;
-        }
-    }
-}
-
 /// How many clients and failures are shown on one screen.
 const SHOWN: usize = 5;
 
@@ -295,49 +258,6 @@ impl fmt::Display for NodeView {
             write!(f, ", home relay {home_region}")?;
         }
         key_expiry.map_or(Ok(()), |expiry| write!(f, ", key until {expiry:.0}"))
-    }
-}
-
-/// Columns under their heads, after an empty line; nothing without rows.
-fn table(f: &mut fmt::Formatter<'_>, heads: &[&str], rows: impl Iterator<Item = Vec<String>>) -> fmt::Result {
-    let heads = heads.iter().map(|&head| head.to_owned()).collect();
-    let rows: Vec<Vec<String>> = std::iter::once(heads).chain(rows).collect();
-    if rows.len() == 1 {
-        return Ok(());
-    }
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..rows[0].len()).map(width).collect();
-    writeln!(f)?;
-    for row in &rows {
-        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
-        writeln!(f, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
-    }
-    Ok(())
-}
-
-/// A number of bytes for people.
-pub fn bytes(count: u64) -> String {
-    const UNITS: [&str; 5] = ["kB", "MB", "GB", "TB", "PB"];
-    if count < 1000 {
-        return format!("{count} B");
-    }
-    let mut value = count as f64 / 1e3;
-    let mut units = UNITS.iter();
-    let mut unit = units.next();
-    while value >= 999.95 && units.len() > 0 {
-        value /= 1e3;
-        unit = units.next();
-    }
-    format!("{value:.1} {}", unit.unwrap_or(&"PB"))
-}
-
-/// A time span for people.
-pub fn lasting(seconds: i64) -> String {
-    match seconds {
-        ..60 => format!("{} s", seconds.max(0)),
-        60..3600 => format!("{} min", seconds / 60),
-        3600..86_400 => format!("{} h {} min", seconds / 3600, seconds % 3600 / 60),
-        _ => format!("{} d {} h", seconds / 86_400, seconds % 86_400 / 3600),
     }
 }
 
@@ -533,72 +453,5 @@ LAST FAILURES         TIMES  LISTENER  LAST CLIENT  END  WHY
             Line(&serde_json::from_value(seen).unwrap()).to_string()
         };
         assert_eq!([seen("unprobed"), seen("unknown")], ["not probed", "not known yet"]);
-    }
-
-    #[test]
-    fn numbers_are_for_people() {
-        let texts = [0, 999, 1000, 999_949, 999_950, 12_345_678_901, u64::MAX].map(bytes);
-        assert_eq!(texts, ["0 B", "999 B", "1.0 kB", "999.9 kB", "1.0 MB", "12.3 GB", "18446.7 PB"]);
-        let texts = [-5, 59, 60, 3599, 3600, 86_399, 90_000].map(lasting);
-        assert_eq!(texts, ["0 s", "59 s", "1 min", "59 min", "1 h 0 min", "23 h 59 min", "1 d 1 h"]);
-    }
-
-    /// Takes so many bytes and no more.
-    struct Screen(Vec<u8>, usize);
-
-    impl Write for Screen {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            if self.0.len() + bytes.len() > self.1 {
-                return Err(std::io::ErrorKind::BrokenPipe.into());
-            }
-            self.0.extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-
-    #[tokio::test]
-    async fn who_watches_sees_it_again_and_again_until_he_leaves() {
-        use tokio::io::{AsyncReadExt, AsyncWriteExt};
-        let edge = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let admin = edge.local_addr().unwrap();
-        let answers = tokio::spawn(async move {
-            // Away at first, and back.
-            drop(edge.accept().await.unwrap());
-            let head = "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length";
-            loop {
-                let (mut stream, _) = edge.accept().await.unwrap();
-                let _ = stream.read(&mut [0; 1024]).await;
-                let answer = format!("{head}: {}\r\n\r\n{ANSWER}", ANSWER.len());
-                let _ = stream.write_all(answer.as_bytes()).await;
-            }
-        });
-        tokio::time::pause();
-        let mut screen = Screen(Vec::new(), 4000);
-        watch(admin, false, true, &mut screen).await;
-        answers.abort();
-        let text = String::from_utf8(screen.0).unwrap();
-        let screens: Vec<&str> = text.split("\x1b[H\x1b[2J\x1b[3J").collect();
-        assert!(screens.len() >= 3 && screens[1].contains("cannot ask the edge"), "{text}");
-        assert!(screens[2].starts_with("tailwart-edge 0.1.0 is ready"), "{text}");
-    }
-
-    #[tokio::test]
-    async fn another_server_is_not_taken_for_an_edge() {
-        use tokio::io::{AsyncReadExt, AsyncWriteExt};
-        let other = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let admin = other.local_addr().unwrap();
-        tokio::spawn(async move {
-            let (mut stream, _) = other.accept().await.unwrap();
-            let _ = stream.read(&mut [0; 1024]).await;
-            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}").await;
-        });
-        let error = ask(admin).await.unwrap_err();
-        let expected =
-            format!("cannot ask the edge at {admin}: its answer is not that of an edge; check that");
-        assert!(error.starts_with(&expected), "{error}");
     }
 }

@@ -21,16 +21,16 @@ use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use super::QUIET;
-use crate::admin;
+use super::admin_listener::Admin;
+use super::port::{Definition, Port, monitor};
 use crate::admin::board::{Board, Listening, Outlook};
 use crate::admin::overview::Overview;
-use crate::config::{self, ADMIN, Config};
+use crate::config::{self, Config};
 use crate::connection::ledger::Ledger;
 use crate::connection::limits::{ClientLimit, ConnectionLimit, Permits, connection_limit};
 use crate::connection::refusal::PublicName;
 use crate::connection::relay::{Timeouts, set_kept_most};
 use crate::connection::{Hold, Service};
-use crate::doctor::Examiner;
 use crate::edge::reload::Changes;
 use crate::listener::sockets::{Opened, Socket, Sockets};
 use crate::listener::{self, Admission, BindError};
@@ -38,63 +38,14 @@ use crate::process::log::Logging;
 use crate::process::memory::MemoryLimit;
 use crate::process::signals::{Drained, Signals};
 use crate::process::supervisor::Supervisor;
-use crate::protocol::ProxyProtocol;
 use crate::support::vital::{Vital, Vitals};
 use crate::tailnet::{Node, set_memory};
-use crate::upstream::health::{self, Monitor, State};
+use crate::upstream::Upstream;
+use crate::upstream::health::State;
 use crate::upstream::peers::{Peer, Peers};
-use crate::upstream::probe::Target;
-use crate::upstream::{Server, Upstream};
 
 /// How long those who wait for a tailnet that refuses this edge may take to read the answer.
 const TURN_AWAY_LIMIT: Duration = Duration::from_secs(3);
-
-/// How much longer an attempt to connect may take once the edge is stopping: enough for WireGuard to
-/// repeat a handshake, after 5 to 5.4 seconds; but half of the drain at most, so that whoever is turned
-/// away then can still be told.
-const LAST_DIAL: Duration = Duration::from_secs(6);
-
-/// The admin listener, which is there before the node is.
-pub(super) struct Admin {
-    overview: Arc<Overview>,
-    examiner: Arc<Examiner>,
-    vitals: Vitals,
-    running: Option<(Socket, Vital)>,
-    on_tailnet: Option<(u16, Vital)>,
-}
-
-impl Admin {
-    pub fn new(overview: Arc<Overview>, examiner: Arc<Examiner>, vitals: Vitals) -> Admin {
-        Admin { overview, examiner, vitals, running: None, on_tailnet: None }
-    }
-
-    /// Serves at this socket, and at no other.
-    pub fn serve(&mut self, socket: Option<Socket>) {
-        let Some(socket) = socket else {
-            self.running = None;
-            return;
-        };
-        if self.running.as_ref().is_some_and(|(running, _)| running.is(&socket)) {
-            return;
-        }
-        announce(ADMIN, &socket);
-        let (overview, examiner) = (Arc::clone(&self.overview), Arc::clone(&self.examiner));
-        let serving = admin::serve(Arc::clone(&socket.listener), overview, examiner);
-        self.running = Some((socket, self.vitals.spawn("serve admin.listen", serving)));
-    }
-
-    /// Serves the tailnet at this port of the node, and at no other.
-    fn serve_tailnet(&mut self, node: &Arc<Node>, port: Option<u16>) {
-        if self.on_tailnet.as_ref().map(|(port, _)| *port) == port {
-            return;
-        }
-        self.on_tailnet = port.map(|port| {
-            let (node, overview) = (Arc::clone(node), Arc::clone(&self.overview));
-            let serving = admin::serve_tailnet(node, port, overview);
-            (port, self.vitals.spawn("serve admin.tailnet_port", serving))
-        });
-    }
-}
 
 /// What [`Serving`] works with.
 pub(super) struct Parts {
@@ -130,50 +81,11 @@ pub(super) struct Serving {
 
 /// Which ports accept.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Opening {
+pub(super) enum Opening {
     None,
     /// Those whose clients can be held.
     Holding,
     All,
-}
-
-/// A listener's sockets, and what is done for who comes there.
-struct Port {
-    definition: Definition,
-    service: Arc<Service<Node>>,
-    sockets: Vec<Socket>,
-    /// A task for each socket, or none while it does not accept. A reload leaves them be if nothing changes here.
-    accepting: Vec<Vital>,
-    monitors: Vec<Arc<Monitor>>,
-    /// A task for each monitor, or none without probes.
-    probing: Vec<Vital>,
-}
-
-/// What a service is made of. While it stays the same, so does the service.
-#[derive(PartialEq, Eq)]
-struct Definition {
-    /// Without its addresses.
-    listener: config::Listener,
-    connect: Duration,
-    half_close: Duration,
-    hostname: Option<String>,
-    last_dial: Duration,
-    /// Whether there is a place for anybody to be held.
-    holds: bool,
-}
-
-impl Definition {
-    fn of(config: &Config, listener: &config::Listener) -> Definition {
-        let config::Timeouts { connect, half_close, drain, .. } = config.timeouts;
-        Definition {
-            listener: config::Listener { listen: Vec::new(), configured: false, ..listener.clone() },
-            connect,
-            half_close,
-            hostname: config.hostname.clone(),
-            last_dial: LAST_DIAL.min(drain / 2),
-            holds: config.limits.hold_max > 0,
-        }
-    }
 }
 
 impl Serving {
@@ -465,90 +377,12 @@ impl Serving {
 }
 
 impl Opening {
-    fn includes(self, service: &Service<Node>) -> bool {
+    pub(super) fn includes(self, service: &Service<Node>) -> bool {
         match self {
             Opening::None => false,
             Opening::Holding => !service.hold.limit.is_zero(),
             Opening::All => true,
         }
-    }
-}
-
-impl Port {
-    fn listening(&self) -> Listening {
-        Listening {
-            name: self.service.name.clone(),
-            protocol: self.service.protocol,
-            addresses: self.sockets.iter().filter_map(Socket::local).collect(),
-            upstream: self.service.upstream.to_string(),
-            removed: false,
-        }
-    }
-
-    /// Whether it is the same with this configuration and its sockets.
-    fn stays(&self, config: &Config, opened: &[(String, Vec<Socket>)]) -> bool {
-        let has_these = |sockets: &[Socket]| {
-            sockets.len() == self.sockets.len()
-                && sockets.iter().zip(&self.sockets).all(|(new, old)| new.is(old))
-        };
-        let mut listeners = config.listeners.iter().zip(opened);
-        listeners.any(|(listener, (_, sockets))| {
-            Definition::of(config, listener) == self.definition && has_these(sockets)
-        })
-    }
-
-    fn accept(&mut self, admission: &Admission, vitals: &Vitals, known: &[(String, Socket)]) {
-        for socket in &self.sockets {
-            if !known.iter().any(|(name, old)| *name == self.service.name && old.is(socket)) {
-                announce(&self.service.name, socket);
-            }
-            let (listener, service) = (Arc::clone(&socket.listener), Arc::clone(&self.service));
-            let address = socket.local().map(|address| address.to_string()).unwrap_or_default();
-            let name = format!("accept {} {address}", self.service.name);
-            let accepting = listener::accept(listener, service, admission.clone());
-            self.accepting.push(vitals.spawn(name, accepting));
-        }
-    }
-
-    async fn stop_accepting(&mut self) {
-        for task in self.accepting.drain(..) {
-            task.stop().await;
-        }
-    }
-
-    /// Probes every server from now on, or none, and forgets then what a probe has found.
-    fn probe(&mut self, node: &Arc<Node>, vitals: &Vitals, settings: config::Probe) {
-        self.probing.clear();
-        for (monitor, server) in self.monitors.iter_mut().zip(self.service.upstream.servers()) {
-            if settings.interval.is_zero() {
-                *monitor = Arc::new(self::monitor(&self.service, server));
-                self.service.upstream.unprobed(server);
-                continue;
-            }
-            let (server, node) = (Arc::clone(server), Arc::clone(node));
-            let (monitor, upstream) = (Arc::clone(monitor), Arc::clone(&self.service.upstream));
-            monitor.begin();
-            let name = format!("probe {server} for {}", self.service.name);
-            let probing = health::keep_probing(monitor, upstream, server, node, settings);
-            self.probing.push(vitals.spawn(name, probing));
-        }
-    }
-}
-
-/// For one server of a listener's service.
-fn monitor(service: &Service<Node>, server: &Server) -> Monitor {
-    let target = Target {
-        host: server.host().to_owned(),
-        port: server.port,
-        protocol: service.protocol,
-        header: service.proxy_protocol != ProxyProtocol::Off,
-    };
-    Monitor::new(&service.name, target, server)
-}
-
-fn announce(listener: &str, socket: &Socket) {
-    if let Some(address) = socket.local() {
-        info!(listener, %address, "listening");
     }
 }
 

@@ -391,6 +391,13 @@ fn may_be_missing(listener: &Listener, address: SocketAddr, error: &BindError) -
     !listener.configured && address.is_ipv6() && is_absent
 }
 
+/// Says that a listener is reached here now.
+pub fn announce(listener: &str, socket: &Socket) {
+    if let Some(address) = socket.local() {
+        info!(listener, %address, "listening");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::net::{Ipv4Addr, Ipv6Addr};

@@ -36,6 +36,53 @@ pub fn list<T: fmt::Display>(items: &[T]) -> Option<String> {
     (!items.is_empty()).then(|| items.join(", "))
 }
 
+/// Columns under their heads, after an empty line; nothing without rows.
+pub fn table(
+    f: &mut fmt::Formatter<'_>,
+    heads: &[&str],
+    rows: impl Iterator<Item = Vec<String>>,
+) -> fmt::Result {
+    let heads = heads.iter().map(|&head| head.to_owned()).collect();
+    let rows: Vec<Vec<String>> = std::iter::once(heads).chain(rows).collect();
+    if rows.len() == 1 {
+        return Ok(());
+    }
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..rows[0].len()).map(width).collect();
+    writeln!(f)?;
+    for row in &rows {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
+        writeln!(f, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
+    }
+    Ok(())
+}
+
+/// A number of bytes for people.
+pub fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["kB", "MB", "GB", "TB", "PB"];
+    if count < 1000 {
+        return format!("{count} B");
+    }
+    let mut value = count as f64 / 1e3;
+    let mut units = UNITS.iter();
+    let mut unit = units.next();
+    while value >= 999.95 && units.len() > 0 {
+        value /= 1e3;
+        unit = units.next();
+    }
+    format!("{value:.1} {}", unit.unwrap_or(&"PB"))
+}
+
+/// A time span for people.
+pub fn lasting(seconds: i64) -> String {
+    match seconds {
+        ..60 => format!("{} s", seconds.max(0)),
+        60..3600 => format!("{} min", seconds / 60),
+        3600..86_400 => format!("{} h {} min", seconds / 3600, seconds % 3600 / 60),
+        _ => format!("{} d {} h", seconds / 86_400, seconds % 86_400 / 3600),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -57,5 +104,13 @@ mod tests {
     fn several_values_are_one_text_and_none_is_nothing() {
         assert_eq!(list(&["tag:a", "tag:b"]).as_deref(), Some("tag:a, tag:b"));
         assert_eq!(list::<String>(&[]), None);
+    }
+
+    #[test]
+    fn numbers_are_for_people() {
+        let texts = [0, 999, 1000, 999_949, 999_950, 12_345_678_901, u64::MAX].map(bytes);
+        assert_eq!(texts, ["0 B", "999 B", "1.0 kB", "999.9 kB", "1.0 MB", "12.3 GB", "18446.7 PB"]);
+        let texts = [-5, 59, 60, 3599, 3600, 86_399, 90_000].map(lasting);
+        assert_eq!(texts, ["0 s", "59 s", "1 min", "59 min", "1 h 0 min", "23 h 59 min", "1 d 1 h"]);
     }
 }

@@ -1,0 +1,132 @@
+//! One listener in service: its sockets, the tasks that accept on them, and the probes of its servers.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::admin::board::Listening;
+use crate::config::{self, Config};
+use crate::connection::Service;
+use crate::listener::sockets::{Socket, announce};
+use crate::listener::{self, Admission};
+use crate::protocol::ProxyProtocol;
+use crate::support::vital::{Vital, Vitals};
+use crate::tailnet::Node;
+use crate::upstream::Server;
+use crate::upstream::health::{self, Monitor};
+use crate::upstream::probe::Target;
+
+/// How much longer an attempt to connect may take once the edge is stopping: enough for WireGuard to
+/// repeat a handshake, after 5 to 5.4 seconds; but half of the drain at most, so that whoever is turned
+/// away then can still be told.
+const LAST_DIAL: Duration = Duration::from_secs(6);
+
+/// A listener's sockets, and what is done for who comes there.
+pub(super) struct Port {
+    pub(super) definition: Definition,
+    pub(super) service: Arc<Service<Node>>,
+    pub(super) sockets: Vec<Socket>,
+    /// A task for each socket, or none while it does not accept. A reload leaves them be if nothing changes here.
+    pub(super) accepting: Vec<Vital>,
+    pub(super) monitors: Vec<Arc<Monitor>>,
+    /// A task for each monitor, or none without probes.
+    pub(super) probing: Vec<Vital>,
+}
+
+/// What a service is made of. While it stays the same, so does the service.
+#[derive(PartialEq, Eq)]
+pub(super) struct Definition {
+    /// Without its addresses.
+    pub(super) listener: config::Listener,
+    pub(super) connect: Duration,
+    pub(super) half_close: Duration,
+    pub(super) hostname: Option<String>,
+    pub(super) last_dial: Duration,
+    /// Whether there is a place for anybody to be held.
+    pub(super) holds: bool,
+}
+
+impl Definition {
+    pub(super) fn of(config: &Config, listener: &config::Listener) -> Definition {
+        let config::Timeouts { connect, half_close, drain, .. } = config.timeouts;
+        Definition {
+            listener: config::Listener { listen: Vec::new(), configured: false, ..listener.clone() },
+            connect,
+            half_close,
+            hostname: config.hostname.clone(),
+            last_dial: LAST_DIAL.min(drain / 2),
+            holds: config.limits.hold_max > 0,
+        }
+    }
+}
+
+impl Port {
+    pub(super) fn listening(&self) -> Listening {
+        Listening {
+            name: self.service.name.clone(),
+            protocol: self.service.protocol,
+            addresses: self.sockets.iter().filter_map(Socket::local).collect(),
+            upstream: self.service.upstream.to_string(),
+            removed: false,
+        }
+    }
+
+    /// Whether it is the same with this configuration and its sockets.
+    pub(super) fn stays(&self, config: &Config, opened: &[(String, Vec<Socket>)]) -> bool {
+        let has_these = |sockets: &[Socket]| {
+            sockets.len() == self.sockets.len()
+                && sockets.iter().zip(&self.sockets).all(|(new, old)| new.is(old))
+        };
+        let mut listeners = config.listeners.iter().zip(opened);
+        listeners.any(|(listener, (_, sockets))| {
+            Definition::of(config, listener) == self.definition && has_these(sockets)
+        })
+    }
+
+    pub(super) fn accept(&mut self, admission: &Admission, vitals: &Vitals, known: &[(String, Socket)]) {
+        for socket in &self.sockets {
+            if !known.iter().any(|(name, old)| *name == self.service.name && old.is(socket)) {
+                announce(&self.service.name, socket);
+            }
+            let (listener, service) = (Arc::clone(&socket.listener), Arc::clone(&self.service));
+            let address = socket.local().map(|address| address.to_string()).unwrap_or_default();
+            let name = format!("accept {} {address}", self.service.name);
+            let accepting = listener::accept(listener, service, admission.clone());
+            self.accepting.push(vitals.spawn(name, accepting));
+        }
+    }
+
+    pub(super) async fn stop_accepting(&mut self) {
+        for task in self.accepting.drain(..) {
+            task.stop().await;
+        }
+    }
+
+    /// Probes every server from now on, or none, and forgets then what a probe has found.
+    pub(super) fn probe(&mut self, node: &Arc<Node>, vitals: &Vitals, settings: config::Probe) {
+        self.probing.clear();
+        for (monitor, server) in self.monitors.iter_mut().zip(self.service.upstream.servers()) {
+            if settings.interval.is_zero() {
+                *monitor = Arc::new(self::monitor(&self.service, server));
+                self.service.upstream.unprobed(server);
+                continue;
+            }
+            let (server, node) = (Arc::clone(server), Arc::clone(node));
+            let (monitor, upstream) = (Arc::clone(monitor), Arc::clone(&self.service.upstream));
+            monitor.begin();
+            let name = format!("probe {server} for {}", self.service.name);
+            let probing = health::keep_probing(monitor, upstream, server, node, settings);
+            self.probing.push(vitals.spawn(name, probing));
+        }
+    }
+}
+
+/// For one server of a listener's service.
+pub(super) fn monitor(service: &Service<Node>, server: &Server) -> Monitor {
+    let target = Target {
+        host: server.host().to_owned(),
+        port: server.port,
+        protocol: service.protocol,
+        header: service.proxy_protocol != ProxyProtocol::Off,
+    };
+    Monitor::new(&service.name, target, server)
+}
