@@ -61,7 +61,7 @@ fn report(claim: &Claim, earlier: &Claim, mistakes: &mut Mistakes) {
     let line = earlier.place.at.on_line();
     let of = if earlier.owner == claim.owner { String::new() } else { format!(" of {}", earlier.owner) };
     let (shown, other) = (&claim.shown, &earlier.shown);
-    mistakes.structure(
+    mistakes.add(
         &claim.place,
         &format!("{shown} clashes with {other}{of}{line}; expected an address still free"),
     );

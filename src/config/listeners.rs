@@ -58,7 +58,7 @@ pub(super) fn hosts(table: &mut Table, key: &'static str, mistakes: &mut Mistake
         warn_of_elsewhere(&host.value, &host.shown, &host.place, mistakes);
         if hosts.contains(&host.value) {
             let problem = format!("{} is named twice; expected each host once", host.shown);
-            mistakes.value(&host.place, &problem);
+            mistakes.add(&host.place, &problem);
         }
         hosts.push(host.value);
     }
@@ -177,7 +177,7 @@ fn default_claims(protocol: Protocol, place: &Place, owner: &str) -> Vec<Claim> 
 fn protocol(table: &mut Table, mistakes: &mut Mistakes) -> Option<Protocol> {
     if !table.has("protocol") {
         let expected = values::PROTOCOL.expected;
-        mistakes.structure(&table.place("protocol"), &format!("missing; expected {expected}"));
+        mistakes.add(&table.place("protocol"), &format!("missing; expected {expected}"));
     }
     table.get("protocol", &values::PROTOCOL, mistakes).map(|found| found.value)
 }
@@ -201,7 +201,7 @@ fn claims(table: &mut Table, protocol: Option<Protocol>, owner: &str, mistakes: 
     if claims.is_empty() {
         let problem =
             format!("missing, and {protocol} has no default port; expected an array of addresses such as");
-        mistakes.structure(&table.place("listen"), &format!("{problem} [\"127.0.0.1:8080\"]"));
+        mistakes.add(&table.place("listen"), &format!("{problem} [\"127.0.0.1:8080\"]"));
     }
     claims
 }
@@ -214,7 +214,7 @@ fn upstream_port(table: &mut Table, protocol: Option<Protocol>, mistakes: &mut M
     let protocol = protocol?;
     if protocol.default_port().is_none() {
         let problem = format!("missing, and {protocol} has no default port; expected the mailbox's port");
-        mistakes.structure(&table.place("upstream_port"), &problem);
+        mistakes.add(&table.place("upstream_port"), &problem);
     }
     protocol.default_port()
 }
@@ -222,7 +222,7 @@ fn upstream_port(table: &mut Table, protocol: Option<Protocol>, mistakes: &mut M
 fn report_missing_host(drafts: &[Draft], shared: &Shared, mistakes: &mut Mistakes) {
     if !shared.host_given && drafts.iter().any(|draft| matches!(draft.hosts, Hosts::Shared)) {
         let problem = "missing; set it to the mailbox's name on the tailnet, or give --upstream HOST";
-        mistakes.structure(&shared.host_place, problem);
+        mistakes.add(&shared.host_place, problem);
     }
 }
 
@@ -238,7 +238,7 @@ fn report_same_names(drafts: &[Draft], mistakes: &mut Mistakes) {
                 let line = place.at.on_line();
                 let expected = "expected a name of its own for each listener";
                 let problem = format!("{shown} is taken by {owner}{line}; {expected}");
-                mistakes.structure(&name.place, &problem);
+                mistakes.add(&name.place, &problem);
             }
         }
     }

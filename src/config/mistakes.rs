@@ -73,18 +73,9 @@ pub(super) struct Place {
     pub key: String,
 }
 
-/// How far a mistake can be trusted when the file also has syntax errors, which make the parser
-/// drop and misplace keys. Only what is wrong with a value by itself is then worth printing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Trust {
-    Value,
-    Structure,
-}
-
 struct Mistake {
     at: At,
     text: String,
-    trust: Trust,
 }
 
 /// The file being checked and what was found wrong so far.
@@ -95,7 +86,6 @@ pub(super) struct Mistakes<'t> {
     pub env: Env<'t>,
     file: Option<String>,
     line_starts: Vec<usize>,
-    syntax: Vec<Mistake>,
     found: Vec<Mistake>,
     warnings: Vec<(At, String)>,
 }
@@ -104,7 +94,7 @@ impl<'t> Mistakes<'t> {
     pub fn new(file: Option<String>, text: &'t str, env: Env<'t>) -> Mistakes<'t> {
         let ends = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n');
         let line_starts = std::iter::once(0).chain(ends.map(|(offset, _)| offset + 1)).collect();
-        Mistakes { text, env, file, line_starts, syntax: Vec::new(), found: Vec::new(), warnings: Vec::new() }
+        Mistakes { text, env, file, line_starts, found: Vec::new(), warnings: Vec::new() }
     }
 
     /// The line of a byte range, by its first byte; the end of the file counts to its last line.
@@ -113,34 +103,21 @@ impl<'t> Mistakes<'t> {
         At::Line(self.line_starts.partition_point(|start| *start <= offset))
     }
 
-    /// Where a line is in the text, without its end. Anything but a line is nowhere.
-    pub fn range(&self, at: At) -> Range<usize> {
-        let At::Line(line) = at else { return 0..0 };
-        let start = |line: usize| self.line_starts.get(line).copied();
-        let (start, end) = (start(line - 1).unwrap_or(0), start(line));
-        start..end.map_or(self.text.len(), |end| end - 1)
-    }
-
-    /// The line is not TOML. Of several such mistakes on one line the first is printed.
+    /// The line is not TOML.
     pub fn syntax(&mut self, at: At, problem: &str) {
-        let text = format!("not valid TOML: {problem}");
-        self.syntax.push(Mistake { at, text, trust: Trust::Value });
+        self.found.push(Mistake { at, text: format!("not valid TOML: {problem}") });
     }
 
-    /// What is not TOML was elsewhere than what was looked for.
-    pub fn forgive_syntax(&mut self) {
-        self.syntax.clear();
+    /// A value is wrong, a key is unknown, missing, of the wrong shape or in conflict with another.
+    pub fn add(&mut self, place: &Place, problem: &str) {
+        self.found.push(Mistake { at: place.at, text: format!("{}: {problem}", place.key) });
     }
 
-    /// A value is wrong by itself, or a key is unknown.
-    pub fn value(&mut self, place: &Place, problem: &str) {
-        self.push(place, problem, Trust::Value);
-    }
-
-    /// Something is wrong between keys: one is missing, of the wrong shape or in conflict with
-    /// another.
-    pub fn structure(&mut self, place: &Place, problem: &str) {
-        self.push(place, problem, Trust::Structure);
+    /// Forgets what was found so far; whether that was anything.
+    pub fn forget(&mut self) -> bool {
+        let found = !self.found.is_empty();
+        self.found.clear();
+        found
     }
 
     /// Something is allowed but probably not meant.
@@ -148,32 +125,24 @@ impl<'t> Mistakes<'t> {
         self.warnings.push((place.at, format!("{}: {text}", place.key)));
     }
 
-    fn push(&mut self, place: &Place, problem: &str, trust: Trust) {
-        self.found.push(Mistake { at: place.at, text: format!("{}: {problem}", place.key), trust });
-    }
-
     /// The warnings if nothing is wrong, else everything that is.
     pub fn finish(mut self) -> Result<Vec<String>, ConfigError> {
-        if !self.syntax.is_empty() {
-            self.syntax.sort_by_key(|mistake| mistake.at);
-            self.syntax.dedup_by_key(|mistake| mistake.at);
-            let syntax = std::mem::take(&mut self.syntax);
-            self.found.retain(|mistake| {
-                mistake.trust == Trust::Value
-                    && syntax.binary_search_by_key(&mistake.at, |syntax| syntax.at).is_err()
-            });
-            self.found.extend(syntax);
+        if !self.found.is_empty() {
+            return Err(self.refusal());
         }
+        self.warnings.sort_by_key(|(at, _)| *at);
         let file = self.file.as_deref();
-        if self.found.is_empty() {
-            self.warnings.sort_by_key(|(at, _)| *at);
-            return Ok(self.warnings.iter().map(|(at, text)| located(file, *at, text)).collect());
-        }
+        Ok(self.warnings.iter().map(|(at, text)| located(file, *at, text)).collect())
+    }
+
+    /// Everything that is wrong.
+    pub fn refusal(mut self) -> ConfigError {
         self.found.sort_by_key(|mistake| mistake.at);
         let omitted = self.found.len().saturating_sub(PRINTED);
         let printed = self.found.iter().take(PRINTED);
+        let file = self.file.as_deref();
         let mistakes = printed.map(|mistake| located(file, mistake.at, &mistake.text)).collect();
-        Err(ConfigError { mistakes, omitted })
+        ConfigError { mistakes, omitted }
     }
 }
 

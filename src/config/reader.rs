@@ -94,11 +94,11 @@ impl<'t> Table<'t> {
         let Some(items) = value.get_ref().as_array() else {
             let found = scalar(value, mistakes.text);
             mistakes
-                .value(&place, &format!("{found} is not an array; expected an array of strings: {expected}"));
+                .add(&place, &format!("{found} is not an array; expected an array of strings: {expected}"));
             return None;
         };
         if items.is_empty() {
-            mistakes.structure(&place, &format!("empty; expected at least one string: {expected}"));
+            mistakes.add(&place, &format!("empty; expected at least one string: {expected}"));
         }
         Some(items.iter().filter_map(|item| string(item, place.clone(), kind, mistakes)).collect())
     }
@@ -126,7 +126,7 @@ impl<'t> Table<'t> {
             other => format!("{found} is {}", type_name(other)),
         };
         mistakes
-            .value(&place, &format!("{problem}; expected {what} from {} to {}", range.start(), range.end()));
+            .add(&place, &format!("{problem}; expected {what} from {} to {}", range.start(), range.end()));
         None
     }
 
@@ -138,7 +138,7 @@ impl<'t> Table<'t> {
         }
         let place = Place { at: mistakes.line(&value.span()), ..self.place(key) };
         let (found, kind) = (scalar(value, mistakes.text), type_name(value.get_ref()));
-        mistakes.value(&place, &format!("{found} is {kind}; expected true or false, without quotes"));
+        mistakes.add(&place, &format!("{found} is {kind}; expected true or false, without quotes"));
         None
     }
 
@@ -151,7 +151,7 @@ impl<'t> Table<'t> {
             entries = value.get_ref().as_table();
             if entries.is_none() {
                 let found = type_name(value.get_ref());
-                mistakes.structure(&place, &format!("{found}; expected a table, written [{}]", place.key));
+                mistakes.add(&place, &format!("{found}; expected a table, written [{}]", place.key));
             }
         }
         Table { entries, place, known: Vec::new() }
@@ -166,7 +166,7 @@ impl<'t> Table<'t> {
         if items.is_empty() {
             let found =
                 if value.get_ref().is_array() { "an empty array" } else { type_name(value.get_ref()) };
-            mistakes.structure(
+            mistakes.add(
                 &place,
                 &format!("{found}; expected tables, each written [[{0}]] in double brackets", place.key),
             );
@@ -176,7 +176,7 @@ impl<'t> Table<'t> {
             let place = Place { at, key: format!("{}[{}]", place.key, index + 1) };
             let entries = item.get_ref().as_table();
             if entries.is_none() {
-                mistakes.structure(&place, &format!("{}; expected a table", type_name(item.get_ref())));
+                mistakes.add(&place, &format!("{}; expected a table", type_name(item.get_ref())));
                 return None;
             }
             Some(Table { entries, place, known: Vec::new() })
@@ -194,7 +194,7 @@ impl<'t> Table<'t> {
             let place = Place { at: mistakes.line(&key.span()), ..self.place(&key_shown(name)) };
             let advice = self.advice(name).map(|advice| format!(" ({advice})")).unwrap_or_default();
             let known = self.known.join(", ");
-            mistakes.value(&place, &format!("unknown key{advice}; allowed here: {known}"));
+            mistakes.add(&place, &format!("unknown key{advice}; allowed here: {known}"));
         }
     }
 
@@ -232,7 +232,7 @@ fn string<T>(
     let Some(written) = value.get_ref().as_str() else {
         let found = scalar(value, mistakes.text);
         let kind_found = type_name(value.get_ref());
-        mistakes.value(&place, &format!("{found} is {kind_found}; expected a string: {}", kind.expected));
+        mistakes.add(&place, &format!("{found} is {kind_found}; expected a string: {}", kind.expected));
         return None;
     };
     let shown = quoted(written);
@@ -240,7 +240,7 @@ fn string<T>(
         Ok(text) => text,
         Err(problems) => {
             for problem in problems {
-                mistakes.value(&place, &format!("{shown} {problem}"));
+                mistakes.add(&place, &format!("{shown} {problem}"));
             }
             return None;
         }
@@ -249,7 +249,7 @@ fn string<T>(
         Ok(value) => Some(Found { value, place, shown }),
         Err(problem) => {
             let replaced = if text == written { "" } else { " with its variables replaced" };
-            mistakes.value(&place, &format!("{shown}{replaced} {problem}; expected {}", kind.expected));
+            mistakes.add(&place, &format!("{shown}{replaced} {problem}; expected {}", kind.expected));
             None
         }
     }

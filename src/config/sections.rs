@@ -23,8 +23,11 @@ use super::{
 
 /// Everything in the file; `upstream` is the value of `--upstream`.
 pub(super) fn config(mut mistakes: Mistakes, upstream: Option<&str>) -> Result<Config, ConfigError> {
-    let text = syntax::rescue(mistakes.text, &mut mistakes);
-    let (document, _) = DeTable::parse_recoverable(&text);
+    let (document, errors) = DeTable::parse_recoverable(mistakes.text);
+    if !errors.is_empty() {
+        syntax::report(&errors, &mut mistakes);
+        return Err(mistakes.refusal());
+    }
     let mut root = Table::root(document.get_ref());
     let hostname = root.get("hostname", &values::PUBLIC_NAME, &mut mistakes).map(value);
     let tailnet = tailnet(root.table("tailnet", &mut mistakes), &mut mistakes);
@@ -58,13 +61,12 @@ pub(super) fn config(mut mistakes: Mistakes, upstream: Option<&str>) -> Result<C
 
 /// The admin address without a look at the rest of the file.
 pub(super) fn admin_alone(mut mistakes: Mistakes) -> Result<Option<SocketAddr>, ConfigError> {
-    let text = syntax::rescue(mistakes.text, &mut mistakes);
-    let (document, _) = DeTable::parse_recoverable(&text);
+    let (document, errors) = DeTable::parse_recoverable(mistakes.text);
     let mut table = Table::root(document.get_ref()).table("admin", &mut mistakes);
     let claim = admin_address(&mut table, &mut mistakes);
-    // Otherwise it may be on one of the broken lines.
-    if table.has("listen") {
-        mistakes.forgive_syntax();
+    // It may be on a line that is no TOML.
+    if !errors.is_empty() && (!table.has("listen") || mistakes.forget()) {
+        syntax::report(&errors, &mut mistakes);
     }
     mistakes.finish().map(|_| claim.map(|claim| claim.address))
 }
@@ -106,10 +108,8 @@ fn control_url_variable(mistakes: &mut Mistakes) -> Option<String> {
     let parsed = (values::CONTROL_URL.parse)(&text);
     if let Err(problem) = parsed {
         let place = Place { at: At::Flag, key: "TS_CONTROL_URL".to_owned() };
-        mistakes.value(
-            &place,
-            &format!("{} {problem}; expected {}", quoted(&text), values::CONTROL_URL.expected),
-        );
+        mistakes
+            .add(&place, &format!("{} {problem}; expected {}", quoted(&text), values::CONTROL_URL.expected));
     }
     parsed.ok()
 }
@@ -136,7 +136,7 @@ fn host_flag(flag: &str, mistakes: &mut Mistakes) -> Option<String> {
     match &parsed {
         Ok(host) => listeners::warn_of_elsewhere(host, &shown, &place, mistakes),
         Err(problem) => {
-            mistakes.value(&place, &format!("{shown} {problem}; expected {}", values::HOST.expected))
+            mistakes.add(&place, &format!("{shown} {problem}; expected {}", values::HOST.expected))
         }
     }
     parsed.ok()

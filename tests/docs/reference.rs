@@ -35,7 +35,7 @@ const HEAD: &str = "\
 A TOML file. It is the one that `--config` names, else the one that `TAILWART_CONFIG` names, else
 `/etc/tailwart-edge/config.toml` if it exists, else none: `run --upstream HOST` needs no file.
 
-- `tailwart-edge check` names every mistake at once, each with its line.
+- `tailwart-edge check` names every mistake at once, each with its line; of a file that is not TOML, where it is not.
 - A key that is not known is a mistake.
 - Strings may hold variables: `${NAME}` is replaced by the environment variable, `$$` stands for one
   `$`. A variable that is not set, or empty, is a mistake.
