@@ -56,7 +56,7 @@ Files:
 
 Exit codes:
   0  Stopped cleanly, or nothing found wrong
-  1  Anything not listed here; doctor: a check failed; healthcheck: not well
+  1  Anything not listed here; doctor: a check failed; healthcheck: not ready
   2  Wrong command line or configuration
   3  Tailnet: not enrolled, wrong tag, or refused
   4  An address cannot be bound
@@ -95,7 +95,7 @@ pub enum Command {
     /// Look at everything that mail on its way to the mailbox depends on: configuration, ports,
     /// tailnet, DNS, clock; say what is wrong and what to do
     Doctor(DoctorArgs),
-    /// Show the state of the running edge: its node, and whether the mailbox is well
+    /// Show the state of the running edge: its node, and whether the mailbox is up
     Status(StatusArgs),
     /// Ask the running edge whether it is ready, for container health checks: the answer is the exit
     /// code, 0 or 1
@@ -117,7 +117,7 @@ pub struct ConfigArgs {
     /// else none]
     #[arg(short, long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// The mailbox on the tailnet: short name, MagicDNS name or tailnet IP; goes before the
+    /// The mailbox on the tailnet: short name, MagicDNS name or tailnet IP; overrides the
     /// file's upstream.host
     #[arg(long, value_name = "HOST")]
     pub upstream: Option<String>,

@@ -100,7 +100,7 @@ pub struct Tailnet {
     pub state_dir: PathBuf,
     /// The control server, for Headscale. Default: `TS_CONTROL_URL`, else `None`, Tailscale's own.
     pub control_url: Option<String>,
-    /// A file holding the auth key; the environment goes before it, see
+    /// A file holding the auth key; the environment overrides it, see
     /// [`crate::tailnet::credential::Sources::read`]. Default: `None`.
     pub auth_key_file: Option<PathBuf>,
     /// How long joining may take before the start fails. Default: 15 seconds.
@@ -222,7 +222,7 @@ pub enum LogFormat {
 }
 
 impl Config {
-    /// Reads and checks the file at `path`. `upstream` is the value of `--upstream`: it goes before
+    /// Reads and checks the file at `path`. `upstream` is the value of `--upstream`: it overrides
     /// the file's `upstream.host`, which is then not looked at.
     pub fn load(path: &Path, upstream: Option<&str>, env: Env) -> Result<Config, ConfigError> {
         let name = path.display().to_string();

@@ -102,10 +102,7 @@ async fn running(place: &Place, admin: Option<SocketAddr>) -> Running {
 
 async fn dns(patient: &Patient, config: &Config, resolver: &Result<Resolver, String>) -> Vec<Check> {
     let Some(domain) = &patient.domain else {
-        return vec![Check::pass(
-            "dns",
-            "left out; say --domain NAME to have the DNS of a mail domain checked",
-        )];
+        return vec![Check::pass("dns", "left out; pass --domain NAME to check the DNS of a mail domain")];
     };
     match resolver {
         Ok(resolver) => dns::check(domain, &Addresses::find(&patient.addresses), config, resolver).await,
@@ -113,7 +110,7 @@ async fn dns(patient: &Patient, config: &Config, resolver: &Result<Resolver, Str
             vec![Check::fail(
                 "dns-server",
                 reason,
-                "mend /etc/resolv.conf, or name a server with --dns-server",
+                "fix /etc/resolv.conf, or name a server with --dns-server",
             )]
         }
     }

@@ -232,7 +232,7 @@ impl<D: Dial> Upstream<D> {
         let is_unwanted = failure == Failure::Wordless && server.greeted_lately();
         let error = UpstreamError::new(vec![(server.to_string(), failure)]);
         if !is_unwanted {
-            self.tell("was reached, but is of no use", &error);
+            self.tell("connected, but unusable", &error);
         }
         error
     }

@@ -74,7 +74,7 @@ impl Outlook {
             return Verdict::NotYetKnown;
         }
         let problems = seen.iter().map(|(monitor, seen)| {
-            let problem = seen.problem.as_deref().unwrap_or("it is well again, and has yet to prove it");
+            let problem = seen.problem.as_deref().unwrap_or("recovering: its last probe passed");
             format!("{}: {problem}", monitor.upstream)
         });
         Verdict::No(problems.collect::<Vec<_>>().join("; "))

@@ -65,7 +65,7 @@ fn page(status: &Status) -> Markup {
                 }
                 footer {
                     "tailwart-edge " (status.version) ", Tailscale " (status.tailscale) ". "
-                    "Loaded again every " (REFRESH_SECONDS) " seconds. "
+                    "Refreshes every " (REFRESH_SECONDS) " s. "
                     a href="/status" { "JSON" } " · " a href="/metrics" { "metrics" } " · "
                     a href="/readyz" { "readyz" }
                 }

@@ -2,7 +2,7 @@
 //!
 //! Invariants
 //! - However large the file is, at most 64 KiB of it are held.
-//! - Reading what is no regular file has a deadline. A pipe is read, since `--config <(...)` and
+//! - Reading what is not a regular file has a deadline. A pipe is read, since `--config <(...)` and
 //!   `/dev/stdin` are pipes; one that nobody writes to is given up. (A file system that hangs is not seen
 //!   here; a reload has a deadline for that, see `reload.rs`.)
 //!
@@ -23,7 +23,7 @@ use super::mistakes::At;
 /// file.
 const MAX_BYTES: u64 = 64 * 1024;
 
-/// How long what is no regular file may take to give all it has: a program that decrypts the configuration
+/// How long what is not a regular file may take to give all it has: a program that decrypts the configuration
 /// may have to ask somebody for a passphrase.
 const PIPE_LIMIT: Duration = Duration::from_secs(60);
 
@@ -60,7 +60,7 @@ fn read_bytes(path: &Path, limit: Duration) -> Result<Vec<u8>, String> {
     let patient = Patient { file: &file, until: Instant::now() + limit };
     patient.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|error| match error.kind() {
         ErrorKind::TimedOut => format!(
-            "is no regular file, and did not come to its end within {limit:?}; \
+            "is not a regular file, and did not come to its end within {limit:?}; \
              check what writes to it, or name a regular file"
         ),
         _ => format!("cannot read the file: {error}"),
@@ -134,7 +134,7 @@ mod tests {
         let began = Instant::now();
         let limit = Duration::from_millis(50);
         let problem = read_bytes(&path, limit).unwrap_err();
-        assert!(problem.contains("is no regular file") && problem.contains("within 50ms"), "{problem}");
+        assert!(problem.contains("is not a regular file") && problem.contains("within 50ms"), "{problem}");
         assert!(began.elapsed() >= limit && began.elapsed() < limit * 100, "{:?}", began.elapsed());
     }
 }

@@ -108,7 +108,7 @@ pub const KEYS: &[Key] = &[
         "upstream.host",
         values::HOST.expected,
         Words("none: it is required, unless `--upstream` is given or every listener names its own"),
-        "The mailbox, or an array of several, tried in their order. `--upstream` goes before it.",
+        "The mailbox, or an array of several, tried in their order. `--upstream` overrides it.",
     ),
     key(
         "upstream.proxy_protocol",

@@ -64,7 +64,7 @@ pub(super) fn admin_alone(mut mistakes: Mistakes) -> Result<Option<SocketAddr>, 
     let (document, errors) = DeTable::parse_recoverable(mistakes.text);
     let mut table = Table::root(document.get_ref()).table("admin", &mut mistakes);
     let claim = admin_address(&mut table, &mut mistakes);
-    // It may be on a line that is no TOML.
+    // It may be on a line that is not TOML.
     if !errors.is_empty() && (!table.has("listen") || mistakes.forget()) {
         syntax::report(&errors, &mut mistakes);
     }

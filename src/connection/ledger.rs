@@ -247,7 +247,7 @@ impl Ledger {
         for (kind, repeats) in self.repeats.take_over(all).into_iter().chain(of_sessions) {
             let Kind { listener, state: end, client } = kind;
             let client = client.map(tracing::field::display);
-            info!(listener = &*listener, client, %end, repeats, "more connections like those before: {}", end.meaning());
+            info!(listener = &*listener, client, %end, repeats, "similar connections not logged: {}", end.meaning());
         }
     }
 

@@ -45,7 +45,7 @@ pub enum ReloadError {
     NoFile,
     /// A pipe has nothing more to say, which would read as an empty file.
     #[error(
-        "{} is no regular file, so it cannot be read again; restart the edge, and name a regular file to have it reloaded",
+        "{} is not a regular file, so it cannot be read again; restart the edge, and name a regular file to have it reloaded",
         .0.display()
     )]
     NoRegularFile(PathBuf),

@@ -414,7 +414,7 @@ fn summary(board: Option<&Board>, connections: usize) -> String {
     let in_state = |state| monitors.iter().filter(move |monitor| monitor.seen().state == state);
     let down: BTreeSet<&str> = in_state(State::Down).map(|monitor| monitor.listener.as_str()).collect();
     let mailbox = if !down.is_empty() {
-        format!("mailbox not well on {}", down.into_iter().collect::<Vec<_>>().join(", "))
+        format!("mailbox down on {}", down.into_iter().collect::<Vec<_>>().join(", "))
     } else if in_state(State::Up).next().is_some() {
         "mailbox up".to_owned()
     } else if in_state(State::Unprobed).next().is_some() {

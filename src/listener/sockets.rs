@@ -162,10 +162,10 @@ impl Sockets {
         for unit in self.units.iter().filter(|unit| !used.contains(&unit.local)) {
             match opened.admin.as_ref().filter(|_| unit.name == ADMIN).and_then(Socket::local) {
                 Some(admin) => warn!(
-                    "clients of the socket unit's socket {unit} wait in vain: the admin listener has one socket, {admin}; give its unit one ListenStream="
+                    "nobody accepts connections on the socket unit's {unit}: the admin listener has one socket, {admin}; give its unit one ListenStream="
                 ),
                 None => warn!(
-                    "clients of the socket unit's socket {unit} wait in vain: no listener has its name or its address; see FileDescriptorName= and ListenStream=, or stop the unit"
+                    "nobody accepts connections on the socket unit's {unit}: no listener has its name or its address; see FileDescriptorName= and ListenStream=, or stop the unit"
                 ),
             }
         }
@@ -331,7 +331,7 @@ impl Search<'_> {
         if configured && !units.is_empty() && !units.iter().all(is_told) {
             let local: Vec<SocketAddr> = units.iter().map(|unit| unit.local).collect();
             let [local, told] = [&local[..], addresses].map(|addresses| list(addresses).unwrap_or_default());
-            warn!(listener = name, "its socket unit has {local}, which goes before the file's {told}");
+            warn!(listener = name, "its socket unit has {local}, which overrides the file's {told}");
         }
         self.used.extend(units.iter().map(|unit| unit.local));
         units

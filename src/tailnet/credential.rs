@@ -120,7 +120,7 @@ pub enum CredentialError {
     },
     /// What was named is a directory, a pipe, a device.
     #[error(
-        "the credential from {path} (named by {origin}) is no regular file; \
+        "the credential from {path} (named by {origin}) is not a regular file; \
          name a file that holds the key"
     )]
     NoRegularFile {
@@ -292,7 +292,7 @@ fn open(path: &Path, origin: &'static str) -> Result<File, CredentialError> {
     match file.metadata().map_err(|error| unreadable(path, origin, error))?.is_file() {
         true => Ok(file),
         false if looks_like_key(&path.to_string_lossy()) => {
-            Err(unreadable(path, origin, std::io::Error::other("it is no regular file")))
+            Err(unreadable(path, origin, std::io::Error::other("it is not a regular file")))
         }
         false => Err(CredentialError::NoRegularFile { origin, path: path.to_owned() }),
     }
@@ -345,7 +345,7 @@ const SPACED: Problem = (
 
 /// `docker run --env-file` leaves quotes where they are; a shell takes them away.
 const QUOTED: Problem =
-    (|text| text.starts_with(['\'', '"']) || text.ends_with(['\'', '"']), "is in quotes; leave them away");
+    (|text| text.starts_with(['\'', '"']) || text.ends_with(['\'', '"']), "is in quotes; remove the quotes");
 
 /// What is no single word, as every credential is.
 const WORD_PROBLEMS: [Problem; 2] = [SPACED_WORD, QUOTED];
@@ -363,7 +363,7 @@ const KEY_PROBLEMS: [Problem; 6] = [
     // Such as ?ephemeral=false&preauthorized=true, which tailscale takes there.
     (
         |text| text.contains('?'),
-        "has a ? in it; set tailnet.ephemeral and tailnet.preauthorized in the configuration instead, and leave it and what follows away",
+        "has a ? in it; set tailnet.ephemeral and tailnet.preauthorized in the configuration instead, and remove it and what follows",
     ),
     QUOTED,
     (|text| text.contains('='), "has an = in it; only what follows it is the key"),

@@ -40,7 +40,7 @@ pub enum JoinError {
         remedy: String,
     },
     /// The credential cannot become an auth key.
-    #[error("this node has to enrol on the tailnet, and its credential is of no use: {reason}; {remedy}")]
+    #[error("this node has to enrol on the tailnet, and its credential cannot be used: {reason}; {remedy}")]
     Unusable {
         /// Why not.
         reason: String,

@@ -84,7 +84,7 @@ fn in_the_way(error: io::Error) -> io::Error {
 /// made or locked, and opening a pipe would wait until somebody reads it.
 fn open_lock(dir: &Path) -> io::Result<File> {
     let path = dir.join("edge.lock");
-    let irregular = || io::Error::other("edge.lock is no regular file (remove it)");
+    let irregular = || io::Error::other("edge.lock is not a regular file (remove it)");
     let opened = File::options()
         .create(true)
         .truncate(false)
@@ -184,7 +184,7 @@ mod tests {
             let (dir, (tell, told)) = (dir.path().to_owned(), mpsc::channel());
             std::thread::spawn(move || tell.send(lock(&dir).unwrap_err().to_string()));
             let error = told.recv_timeout(Duration::from_secs(10)).expect("no waiting");
-            assert!(error.contains(": edge.lock is no regular file (remove it); "), "{error}");
+            assert!(error.contains(": edge.lock is not a regular file (remove it); "), "{error}");
             assert!(error.starts_with("cannot write to the state directory "), "{error}");
         };
         assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());

@@ -267,7 +267,7 @@ fn take_in<D: Dial>(
             upstream.found(server, monitor.seen().state == State::Up);
             if changed {
                 let (greeting, connect_ms) = (&finding.greeting, finding.connect.as_millis() as u64);
-                info!(listener, upstream = %name, greeting, connect_ms, "the mailbox is well");
+                info!(listener, upstream = %name, greeting, connect_ms, "the mailbox is up");
             }
             if let Some(certificate) = &finding.certificate {
                 monitor.look_at_end(certificate);
@@ -281,7 +281,7 @@ fn take_in<D: Dial>(
                 }
                 _ => String::new(),
             };
-            warn!(listener, upstream = %name, "the mailbox is not well: {problem}{advice}");
+            warn!(listener, upstream = %name, "the mailbox is down: {problem}{advice}");
         }
         Err(_) => {}
     }

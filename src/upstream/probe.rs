@@ -182,7 +182,7 @@ impl Serialize for ProbeError {
     }
 }
 
-/// Looks whether the mailbox is well, within `limit`. Dropping the future gives
+/// Looks whether the mailbox is up, within `limit`. Dropping the future gives
 /// up and closes.
 pub async fn probe<D: Dial>(dialler: &D, target: &Target, limit: Duration) -> Result<Finding, ProbeError> {
     let started = Instant::now();

@@ -108,7 +108,7 @@ fn a_node_whose_probe_fails_is_passed_over_until_it_passes() {
         probed(1.0);
         is_greeted(edge, "smtp", FIRST_GREETING);
     }
-    assert_eq!(edge.log().count("the mailbox is not well"), 2, "{}", edge.log().tail());
+    assert_eq!(edge.log().count("the mailbox is down"), 2, "{}", edge.log().tail());
     no_crash(edge.log());
 }
 
@@ -120,8 +120,8 @@ fn a_node_whose_probe_fails_is_still_tried_when_it_is_the_only_one_left() {
         edge.set("probe", "interval", r#""200ms""#).set("probe", "fall", "1")
     });
     well.store(false, Ordering::SeqCst);
-    let is_first = |line: &str| line.contains("not well") && line.contains("upstream=stalwart:25");
-    setup.edge.log().wait_line("that the first is not well", LIMIT, is_first);
+    let is_first = |line: &str| line.contains("the mailbox is down") && line.contains("upstream=stalwart:25");
+    setup.edge.log().wait_line("that the first is down", LIMIT, is_first);
     is_greeted(&setup.edge, "smtp", b"421 4.3.2 too busy\r\n");
 }
 

@@ -1,4 +1,4 @@
-//! While its mailbox is away a client is held, silently, and served as if nothing had been once it
+//! While its mailbox is away a client is held, silently, and served as if nothing had happened once it
 //! is back; when it does not come back, the client reads in its own protocol to come later. Nobody
 //! is reset, and nothing is lost or left over.
 
@@ -66,7 +66,7 @@ fn named(edge: Builder, hold: &str) -> Builder {
 // It comes back.
 
 /// Two clients come while the mailbox is away, one of which talks at once; when it is back, both are
-/// served as if nothing had been.
+/// served as if nothing had happened.
 #[track_caller]
 fn are_held_until_it_is_back(away: fn(&TestTailnet), back: fn(&TestTailnet)) {
     let stub = Stub::start(stub::greet(GREETING));
@@ -538,7 +538,7 @@ fn a_mailbox_that_closes_without_a_word_is_tried_again_until_the_time_is_over() 
     }
     let line = setup.edge.wait_log("end=sQ", LIMIT);
     tells(&line, &[" INFO ", "held until its time was over", "closes the connection without a word"]);
-    let warning = setup.edge.wait_log("is of no use", LIMIT);
+    let warning = setup.edge.wait_log("connected, but unusable", LIMIT);
     tells(&warning, &[" WARN ", "closes the connection without a word", "its log"]);
 }
 
@@ -681,7 +681,7 @@ fn what_a_strange_mailbox_says_is_passed_on_and_its_probe_names_it() {
 #[track_caller]
 fn is_not_well(edge: &Edge, listener: &str, problem: &str) {
     let named = format!("listener={listener:?}");
-    let is_warning = |line: &str| line.contains("the mailbox is not well") && line.contains(&named);
+    let is_warning = |line: &str| line.contains("the mailbox is down") && line.contains(&named);
     // Beyond the 30 seconds that a probe may take.
     let line = edge.log().wait_line(&format!("that {listener} is not well"), LIMIT * 2, is_warning);
     tells(&line, &[" WARN ", problem]);

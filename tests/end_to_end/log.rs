@@ -240,7 +240,7 @@ fn a_storm_of_one_client_is_a_few_lines_and_a_count_and_hides_nobody() {
     assert_eq!(lines("client=127.0.0.7:", " sent=0 ").len(), 10);
     assert_eq!(lines("client=127.0.0.7:", " sent=5 ").len(), 15);
     assert_eq!(lines("client=127.0.0.8:", " end=CH ").len(), 3);
-    let rest = lines("client=127.0.0.7 ", "more connections like those before");
+    let rest = lines("client=127.0.0.7 ", "similar connections not logged");
     assert_eq!(rest.len(), 1, "{text}");
     tells(&rest[0], &[" INFO ", "listener=\"mail\"", "end=CH", "repeats=190"]);
 }

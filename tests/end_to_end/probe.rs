@@ -155,7 +155,7 @@ fn mail_servers_do_not_notice_the_probe_and_the_operator_notices_when_they_are_a
             "{status}"
         );
         assert_eq!(probe["finding"]["certificate"].is_null(), !has_tls, "{status}");
-        assert_eq!(said(edge, " INFO ", name, "the mailbox is well"), 1, "{}", edge.log().tail());
+        assert_eq!(said(edge, " INFO ", name, "the mailbox is up"), 1, "{}", edge.log().tail());
     }
     assert_eq!(warnings(edge), 0, "{}", edge.log().tail());
 
@@ -172,12 +172,12 @@ fn mail_servers_do_not_notice_the_probe_and_the_operator_notices_when_they_are_a
     dovecot.restart();
     are(edge, &PORTS, 1.0);
     for (name, _) in reading {
-        assert_eq!(said(edge, " WARN ", name, "the mailbox is not well: cannot connect"), 1);
-        let again = eventually(LIMIT, || said(edge, " INFO ", name, "the mailbox is well") == 2);
+        assert_eq!(said(edge, " WARN ", name, "the mailbox is down: cannot connect"), 1);
+        let again = eventually(LIMIT, || said(edge, " INFO ", name, "the mailbox is up") == 2);
         assert!(again, "{name}\n{}", edge.log().tail());
         assert_eq!(status(edge, name)["probe"]["problem"], Value::Null);
     }
-    assert_eq!(edge.log().count("the mailbox is not well"), reading.len(), "{}", edge.log().tail());
+    assert_eq!(edge.log().count("the mailbox is down"), reading.len(), "{}", edge.log().tail());
     complains_of_nothing(postfix.log());
     no_crash(edge.log());
 }
@@ -230,7 +230,7 @@ fn a_postfix_that_takes_the_header_for_a_command_is_told_once_with_the_edges_add
 fn the_probe_names_a_postfix_that_takes_the_header_for_a_command() {
     let postfix = Postfix::start_with(&MailHome::create(), "smtpd_upstream_proxy_protocol =");
     let setup = start(&[(25, postfix.smtp)], &[("smtp", 25)], probing);
-    let line = setup.edge.wait_log("the mailbox is not well", LIMIT);
+    let line = setup.edge.wait_log("the mailbox is down", LIMIT);
     tells(&line, &[" WARN ", "listener=\"smtp\"", "upstream=stalwart:25", "took the PROXY header for"]);
     names_the_edge(&setup, &line);
 }
@@ -244,9 +244,8 @@ fn a_dovecot_that_does_not_trust_the_edge_holds_its_clients_and_is_named() {
         probing(edge).set("timeouts", "hold", r#""2s""#)
     });
     for port @ (name, _) in ports {
-        let is_warning = |line: &str| {
-            line.contains("the mailbox is not well") && line.contains(&format!("listener={name:?}"))
-        };
+        let is_warning =
+            |line: &str| line.contains("the mailbox is down") && line.contains(&format!("listener={name:?}"));
         let line = setup.edge.log().wait_line(&format!("that {name} is not well"), LIMIT, is_warning);
         tells(&line, &[" WARN ", "closed it without a word", "haproxy_trusted_networks"]);
         names_the_edge(&setup, &line);
@@ -257,7 +256,7 @@ fn a_dovecot_that_does_not_trust_the_edge_holds_its_clients_and_is_named() {
     hears_last(&mut connect(setup.edge.addr("imap")), refusal);
     let line = setup.edge.wait_log("held until its time was over", LIMIT);
     tells(&line, &["end=sQ", "closes the connection without a word"]);
-    let warning = setup.edge.wait_log("is of no use", LIMIT);
+    let warning = setup.edge.wait_log("connected, but unusable", LIMIT);
     tells(&warning, &[" WARN ", "closes the connection without a word", "PROXY header", "log"]);
 }
 

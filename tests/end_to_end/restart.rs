@@ -100,15 +100,18 @@ fn a_socket_units_name_or_address_makes_it_a_listeners() {
     edge.wait_ready(LIMIT);
     [named, other, by_address].into_iter().for_each(|address| drop(echoes(address)));
     assert_eq!(crate::common::http::get(admin, "/readyz").code, 200);
-    assert!(TcpStream::connect(elsewhere).is_err(), "the unit goes before the file");
+    assert!(TcpStream::connect(elsewhere).is_err(), "the unit overrides the file");
     let log = edge.log();
     let warning = |words: &str| {
         let line = log.wait(words, LIMIT);
         assert!(line.contains(" WARN "), "{line}");
         line
     };
-    tells(&warning("goes before the file's"), &["listener=\"named\"", &named.to_string()]);
-    tells(&warning("nobody.socket"), &[&unwanted.to_string(), "wait in vain", "FileDescriptorName="]);
+    tells(&warning("overrides the file's"), &["listener=\"named\"", &named.to_string()]);
+    tells(
+        &warning("nobody.socket"),
+        &[&unwanted.to_string(), "nobody accepts connections", "FileDescriptorName="],
+    );
     tells(&warning("the admin listener has one socket"), &[&second.to_string(), &admin.to_string()]);
     assert!(systemd.stored().is_empty(), "what is a unit's need not be stored: {:?}", systemd.stored());
     // A reload leaves them where they are.
@@ -120,7 +123,10 @@ fn a_socket_units_name_or_address_makes_it_a_listeners() {
     // Nor does one that has no use for them: they may be wanted again.
     let without = builder.clone().without_listeners().listener(tcp("named", &elsewhere.to_string()));
     tells(&edge.reload(&without, LIMIT), &["removed=\"by-address\""]);
-    tells(&warning(&format!("edge.socket at {by_address} wait in vain")), &[]);
+    tells(
+        &warning(&format!("nobody accepts connections on the socket unit's edge.socket at {by_address}")),
+        &[],
+    );
     let waiting = connect(by_address);
     tells(&edge.reload(&builder, LIMIT), &["added=\"by-address\""]);
     crate::common::net::hears_itself(&mut { waiting });

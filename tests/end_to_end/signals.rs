@@ -254,7 +254,7 @@ fn a_signal_during_the_start_is_as_good_as_a_later_one() {
         let before = edge.log().count("was not reloaded");
         edge.signal("HUP");
         assert!(eventually(LIMIT, || edge.log().count("was not reloaded") > before), "{}", edge.log().tail());
-        tells(&edge.wait_log("was not reloaded", LIMIT), &["is no regular file"]);
+        tells(&edge.wait_log("was not reloaded", LIMIT), &["is not a regular file"]);
         edge.signal("TERM");
         ends_well(&mut edge);
     }
