@@ -169,7 +169,7 @@ fn what_is_no_regular_file_is_refused_at_once() {
     let key = dir.path().join(KEY);
     std::fs::create_dir(&key).expect("a directory");
     let error = found(&[], Some(&key)).expect_err("a directory");
-    assert!(error.contains("[not shown] (named by tailnet.auth_key_file): it is no regular"), "{error}");
+    assert!(error.contains("[not shown] (named by tailnet.auth_key_file): it is not a regular"), "{error}");
 }
 
 #[test]
