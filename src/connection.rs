@@ -1,5 +1,5 @@
 //! One client's life: reach the upstream, write the PROXY header (`hold.rs`), relay (`relay.rs`), and one
-//! line in the ledger.
+//! line of the log (`open.rs`).
 //!
 //! Invariants
 //! - The header is the first thing on the upstream's connection, in one write,
@@ -19,8 +19,8 @@ mod client;
 pub mod counters;
 pub mod end_state;
 mod hold;
-pub mod ledger;
 pub mod limits;
+pub mod open;
 pub mod refusal;
 pub mod relay;
 mod service;
@@ -37,7 +37,7 @@ use hold::{Refusal, Waiting};
 pub use service::{Hold, Service};
 
 use crate::connection::end_state::EndState;
-use crate::connection::ledger::{Ended, Visit};
+use crate::connection::open::{Connection, Ended};
 use crate::connection::relay::{End, FirstWords, Outcome, Side, relay};
 use crate::protocol::ProxyProtocol;
 use crate::protocol::header_watch::HeaderWatch;
@@ -46,14 +46,14 @@ use crate::upstream::dial::{Dial, Reset};
 use crate::upstream::{Failure, Server};
 
 /// Serves one accepted connection to its end. Never fails: whatever happens is
-/// in the ledger. Cancellation drops both connections.
+/// in its line of the log. Cancellation drops both connections.
 pub async fn serve<D: Dial>(service: &Service<D>, client: &mut TcpStream, peer: SocketAddr) {
-    let visit = service.page.enter(peer);
-    match converse(service, client, &visit).await {
-        Ok(ended) => visit.end(&ended),
+    let connection = service.connections.enter(peer);
+    match converse(service, client, &connection).await {
+        Ok(ended) => connection.end(&ended),
         Err(refusal) => {
             let is_gone = matches!(refusal, Refusal::ClientGone { .. });
-            visit.end(&refusal.ended(&service.upstream));
+            connection.end(&refusal.ended(&service.upstream));
             if !is_gone {
                 Box::pin(refusal::refuse(client, service.protocol, &service.public_name)).await;
             }
@@ -67,20 +67,20 @@ pub async fn serve<D: Dial>(service: &Service<D>, client: &mut TcpStream, peer: 
 async fn converse<D: Dial>(
     service: &Service<D>,
     client: &mut TcpStream,
-    visit: &Visit,
+    connection: &Connection,
 ) -> Result<Ended, Refusal> {
     // Asked now: a socket that was reset meanwhile no longer knows it.
     let local = client.local_addr().map_err(|_| Refusal::ClientGone { held: false })?;
-    let header = proxy_header(service.proxy_protocol, visit.client(), local);
+    let header = proxy_header(service.proxy_protocol, connection.client(), local);
     let mut failed = None;
     let mut tries = 0;
     let mut first_wordless = None;
     loop {
-        let waiting = Waiting { service, client, visit };
+        let waiting = Waiting { service, client, connection };
         // In a box, since an idle connection would otherwise keep the room for it.
         let opening = Box::pin(waiting.open(header.as_deref(), failed.take(), &mut tries));
         let (mut upstream, server) = opening.await?;
-        let outcome = pass_on(service, client, visit, &mut upstream, &server).await;
+        let outcome = pass_on(service, client, connection, &mut upstream, &server).await;
         // A server that has greeted others since, and again not this client, has its reasons; where
         // nobody is held, others before it must do.
         let is_unwanted = match first_wordless {
@@ -102,7 +102,7 @@ async fn converse<D: Dial>(
 async fn pass_on<D: Dial>(
     service: &Service<D>,
     client: &mut TcpStream,
-    visit: &Visit,
+    connection: &Connection,
     upstream: &mut D::Stream,
     server: &Server,
 ) -> Outcome {
@@ -111,7 +111,7 @@ async fn pass_on<D: Dial>(
         if received > 0 {
             server.speaks();
         }
-        if visit.moved(sent, received) {
+        if connection.moved(sent, received) {
             server.greets_client();
         }
     };
@@ -144,7 +144,7 @@ async fn pass_on<D: Dial>(
 }
 
 impl Outcome {
-    /// What the ledger is to say of it.
+    /// What its line of the log is to say.
     fn ended(&self, server: &Server) -> Ended {
         let (state, why) = match &self.end {
             End::Failed { side: Side::Upstream, .. } if server.is_given_up() => {

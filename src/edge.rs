@@ -29,7 +29,7 @@ use tracing::{error, info, warn};
 use crate::admin::board::Board;
 use crate::admin::overview::Overview;
 use crate::config::Config;
-use crate::connection::ledger::Ledger;
+use crate::connection::open::Connections;
 use crate::doctor::Examiner;
 use crate::edge::reload::{ReloadError, Source};
 use crate::listener::BindError;
@@ -137,7 +137,7 @@ async fn run_with(start: Start, (vitals, mut ends): (Vitals, UnexpectedEnds)) ->
     let (board_sender, board) = watch::channel(None);
     let examiner = Arc::new(Examiner::new(config.clone()));
     let drain = CancellationToken::new();
-    let ledger = Ledger::new(config.log.repeats);
+    let connections = Connections::new(config.log.repeats);
     let overview = Arc::new(Overview {
         started: Instant::now(),
         node: node_receiver,
@@ -145,7 +145,7 @@ async fn run_with(start: Start, (vitals, mut ends): (Vitals, UnexpectedEnds)) ->
         memory_limit: AtomicU64::new(0),
         tags: settings.tags.clone(),
         board,
-        ledger: Arc::clone(&ledger),
+        connections: Arc::clone(&connections),
         lost_lines: Some(logging.lost()),
         drain,
     });
@@ -161,7 +161,7 @@ async fn run_with(start: Start, (vitals, mut ends): (Vitals, UnexpectedEnds)) ->
         node: Arc::clone(&node),
         admin,
         board: board_sender,
-        ledger,
+        connections,
         logging,
         vitals: vitals.clone(),
     };

@@ -31,8 +31,8 @@ use tracing::{debug, info, warn};
 use bind::BACKLOG;
 pub use bind::{BindError, ListeningSocket, bind};
 
-use crate::connection::ledger::Ended;
 use crate::connection::limits::{ClientLimit, ClientLimitReached};
+use crate::connection::open::Ended;
 use crate::connection::refusal;
 use crate::connection::{self, Service};
 use crate::upstream::dial::Dial;
@@ -164,7 +164,7 @@ fn admit<D: Dial>(
         Ok(place) => place,
         Err(ClientLimitReached) => {
             refusal::refuse_at_once(&client, service.protocol, &service.public_name);
-            return service.page.enter(peer).end(&Ended::client_limit());
+            return service.connections.enter(peer).end(&Ended::client_limit());
         }
     };
     prepare(&client);
@@ -246,7 +246,7 @@ mod tests {
         for _ in 0..12 {
             clients.push(client(&sockets[0]).await);
         }
-        let open = || service.page.ledger().open();
+        let open = || service.connections.all().open();
         until(|| open().len() == 12).await;
         // One more on each port: the kernel has them, and nobody is served before another one leaves.
         let mut waiting = Vec::new();
@@ -274,7 +274,7 @@ mod tests {
         drop(taken);
         assert_eq!(admission.permits.available_permits(), 1);
         let _again = tokio::spawn(begin());
-        until(|| service.page.ledger().open().len() == 1).await;
+        until(|| service.connections.all().open().len() == 1).await;
         assert_eq!(admission.permits.available_permits(), 0);
     }
 
@@ -309,7 +309,7 @@ mod tests {
         for ended in 1..=3 {
             let mut client = client(&socket).await;
             assert_eq!(client.read(&mut [0]).await.unwrap_or(0), 0, "it is closed");
-            let counters = &service.page.ledger().counters;
+            let counters = &service.connections.all().counters;
             until(|| counters.count("smtp", crate::connection::end_state::EndState::Internal) == ended).await;
             until(|| admission.permits.available_permits() == 1).await;
         }

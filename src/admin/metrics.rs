@@ -25,7 +25,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::admin::board::{Board, Listening};
-use crate::connection::ledger::{Ledger, Open, STAGES};
+use crate::connection::open::{Connections, Open, STAGES};
 use crate::tailnet::{Figures, NodeStatus, Route, linked_version};
 use crate::upstream::health::{Monitor, State};
 use classic::classic;
@@ -98,7 +98,7 @@ pub struct Sources<'a> {
     /// What is known of the mailbox, once it is looked for.
     pub board: Option<&'a Board>,
     /// The connections.
-    pub ledger: &'a Ledger,
+    pub connections: &'a Connections,
     /// Whether the edge is ready, as `/readyz` has it.
     pub is_ready: bool,
     /// What the library costs, once there is a node.
@@ -121,7 +121,7 @@ pub fn text(sources: &Sources, format: Format) -> String {
     lost.inc_by(sources.lost_lines);
     registry.register("log_lines_lost", "Log lines that were lost because nobody read them", lost);
     let listeners = sources.board.map_or(&[][..], |board| &board.listeners);
-    connection_metrics(&mut registry, listeners, &sources.ledger.open());
+    connection_metrics(&mut registry, listeners, &sources.connections.open());
     if let Some(board) = sources.board {
         mailbox_metrics(&mut registry, board);
         path_metrics(&mut registry, board);
@@ -135,7 +135,7 @@ pub fn text(sources: &Sources, format: Format) -> String {
     process::register(&mut unprefixed);
     let mut text = String::new();
     // Writing to a string cannot fail.
-    for registry in [&sources.ledger.counters.registry, &registry, &unprefixed] {
+    for registry in [&sources.connections.counters.registry, &registry, &unprefixed] {
         let _ = encode_registry(&mut text, registry);
     }
     let _ = encode_eof(&mut text);
@@ -313,11 +313,11 @@ mod tests {
     use super::*;
     use crate::connection::end_state::EndState;
 
-    fn text_of(node: &NodeStatus, ledger: &Ledger, format: Format) -> String {
+    fn text_of(node: &NodeStatus, connections: &Connections, format: Format) -> String {
         let sources = Sources {
             node,
             board: None,
-            ledger,
+            connections,
             is_ready: false,
             figures: None,
             memory_limit_bytes: 0,
@@ -328,23 +328,23 @@ mod tests {
 
     #[test]
     fn the_expiry_is_there_when_there_is_one() {
-        let ledger = Ledger::new(0);
-        let without = text_of(&NodeStatus::default(), &ledger, Format::OpenMetrics);
+        let connections = Connections::new(0);
+        let without = text_of(&NodeStatus::default(), &connections, Format::OpenMetrics);
         assert!(without.contains("tailwart_edge_node_running 0\n"), "{without}");
         assert!(!without.contains("expiry"), "{without}");
         let expiry = Some("2027-01-01T00:00:00Z".parse().unwrap());
         let node = NodeStatus { state: "Running".into(), key_expiry: expiry, ..NodeStatus::default() };
-        let with = text_of(&node, &ledger, Format::OpenMetrics);
+        let with = text_of(&node, &connections, Format::OpenMetrics);
         assert!(with.contains("tailwart_edge_node_running 1\n"), "{with}");
         assert!(with.contains("tailwart_edge_node_key_expiry_timestamp_seconds 1798761600.0\n"), "{with}");
     }
 
     #[test]
     fn a_listener_has_all_its_counters_from_the_start() {
-        let ledger = Ledger::new(0);
-        let _page = ledger.page("smtp", "stalwart:25".into());
-        ledger.counters.ended("smtp", EndState::HoldEnded);
-        let text = text_of(&NodeStatus::default(), &ledger, Format::Classic);
+        let connections = Connections::new(0);
+        let _page = connections.of_listener("smtp", "stalwart:25".into());
+        connections.counters.ended("smtp", EndState::HoldEnded);
+        let text = text_of(&NodeStatus::default(), &connections, Format::Classic);
         for line in [
             "# TYPE tailwart_edge_connections_total counter",
             "tailwart_edge_connections_total{listener=\"smtp\",end=\"sQ\"} 1",
@@ -370,14 +370,15 @@ mod tests {
             upstream: "stalwart:25".into(),
         };
         let board = Board { listeners: vec![listener], ..Board::empty() };
-        let (node, ledger) = (NodeStatus::default(), Ledger::new(0));
-        let visit = ledger.page("smtp", "stalwart:25".into()).enter("192.0.2.7:1".parse().unwrap());
-        visit.held();
+        let (node, connections) = (NodeStatus::default(), Connections::new(0));
+        let connection =
+            connections.of_listener("smtp", "stalwart:25".into()).enter("192.0.2.7:1".parse().unwrap());
+        connection.held();
         let board = Some(&board);
         let sources = Sources {
             node: &node,
             board,
-            ledger: &ledger,
+            connections: &connections,
             is_ready: false,
             figures: None,
             memory_limit_bytes: 0,
@@ -395,9 +396,9 @@ mod tests {
     #[test]
     fn scrapes_can_be_compared_line_by_line() {
         let scrape = |listeners: [&str; 3]| {
-            let ledger = Ledger::new(0);
-            let _pages = listeners.map(|listener| ledger.page(listener, "stalwart:25".into()));
-            let text = text_of(&NodeStatus::default(), &ledger, Format::OpenMetrics);
+            let connections = Connections::new(0);
+            let _pages = listeners.map(|listener| connections.of_listener(listener, "stalwart:25".into()));
+            let text = text_of(&NodeStatus::default(), &connections, Format::OpenMetrics);
             let lines = text.lines().filter(|line| !line.starts_with("process_"));
             lines.map(str::to_owned).collect::<Vec<_>>()
         };
@@ -410,13 +411,13 @@ mod tests {
     #[test]
     fn a_name_that_others_choose_cannot_break_a_line() {
         let node = NodeStatus { home_region: "a\"b\\c\nd".into(), ..NodeStatus::default() };
-        let text = text_of(&node, &Ledger::new(0), Format::Classic);
+        let text = text_of(&node, &Connections::new(0), Format::Classic);
         assert!(text.contains(r#"tailwart_edge_node_home_relay{region="a\"b\\c\nd"} 1"#), "{text}");
     }
 
     #[test]
     fn the_process_is_described() {
-        let text = text_of(&NodeStatus::default(), &Ledger::new(0), Format::Classic);
+        let text = text_of(&NodeStatus::default(), &Connections::new(0), Format::Classic);
         for name in
             ["cpu_seconds_total", "resident_memory_bytes", "threads", "start_time_seconds", "open_fds"]
         {

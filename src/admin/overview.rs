@@ -29,8 +29,8 @@ use tracing_appender::non_blocking::ErrorCounter;
 use crate::admin::board::{Board, Judgement, Listening, NOT_REACHED_YET};
 use crate::admin::metrics::{self, Format};
 use crate::admin::status::{ClientView, ListenerView, MemoryView, NodeView, Status, UpstreamView};
-use crate::connection::ledger::{Ledger, Open};
 use crate::connection::limits::network_of;
+use crate::connection::open::{Connections, Open};
 use crate::process::memory;
 use crate::support::wall_clock;
 use crate::tailnet::{Figures, Node, NodeStatus, linked_version};
@@ -57,7 +57,7 @@ pub struct Overview {
     /// What is known of the mailbox; `None` before it is looked for.
     pub board: watch::Receiver<Option<Arc<Board>>>,
     /// Who is connected.
-    pub ledger: Arc<Ledger>,
+    pub connections: Arc<Connections>,
     /// How many log lines were lost.
     pub lost_lines: Option<ErrorCounter>,
     /// Fires when the edge begins to stop.
@@ -98,7 +98,7 @@ impl Overview {
         let sources = metrics::Sources {
             node: &self.node_status(),
             board: board.as_deref(),
-            ledger: &self.ledger,
+            connections: &self.connections,
             is_ready: self.judge().reasons.is_empty(),
             figures: self.figures(),
             memory_limit_bytes: self.memory_limit.load(Ordering::Relaxed),
@@ -127,7 +127,7 @@ impl Overview {
         let Judgement { reasons: not_ready, warnings } = self.judge();
         let NodeStatus { name, ips, tags, state, key_expiry, home_region, .. } = self.node_status();
         let board = self.board.borrow().clone();
-        let open = self.ledger.open();
+        let open = self.connections.open();
         let mut by_listener: HashMap<&str, usize> = HashMap::new();
         open.iter().for_each(|connection| *by_listener.entry(connection.listener()).or_default() += 1);
         let here = |name: &str| by_listener.get(name).copied().unwrap_or(0);
@@ -150,7 +150,7 @@ impl Overview {
             open: open.len(),
             clients: clients(&open),
             connections: open.iter().take(CONNECTIONS).map(Open::view).collect(),
-            failures: self.ledger.failures(),
+            failures: self.connections.failures(),
         }
     }
 
@@ -164,7 +164,7 @@ impl Overview {
     }
 
     fn listener(&self, listening: &Listening, open: usize) -> ListenerView {
-        let totals = self.ledger.counters.totals(&listening.name);
+        let totals = self.connections.counters.totals(&listening.name);
         ListenerView {
             name: listening.name.clone(),
             protocol: listening.protocol.name().to_owned(),
@@ -218,7 +218,7 @@ fn clients(connections: &[Open]) -> Vec<ClientView> {
 pub(crate) mod tests {
     use super::*;
     use crate::connection::end_state::EndState;
-    use crate::connection::ledger::Ended;
+    use crate::connection::open::Ended;
     use crate::tailnet::Trouble;
 
     fn ready_node() -> NodeStatus {
@@ -244,7 +244,7 @@ pub(crate) mod tests {
             memory_limit: AtomicU64::new(0),
             tags: vec!["tag:reverse-proxy".into()],
             board: watch::channel(board.map(Arc::new)).1,
-            ledger: Ledger::new(0),
+            connections: Connections::new(0),
             lost_lines: None,
             drain,
         }
@@ -303,14 +303,17 @@ pub(crate) mod tests {
         });
         let listeners = [listeners, gone.into()].concat();
         let overview = overview(Some(ready_node()), false, Some(Board { listeners, ..Board::empty() }));
-        let page = overview.ledger.page("smtp", "stalwart:25".into());
+        let page = overview.connections.of_listener("smtp", "stalwart:25".into());
         let enter = |client: &str| page.enter(client.parse().unwrap());
         let _one = enter("192.0.2.7:1");
         let two = [enter("[2001:db8::1]:1"), enter("[2001:db8::2]:1")];
         two[0].moved(10, 200);
         let why = "held until its time was over".to_owned();
         enter("192.0.2.9:1").end(&Ended { state: EndState::HoldEnded, why });
-        let left = overview.ledger.page("left", "stalwart:25".into()).enter("192.0.2.8:1".parse().unwrap());
+        let left = overview
+            .connections
+            .of_listener("left", "stalwart:25".into())
+            .enter("192.0.2.8:1".parse().unwrap());
         let [listener, gone] = &overview.status().listeners[..] else { panic!("{:?}", overview.status()) };
         assert_eq!((&*listener.name, listener.removed), ("smtp", false));
         assert_eq!((&*gone.name, gone.removed, gone.open), ("left", true, 1));

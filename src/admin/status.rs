@@ -11,7 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::connection::ledger::{ConnectionView, Failure};
+use crate::connection::open::{ConnectionView, Failure};
 use crate::support::text::{bytes, lasting, table};
 use crate::upstream::health::{Seen, State};
 

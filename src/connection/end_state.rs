@@ -5,7 +5,7 @@
 //! means two things that an operator would treat differently.
 //!
 //! Deliberately not here: finding out which it is (see `connection.rs`), and telling it (see
-//! `ledger.rs`).
+//! `connection/open.rs`).
 
 use std::fmt;
 

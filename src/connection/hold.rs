@@ -16,7 +16,7 @@ use tokio::time::{sleep, sleep_until, timeout};
 use crate::connection::Service;
 use crate::connection::client::{left, reset};
 use crate::connection::end_state::EndState;
-use crate::connection::ledger::{Ended, Visit};
+use crate::connection::open::{Connection, Ended};
 use crate::tailnet::ConnectError;
 use crate::upstream::dial::Dial;
 use crate::upstream::{Failure, Reached, Server, Upstream, UpstreamError};
@@ -55,7 +55,7 @@ pub(super) enum Refusal {
 pub(super) struct Waiting<'a, D> {
     pub(super) service: &'a Service<D>,
     pub(super) client: &'a TcpStream,
-    pub(super) visit: &'a Visit,
+    pub(super) connection: &'a Connection,
 }
 
 /// What a client waits for, as far as it is known.
@@ -87,7 +87,7 @@ impl<D: Dial> Waiting<'_, D> {
             let Reached { mut stream, server, dial } = self.reach().await?;
             match write_header(&mut stream, header).await {
                 Ok(()) => {
-                    self.visit.relaying(&server, dial);
+                    self.connection.relaying(&server, dial);
                     return Ok((stream, server));
                 }
                 Err(error) => failed = Some(upstream.suspect(&server, Failure::Header(error.kind()))),
@@ -99,7 +99,7 @@ impl<D: Dial> Waiting<'_, D> {
     async fn reach(&self) -> Result<Reached<D::Stream>, Refusal> {
         let upstream = &self.service.upstream;
         let why = || upstream.away();
-        self.visit.connecting();
+        self.connection.connecting();
         let holds = !self.service.hold.limit.is_zero();
         if holds && upstream.is_away() {
             // While others wait for it already there is no use in trying too, unless
@@ -135,16 +135,16 @@ impl<D: Dial> Waiting<'_, D> {
         let Ok(_place) = self.service.hold.places.try_acquire() else {
             return Err(Refusal::HoldFull(why()));
         };
-        self.visit.held();
+        self.connection.held();
         self.wait(why, attempt).await
     }
 
     /// Waits for `attempt` until the client leaves, its time is over, or the edge stops.
     async fn wait<T>(&self, why: Why<'_>, attempt: impl Future<Output = T>) -> Result<T, Refusal> {
-        let end = self.visit.accepted() + self.service.hold.limit;
+        let end = self.connection.accepted() + self.service.hold.limit;
         tokio::select! {
             done = attempt => Ok(done),
-            () = left(self.client) => Err(Refusal::ClientGone { held: self.visit.is_held() }),
+            () = left(self.client) => Err(Refusal::ClientGone { held: self.connection.is_held() }),
             () = sleep_until(end) => Err(Refusal::HoldEnded(why())),
             () = self.dismissed() => Err(Refusal::Stopping),
         }
@@ -170,7 +170,7 @@ async fn write_header<S: AsyncWrite + Unpin>(upstream: &mut S, header: Option<&[
 }
 
 impl Refusal {
-    /// What the ledger is to say of it.
+    /// What its line of the log is to say.
     pub(super) fn ended<D>(&self, upstream: &Upstream<D>) -> Ended {
         let cannot = |before: &str, error: &Option<UpstreamError>| {
             let what = error.as_ref().map_or_else(|| "no answer so far".to_owned(), UpstreamError::what);

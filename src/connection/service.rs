@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use crate::connection::ledger::Page;
+use crate::connection::open::ListenerConnections;
 use crate::connection::refusal::PublicName;
 use crate::connection::relay::Timeouts;
 use crate::protocol::{Protocol, ProxyProtocol};
@@ -32,7 +32,7 @@ pub struct Service<D> {
     /// Fires when the edge begins to stop.
     pub drain: CancellationToken,
     /// Where its connections are entered.
-    pub page: Arc<Page>,
+    pub connections: Arc<ListenerConnections>,
 }
 
 /// For how long clients wait for an upstream that is away, and how many.

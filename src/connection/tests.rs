@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::connection::hold::HELD_AFTER;
-use crate::connection::ledger::Ledger;
+use crate::connection::open::Connections;
 use crate::connection::refusal::PublicName;
 use crate::connection::relay::Timeouts;
 use crate::protocol::Protocol;
@@ -55,7 +55,7 @@ pub(crate) fn service_to<D: Dial>(dialler: D, proxy_protocol: ProxyProtocol) -> 
         hold: Hold { limit: Duration::ZERO, places: Arc::new(Semaphore::new(10)), last_dial: Duration::ZERO },
         public_name: PublicName::new(Some("mx.example.org".into())),
         drain: CancellationToken::new(),
-        page: Ledger::new(0).page("smtp", "mailbox:25".into()),
+        connections: Connections::new(0).of_listener("smtp", "mailbox:25".into()),
     }
 }
 
@@ -389,7 +389,7 @@ async fn a_session_of_which_a_byte_was_sent_is_never_tried_again() {
 
 /// How many of a service's connections have ended so.
 fn ended(service: &Service<Loopback>, state: EndState) -> u64 {
-    service.page.ledger().counters.count("smtp", state)
+    service.connections.all().counters.count("smtp", state)
 }
 
 #[tokio::test]
@@ -400,7 +400,7 @@ async fn a_mailbox_that_leaves_without_a_word_is_told_from_one_that_cannot_be_re
     served(&service, accepted, peer).await;
     assert_eq!(ended(&service, EndState::ServerUnreachable), 1);
     drop(client);
-    service.page = Ledger::new(0).page("smtp", "mailbox:25".into());
+    service.connections = Connections::new(0).of_listener("smtp", "mailbox:25".into());
     *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
     let leaving = tokio::spawn(async move { drop(mailbox.accept().await.unwrap()) });
     let (client, accepted, peer) = self::client().await;

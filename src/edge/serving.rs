@@ -26,8 +26,8 @@ use super::port::{Definition, Port, monitor};
 use crate::admin::board::{Board, Listening, Outlook};
 use crate::admin::overview::Overview;
 use crate::config::{self, Config};
-use crate::connection::ledger::Ledger;
 use crate::connection::limits::{ClientLimit, ConnectionLimit, Permits, connection_limit};
+use crate::connection::open::Connections;
 use crate::connection::refusal::PublicName;
 use crate::connection::relay::{Timeouts, set_kept_most};
 use crate::connection::{Hold, Service};
@@ -53,7 +53,7 @@ pub(super) struct Parts {
     pub admin: Admin,
     /// Where it is shown what is known of the mailbox.
     pub board: watch::Sender<Option<Arc<Board>>>,
-    pub ledger: Arc<Ledger>,
+    pub connections: Arc<Connections>,
     pub logging: Arc<Logging>,
     pub vitals: Vitals,
 }
@@ -104,8 +104,9 @@ impl Serving {
         let held = Permits::new(config.limits.hold_max);
         let peers = Peers::new(Arc::clone(&parts.node), config.timeouts.dead_peer, parts.vitals.clone());
         let drain = parts.admin.overview.drain.clone();
-        let ledger = Arc::clone(&parts.ledger);
-        let telling = parts.vitals.spawn("tell repeated lines", async move { ledger.keep_telling().await });
+        let connections = Arc::clone(&parts.connections);
+        let telling =
+            parts.vitals.spawn("tell repeated lines", async move { connections.keep_telling().await });
         let (ports, removed, opening) = (Vec::new(), Vec::new(), Opening::None);
         let mut serving = Serving {
             config,
@@ -218,7 +219,7 @@ impl Serving {
         self.admission.clients.set_max(self.config.limits.max_connections_per_client);
         self.peers.set_limit(self.config.timeouts.dead_peer);
         self.parts.logging.change(self.config.log);
-        self.parts.ledger.set_repeats(self.config.log.repeats);
+        self.parts.connections.set_repeats(self.config.log.repeats);
         self.parts.admin.serve(opened.admin);
         self.parts.admin.serve_tailnet(&self.parts.node, self.config.admin_tailnet_port);
         self.parts.admin.examiner.set_config(self.config.clone());
@@ -231,7 +232,7 @@ impl Serving {
 
     /// Keeps in mind the listeners that the configuration has no more, for as long as they have connections.
     fn remember_removed(&mut self) {
-        let open = self.parts.ledger.open();
+        let open = self.parts.connections.open();
         self.removed.retain(|removed| open.iter().any(|connection| connection.listener() == removed.name));
         let gone = self.ports.iter().map(Port::listening);
         self.removed.extend(gone.map(|gone| Listening { addresses: Vec::new(), removed: true, ..gone }));
@@ -294,7 +295,7 @@ impl Serving {
             hold: Hold { limit, places: Arc::clone(self.held.semaphore()), last_dial: definition.last_dial },
             public_name: PublicName::new(definition.hostname.clone()),
             drain: self.drain.clone(),
-            page: self.parts.ledger.page(&listener.name, listener.upstream.to_string()),
+            connections: self.parts.connections.of_listener(&listener.name, listener.upstream.to_string()),
         });
         let servers = service.upstream.servers().iter();
         let monitors = servers.map(|server| Arc::new(monitor(&service, server))).collect();
@@ -335,7 +336,7 @@ impl Serving {
         let connections = tasks.len();
         info!(signal, connections, "stopping");
         // A task may be done with its connection, and wait for its client to have read the answer.
-        let open = || self.parts.ledger.open().len();
+        let open = || self.parts.connections.open().len();
         self.drain.cancel();
         tokio::select! {
             () = tasks.wait() => {}
@@ -344,7 +345,7 @@ impl Serving {
             },
             again = signals.stop() => warn!(signal = again, connections = open(), "stopping at once: connections were cut"),
         }
-        let (cut, dismissed) = (self.parts.ledger.cut(), self.parts.ledger.dismissed());
+        let (cut, dismissed) = (self.parts.connections.cut(), self.parts.connections.dismissed());
         let drained = Drained { connections, dismissed, cut, took: began.elapsed() };
         info!("stopped: {drained}");
         let lost_lines = self.parts.logging.lost().dropped_lines();

@@ -4,7 +4,7 @@
 //! what was held back is counted, for the next line of its kind or for whoever asks when the minute is
 //! over; the memory for it is bounded.
 //!
-//! Deliberately not here: what makes two lines one kind (see `ledger.rs` and `upstream.rs`).
+//! Deliberately not here: what makes two lines one kind (see `connection/open.rs` and `upstream.rs`).
 
 use std::collections::HashMap;
 use std::hash::Hash;

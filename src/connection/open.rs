@@ -1,6 +1,6 @@
-//! The ledger: who is connected now, and what became of those who were.
+//! The open connections, and what became of those that ended.
 //!
-//! Every accepted connection is entered by [`Page::enter`] and struck out with its [`EndState`], which
+//! Every accepted connection begins with [`ListenerConnections::enter`] and ends with its [`EndState`], which
 //! is one log line and one count in the metrics. In between anybody may look.
 //!
 //! Invariants
@@ -43,7 +43,7 @@ const TELL_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Every connection of this edge.
 #[derive(Debug)]
-pub struct Ledger {
+pub struct Connections {
     ids: AtomicU64,
     open: Mutex<BTreeMap<u64, Open>>,
     failures: Mutex<VecDeque<Failure>>,
@@ -60,10 +60,10 @@ pub struct Ledger {
 #[derive(Clone, Debug)]
 pub struct Open(Arc<Entry>);
 
-/// A listener's page.
+/// Those of one listener.
 #[derive(Debug)]
-pub struct Page {
-    ledger: Arc<Ledger>,
+pub struct ListenerConnections {
+    all: Arc<Connections>,
     listener: Arc<str>,
     /// All its servers, for those who have met none.
     upstream: String,
@@ -74,7 +74,7 @@ pub struct Page {
 #[derive(Debug)]
 struct Entry {
     id: u64,
-    page: Arc<Page>,
+    of_listener: Arc<ListenerConnections>,
     client: SocketAddr,
     accepted: Instant,
     /// Bytes to the mailbox.
@@ -84,7 +84,7 @@ struct Entry {
     stage: Mutex<Stage>,
     /// When the mailbox's first byte came.
     first_byte: OnceLock<Instant>,
-    struck_out: AtomicBool,
+    ended: AtomicBool,
 }
 
 /// How far a connection can have come, in words.
@@ -100,7 +100,7 @@ enum Stage {
 
 /// A connection as long as it lasts. When it is dropped without an end, it was cut.
 #[derive(Debug)]
-pub struct Visit {
+pub struct Connection {
     entry: Arc<Entry>,
 }
 
@@ -181,10 +181,10 @@ pub struct Failure {
     pub why: String,
 }
 
-impl Ledger {
+impl Connections {
     /// An empty one, which tells so many lines of a kind a minute; 0 for no limit.
-    pub fn new(repeats_per_minute: u32) -> Arc<Ledger> {
-        Arc::new(Ledger {
+    pub fn new(repeats_per_minute: u32) -> Arc<Connections> {
+        Arc::new(Connections {
             ids: AtomicU64::new(1),
             open: Mutex::default(),
             failures: Mutex::default(),
@@ -201,10 +201,10 @@ impl Ledger {
         self.session_repeats.set_limit(per_minute.saturating_mul(OF_SESSIONS));
     }
 
-    /// A listener's page; `upstream` is where it leads, in words.
-    pub fn page(self: &Arc<Self>, listener: &str, upstream: String) -> Arc<Page> {
+    /// A listener's of_listener; `upstream` is where it leads, in words.
+    pub fn of_listener(self: &Arc<Self>, listener: &str, upstream: String) -> Arc<ListenerConnections> {
         let counters = self.counters.listener(listener);
-        Arc::new(Page { ledger: Arc::clone(self), listener: listener.into(), upstream, counters })
+        Arc::new(ListenerConnections { all: Arc::clone(self), listener: listener.into(), upstream, counters })
     }
 
     /// The connections there are now, the oldest first. Whatever is done with them, it does not keep
@@ -236,7 +236,7 @@ impl Ledger {
     pub fn cut(&self) -> usize {
         let open = self.open();
         for Open(entry) in &open {
-            entry.page.strike_out(entry, &cut());
+            entry.of_listener.end(entry, &cut());
         }
         self.tell_repeats(true);
         open.len()
@@ -271,45 +271,45 @@ fn cut() -> Ended {
     Ended { state, why: why.to_owned() }
 }
 
-impl Page {
-    /// The ledger that it is in.
-    pub fn ledger(&self) -> &Arc<Ledger> {
-        &self.ledger
+impl ListenerConnections {
+    /// Those of all listeners.
+    pub fn all(&self) -> &Arc<Connections> {
+        &self.all
     }
 
     /// Enters a connection that was just accepted.
-    pub fn enter(self: &Arc<Self>, client: SocketAddr) -> Visit {
+    pub fn enter(self: &Arc<Self>, client: SocketAddr) -> Connection {
         let entry = Arc::new(Entry {
-            id: self.ledger.ids.fetch_add(1, Ordering::Relaxed),
-            page: Arc::clone(self),
+            id: self.all.ids.fetch_add(1, Ordering::Relaxed),
+            of_listener: Arc::clone(self),
             client,
             accepted: Instant::now(),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             stage: Mutex::new(Stage::Connecting),
             first_byte: OnceLock::new(),
-            struck_out: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
         });
-        let mut open = self.ledger.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.all.open.lock().unwrap_or_else(PoisonError::into_inner);
         open.insert(entry.id, Open(Arc::clone(&entry)));
-        Visit { entry }
+        Connection { entry }
     }
 
-    fn strike_out(&self, entry: &Entry, ended: &Ended) {
-        if entry.struck_out.swap(true, Ordering::Relaxed) {
+    fn end(&self, entry: &Entry, ended: &Ended) {
+        if entry.ended.swap(true, Ordering::Relaxed) {
             return;
         }
-        let ledger = &self.ledger;
-        ledger.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&entry.id);
+        let all = &self.all;
+        all.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&entry.id);
         if matches!(ended.state, EndState::StoppedQuiet | EndState::StoppedWaiting) {
-            ledger.dismissed.fetch_add(1, Ordering::Relaxed);
+            all.dismissed.fetch_add(1, Ordering::Relaxed);
         }
         let first_byte = entry.first_byte.get().map(|at| *at - entry.accepted);
-        ledger.counters.ended(&self.listener, ended.state);
+        all.counters.ended(&self.listener, ended.state);
         first_byte.inspect(|after| self.counters.first_byte.observe(after.as_secs_f64()));
         let (stage, upstream) = (entry.stage(), self.upstream_of(entry));
         if ended.state.is_failure() {
-            ledger.note_failure(Failure {
+            all.note_failure(Failure {
                 last: wall_clock::now(),
                 count: 1,
                 listener: self.listener.to_string(),
@@ -347,10 +347,10 @@ impl Page {
         let of_many = Kind { listener: Arc::clone(&self.listener), state, client: None };
         let of_client = || Kind { client: Some(network_of(entry.client.ip())), ..of_many.clone() };
         if entry.sent.load(Ordering::Relaxed) > 0 {
-            return self.ledger.session_repeats.may_tell(of_client(), of_many);
+            return self.all.session_repeats.may_tell(of_client(), of_many);
         }
         let kind = if state.is_failure() { of_many.clone() } else { of_client() };
-        self.ledger.repeats.may_tell(kind, of_many)
+        self.all.repeats.may_tell(kind, of_many)
     }
 
     fn upstream_of(&self, entry: &Entry) -> String {
@@ -361,7 +361,7 @@ impl Page {
     }
 }
 
-impl Visit {
+impl Connection {
     /// Who connected.
     pub fn client(&self) -> SocketAddr {
         self.entry.client
@@ -390,36 +390,36 @@ impl Visit {
     /// Notes that this server has the header; the dial that led there took so long.
     pub fn relaying(&self, server: &Arc<Server>, dial: Duration) {
         let connected = self.entry.accepted.elapsed();
-        self.entry.page.counters.dial.observe(dial.as_secs_f64());
+        self.entry.of_listener.counters.dial.observe(dial.as_secs_f64());
         self.entry.set_stage(Stage::Relaying { server: Arc::clone(server), connected });
     }
 
     /// Notes bytes that have moved, to the mailbox and to the client. True when with them the
     /// mailbox has said its first word.
     pub fn moved(&self, sent: u64, received: u64) -> bool {
-        let (entry, page) = (&self.entry, &self.entry.page);
-        // Mostly it is one of them, and the page's counters are shared by many.
+        let (entry, of_listener) = (&self.entry, &self.entry.of_listener);
+        // Mostly it is one of them, and the listener's counters are shared by all of its connections.
         if sent > 0 {
             entry.sent.fetch_add(sent, Ordering::Relaxed);
-            page.counters.sent.inc_by(sent);
+            of_listener.counters.sent.inc_by(sent);
         }
         if received > 0 {
             entry.received.fetch_add(received, Ordering::Relaxed);
-            page.counters.received.inc_by(received);
+            of_listener.counters.received.inc_by(received);
         }
         received > 0 && entry.first_byte.get().is_none() && entry.first_byte.set(Instant::now()).is_ok()
     }
 
     /// Strikes it out.
     pub fn end(self, ended: &Ended) {
-        self.entry.page.strike_out(&self.entry, ended);
+        self.entry.of_listener.end(&self.entry, ended);
     }
 }
 
-impl Drop for Visit {
+impl Drop for Connection {
     fn drop(&mut self) {
-        if !self.entry.struck_out.load(Ordering::Relaxed) {
-            self.entry.page.strike_out(&self.entry, &cut());
+        if !self.entry.ended.load(Ordering::Relaxed) {
+            self.entry.of_listener.end(&self.entry, &cut());
         }
     }
 }
@@ -448,7 +448,7 @@ impl Stage {
 impl Open {
     /// The listener's name.
     pub fn listener(&self) -> &str {
-        &self.0.page.listener
+        &self.0.of_listener.listener
     }
 
     /// Who connected.
@@ -502,8 +502,8 @@ fn millis(duration: Duration) -> f64 {
 mod tests {
     use super::*;
 
-    fn visit(ledger: &Arc<Ledger>, client: &str) -> Visit {
-        ledger.page("smtp", "stalwart:25".into()).enter(client.parse().unwrap())
+    fn connection(connections: &Arc<Connections>, client: &str) -> Connection {
+        connections.of_listener("smtp", "stalwart:25".into()).enter(client.parse().unwrap())
     }
 
     fn ended(state: EndState) -> Ended {
@@ -512,71 +512,75 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_shows_until_it_ends_and_is_counted_once() {
-        let ledger = Ledger::new(0);
-        let visit = visit(&ledger, "192.0.2.7:4711");
-        visit.moved(7, 0);
-        visit.moved(0, 300);
-        visit.held();
-        let open = ledger.open();
+        let connections = Connections::new(0);
+        let connection = connection(&connections, "192.0.2.7:4711");
+        connection.moved(7, 0);
+        connection.moved(0, 300);
+        connection.held();
+        let open = connections.open();
         let view = open.first().expect("one").view();
         assert_eq!((view.sent, view.received, &*view.stage, open.len()), (7, 300, "held", 1));
-        visit.end(&ended(EndState::HoldEnded));
-        assert_eq!(ledger.open().len(), 0);
-        assert_eq!(ledger.counters.count("smtp", EndState::HoldEnded), 1);
-        assert_eq!(ledger.counters.count("smtp", EndState::StoppedCut), 0, "not when it is dropped, too");
+        connection.end(&ended(EndState::HoldEnded));
+        assert_eq!(connections.open().len(), 0);
+        assert_eq!(connections.counters.count("smtp", EndState::HoldEnded), 1);
+        assert_eq!(
+            connections.counters.count("smtp", EndState::StoppedCut),
+            0,
+            "not when it is dropped, too"
+        );
     }
 
     #[tokio::test]
     async fn what_is_dropped_or_cut_is_counted_too() {
-        let ledger = Ledger::new(0);
-        drop(visit(&ledger, "192.0.2.7:4711"));
-        let left = visit(&ledger, "192.0.2.7:4712");
-        assert_eq!(ledger.cut(), 1);
+        let connections = Connections::new(0);
+        drop(connection(&connections, "192.0.2.7:4711"));
+        let left = connection(&connections, "192.0.2.7:4712");
+        assert_eq!(connections.cut(), 1);
         drop(left);
-        assert_eq!(ledger.counters.count("smtp", EndState::StoppedCut), 2);
+        assert_eq!(connections.counters.count("smtp", EndState::StoppedCut), 2);
     }
 
     #[tokio::test]
     async fn what_ends_with_a_panic_is_an_error_of_ours() {
-        let ledger = Ledger::new(0);
-        let visit = visit(&ledger, "192.0.2.7:4711");
+        let connections = Connections::new(0);
+        let connection = connection(&connections, "192.0.2.7:4711");
         let task = tokio::spawn(async move {
-            let _visit = visit;
+            let _visit = connection;
             panic!("as this test wants it");
         });
         assert!(task.await.is_err());
-        assert_eq!(ledger.counters.count("smtp", EndState::Internal), 1);
-        assert_eq!(ledger.failures()[0].why, "error inside the edge");
+        assert_eq!(connections.counters.count("smtp", EndState::Internal), 1);
+        assert_eq!(connections.failures()[0].why, "error inside the edge");
     }
 
     #[tokio::test]
     async fn failures_of_a_kind_are_one_and_the_latest_comes_first() {
-        let ledger = Ledger::new(0);
+        let connections = Connections::new(0);
         for client in 1..=5 {
-            visit(&ledger, &format!("192.0.2.{client}:25")).end(&ended(EndState::HoldEnded));
+            connection(&connections, &format!("192.0.2.{client}:25")).end(&ended(EndState::HoldEnded));
         }
-        visit(&ledger, "192.0.2.9:25").end(&ended(EndState::ServerFailed));
-        visit(&ledger, "192.0.2.9:25").end(&ended(EndState::ClientClosed));
-        visit(&ledger, "192.0.2.6:25").end(&ended(EndState::HoldEnded));
+        connection(&connections, "192.0.2.9:25").end(&ended(EndState::ServerFailed));
+        connection(&connections, "192.0.2.9:25").end(&ended(EndState::ClientClosed));
+        connection(&connections, "192.0.2.6:25").end(&ended(EndState::HoldEnded));
         let told: Vec<_> =
-            ledger.failures().iter().map(|f| (f.end.clone(), f.count, f.client.to_string())).collect();
+            connections.failures().iter().map(|f| (f.end.clone(), f.count, f.client.to_string())).collect();
         let expected = [("sQ".into(), 6, "192.0.2.6:25".into()), ("SD".into(), 1, "192.0.2.9:25".into())];
         assert_eq!(told, expected);
         for kind in 0..100 {
             let why = format!("reason {kind}");
-            visit(&ledger, "192.0.2.6:25").end(&Ended { why, ..ended(EndState::ServerFailed) });
+            connection(&connections, "192.0.2.6:25").end(&Ended { why, ..ended(EndState::ServerFailed) });
         }
-        assert_eq!(ledger.failures().len(), FAILURES);
+        assert_eq!(connections.failures().len(), FAILURES);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_flood_of_one_client_leaves_the_lines_of_others() {
-        let ledger = Ledger::new(3);
-        let page = ledger.page("smtp", "stalwart:25".into());
+        let connections = Connections::new(3);
+        let of_listener = connections.of_listener("smtp", "stalwart:25".into());
         let told = |client: &str, sent, state| {
-            let visit = page.enter(client.parse().unwrap());
-            visit.moved(sent, 0);
-            page.may_tell(&visit.entry, state).is_some()
+            let connection = of_listener.enter(client.parse().unwrap());
+            connection.moved(sent, 0);
+            of_listener.may_tell(&connection.entry, state).is_some()
         };
         let flood = (0..100).filter(|_| told("[2001:db8::1]:25", 0, EndState::ClientFailed)).count();
         assert_eq!(flood, 3);
