@@ -3,7 +3,8 @@
 // contract; README.md says what matches upstream libtailscale and what not.
 //
 // export.go and tailscale.c are the C side. node.go, join.go, credential.go,
-// control.go, deleted.go, probe.go, events.go and figures.go are a node's life;
+// control.go, deleted.go, probe.go, watch.go, status.go, ping.go and figures.go are a
+// node's life;
 // dial.go, reject.go, listen.go and conn.go its connections; budget.go bounds what all
 // of them hold. Nothing here ever uses the host's resolver or network on behalf of a
 // connection.
@@ -140,7 +141,7 @@ type node struct {
 	backend *ipnlocal.LocalBackend
 	stack   *stack.Stack
 
-	// What the backend knows and does not tell; see events.go.
+	// What the backend knows and does not tell; see watch.go.
 	removed        atomic.Bool                    // the control server has no such node
 	rejections     atomic.Int64                   // how often it said so
 	staysListed    atomic.Bool                    // this ephemeral node could not be logged out

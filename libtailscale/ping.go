@@ -1,0 +1,79 @@
+package main
+
+import (
+	"context"
+	"net/netip"
+	"time"
+
+	"tailscale.com/tailcfg"
+)
+
+// pingReport is what tailscale_ping writes.
+type pingReport struct {
+	IP        netip.Addr `json:"ip"`
+	Answered  bool       `json:"answered"`
+	LatencyMS float64    `json:"latency_ms"`
+	Direct    string     `json:"direct"`  // the peer's UDP address, when direct
+	Relay     string     `json:"relay"`   // the DERP region or peer relay otherwise
+	Online    bool       `json:"online"`  // as the control server sees it
+	Network   bool       `json:"network"` // whether this node has any: it answers, or control does
+	LastSeen  string     `json:"last_seen"`
+}
+
+// ping asks a peer for a sign of life beneath TCP, which needs neither an open
+// port nor an ACL and so tells a silent port from a silent peer. A disco ping
+// finds the path; the first answer may come over a relay although a direct
+// path exists, so a relayed answer is asked for again. Whether the peer can be
+// reached is told by a TSMP ping, which is answered inside WireGuard: disco
+// alone would blame the port for a handshake that was lost. Of a silent peer it is
+// found out, within two more seconds, whether the silence may be our own.
+func (n *node) ping(host string, limit time.Duration) (pingReport, error) {
+	if n.self.Load() == nil {
+		return pingReport{}, codeNotRunning
+	}
+	p, err := n.resolve(host)
+	if err != nil {
+		return pingReport{}, err
+	}
+	report := pingReport{IP: p.ip, Online: p.node.Online().Get()}
+	if seen, ok := p.node.LastSeen().GetOk(); ok {
+		report.LastSeen = seen.UTC().Format(time.RFC3339)
+	}
+	ctx, cancel := context.WithTimeout(n.ctx, limit)
+	defer cancel()
+	// A lost one must leave time for the ping that counts.
+	disco, cancelDisco := context.WithTimeout(ctx, limit/2)
+	defer cancelDisco()
+	for range 3 {
+		result, err := n.backend.Ping(disco, p.ip, tailcfg.PingDisco, 0)
+		if err != nil || result.Err != "" {
+			break
+		}
+		report.LatencyMS = result.LatencySeconds * 1000
+		report.Direct, report.Relay = n.harmless(result.Endpoint), n.harmless(result.DERPRegionCode)
+		if result.PeerRelay != "" {
+			report.Direct, report.Relay = "", n.harmless(result.PeerRelay)
+		}
+		if report.Direct != "" {
+			break
+		}
+	}
+	result, err := n.backend.Ping(ctx, p.ip, tailcfg.PingTSMP, 0)
+	if err != nil || result.Err != "" {
+		ctx, cancel := context.WithTimeout(n.ctx, probeLimit)
+		defer cancel()
+		deleted, heard := n.isDeleted(ctx)
+		if deleted {
+			return pingReport{}, codeNotRunning // no peer knows us any more
+		}
+		if report.Network = heard; !heard {
+			ctx, cancel := context.WithTimeout(n.ctx, probeLimit)
+			defer cancel()
+			_, err := askForKey(ctx, n.controlURL())
+			report.Network = err == nil
+		}
+		return report, codeTimedOut
+	}
+	report.Answered, report.Network = true, true
+	return report, nil
+}
