@@ -4,10 +4,9 @@
 //
 // export.go and tailscale.c are the C side. node.go, join.go, credential.go,
 // control.go, deleted.go, probe.go, watch.go, status.go, ping.go and figures.go are a
-// node's life;
-// dial.go, reject.go, listen.go and conn.go its connections; budget.go bounds what all
-// of them hold. Nothing here ever uses the host's resolver or network on behalf of a
-// connection.
+// node's life; dial.go, reject.go, listen.go, conn.go and abort.go its connections;
+// budget.go bounds what all of them hold. Nothing here ever uses the host's resolver or
+// network on behalf of a connection.
 package main
 
 import (
