@@ -18,6 +18,9 @@ const EXPIRY_WARNINGS: [i64; 3] = [1, 7, 30];
 /// A trouble that may pass by itself is told when it has lasted this long.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Between two lines about the network: where containers come and go it changes all the time.
+const MOVES_APART: Duration = Duration::from_secs(60);
+
 /// A moment by both clocks: a key expires at a date, and how long something has lasted must not depend
 /// on one, since it may be corrected meanwhile.
 #[derive(Clone, Copy)]
@@ -41,6 +44,8 @@ pub(super) struct Journal {
     is_told: bool,
     ips: Vec<IpAddr>,
     network_changes: u64,
+    /// When the last of them was told.
+    move_told: Option<Instant>,
     wake_ups: u64,
     /// The expiry and the number of days that the last warning was about.
     expiry: Option<(Timestamp, i64)>,
@@ -63,6 +68,7 @@ impl Journal {
             is_told: false,
             ips: status.ips.clone(),
             network_changes: status.network_changes,
+            move_told: None,
             wake_ups: status.wake_ups,
             expiry: None,
         }
@@ -86,7 +92,7 @@ impl Journal {
     }
 
     fn lines(&mut self, status: &NodeStatus, now: Moment) -> Vec<Line> {
-        let mut lines: Vec<Line> = self.machine(status).into_iter().collect();
+        let mut lines: Vec<Line> = self.machine(status, now.instant).into_iter().collect();
         lines.extend(self.troubles(status, now));
         lines.extend(self.address(status));
         lines.extend(self.expiry(status.key_expiry, now.date));
@@ -94,15 +100,17 @@ impl Journal {
     }
 
     /// Sleep and another network are no trouble by themselves, and explain what follows.
-    fn machine(&mut self, status: &NodeStatus) -> Option<Line> {
+    fn machine(&mut self, status: &NodeStatus, now: Instant) -> Option<Line> {
         let woke = status.wake_ups > self.wake_ups;
-        let moved = status.network_changes > self.network_changes;
-        (self.wake_ups, self.network_changes) = (status.wake_ups, status.network_changes);
+        let is_due = self.move_told.is_none_or(|at| now - at >= MOVES_APART);
+        let moved = status.network_changes > self.network_changes && is_due;
+        self.wake_ups = status.wake_ups;
         let what = match (woke, moved) {
             (true, _) => "this machine woke from sleep",
             (false, true) => "the network of this machine has changed",
             (false, false) => return None,
         };
+        (self.network_changes, self.move_told) = (status.network_changes, Some(now));
         Some(Line::Info(format!("{what}; looking for paths on the tailnet anew")))
     }
 
@@ -288,6 +296,16 @@ mod tests {
         let woke = "this machine woke from sleep; looking for paths on the tailnet anew";
         assert_eq!(news(&mut journal, 6, 1), Some(Line::Info(woke.into())));
         assert_eq!(news(&mut journal, 6, 1), None);
+    }
+
+    #[test]
+    fn a_network_that_keeps_changing_is_told_once_a_minute() {
+        let mut journal = Journal::new(&[], &running());
+        let told = (0..180_u64).filter(|second| {
+            let status = NodeStatus { network_changes: second + 1, ..running() };
+            !journal.lines(&status, after(*second)).is_empty()
+        });
+        assert_eq!(told.collect::<Vec<_>>(), [0, 60, 120]);
     }
 
     #[test]
