@@ -35,6 +35,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::protocol::{Protocol, ProxyProtocol};
+use crate::support::text::host_port;
 
 pub use keys::{DefaultValue, KEYS, Key};
 pub use mistakes::ConfigError;
@@ -271,14 +272,8 @@ fn config_path_or(given: Option<PathBuf>, env: Env, default: &Path) -> Option<Pa
 impl fmt::Display for Upstream {
     /// As people write it: `stalwart:25, stalwart-b:25`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, host) in self.hosts.iter().enumerate() {
-            let comma = if index == 0 { "" } else { ", " };
-            match host.parse::<std::net::Ipv6Addr>() {
-                Ok(v6) => write!(f, "{comma}[{v6}]:{}", self.port)?,
-                Err(_) => write!(f, "{comma}{host}:{}", self.port)?,
-            }
-        }
-        Ok(())
+        let servers: Vec<String> = self.hosts.iter().map(|host| host_port(host, self.port)).collect();
+        f.write_str(&servers.join(", "))
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::{Mutex as AsyncMutex, Notify};
 use tokio::time::Instant;
 
+use crate::support::text::host_port;
 use crate::tailnet::{ConnectError, PingReport};
 use crate::upstream::peers::{Connected, Path, Peer};
 use crate::upstream::{Failure, Silence};
@@ -213,10 +214,7 @@ impl Server {
 
 impl fmt::Display for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.host().parse::<std::net::Ipv6Addr>() {
-            Ok(v6) => write!(f, "[{v6}]:{}", self.port),
-            Err(_) => write!(f, "{}:{}", self.host(), self.port),
-        }
+        f.write_str(&host_port(self.host(), self.port))
     }
 }
 
