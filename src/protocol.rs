@@ -1,4 +1,8 @@
 //! What is said on the wire: the protocols, the PROXY header, and what a server answers that does not trust it.
+//!
+//! Promise: no input or output; bytes in, bytes or a verdict out.
+//!
+//! Deliberately not here: parsing mail protocols beyond a server's first lines, and TLS.
 
 mod advice;
 pub mod greeting;

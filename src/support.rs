@@ -1,4 +1,9 @@
-//! Small things that know nothing of the rest.
+//! Small things that know nothing of the rest: text, secrets, time, lines that repeat each other, tasks that must
+//! live, asking over HTTP.
+//!
+//! Promise: nothing here names another folder of `src/`.
+//!
+//! Deliberately not here: what has a single user, which keeps it beside itself.
 
 pub mod http_client;
 pub mod output;
