@@ -1,7 +1,7 @@
 //! The process among others: the signals it gets, the supervisor that has started it, where its log goes, and how
 //! much memory it may take.
 //!
-//! Promises: no signal is lost from the first moment on; a log that cannot be written never holds anybody up.
+//! Promises: a signal that comes before anybody listens is remembered; a log that cannot be written holds nobody up.
 //!
 //! Deliberately not here: what is done on a signal, and in which order (see `edge.rs`).
 
