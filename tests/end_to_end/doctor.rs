@@ -270,7 +270,9 @@ fn the_way_to_the_mailbox_is_told_apart() {
     tailnet.allow_port(MAILBOX, PORT);
 
     tailnet.drop_port(MAILBOX, PORT);
-    doctor(edge).says(upstream, "fail", &["denied or dropped", "a firewall on the peer"]);
+    // Also where connecting may take longer than a probe gives it.
+    let patiently = edge.clone().set("timeouts", "connect", r#""9s""#);
+    doctor(&patiently).says(upstream, "fail", &["denied or dropped", "a firewall on the peer"]);
     tailnet.pass_port(MAILBOX, PORT);
 
     tailnet.unforward(MAILBOX, PORT);
