@@ -293,7 +293,7 @@ fn whatever_is_handed_over_does_not_prevent_the_start() {
         "(kept.connected), which the supervisor has handed over, is not used: it does not listen",
         "(unix), which the supervisor has handed over, is not used: it is no TCP socket",
         "is not used: it was handed over before, under another number",
-        "the socket unit's socket first at",
+        "the socket unit's first at",
         "are no sockets; they are not used",
         "names for 1008 descriptors",
     ] {
