@@ -3,6 +3,7 @@ package main
 import (
 	"io"
 	"net"
+	"reflect"
 	"slices"
 	"testing"
 	"time"
@@ -305,6 +306,23 @@ func TestALoweredLimitWaitsForAPeriod(t *testing.T) {
 	}
 	if held := hold(1 << 20); held != 1<<20 {
 		t.Errorf("%d are held a period later", held)
+	}
+}
+
+// The window's scale is settled by the handshake, and must be that of the most that a
+// connection may receive: a buffer that was set before would settle it by the floor.
+func TestTheHandshakeSettlesTheLargestWindow(t *testing.T) {
+	setBudget(t, 1) // the least floor
+	e := startEdge(t, echo)
+	b, err := dial(t, e.node, "mailbox", 25)
+	check(t, err)
+	defer b.close()
+	ep := reflect.ValueOf(conns.get(b.handle).ep).Elem()
+	if scale := ep.FieldByName("rcv").Elem().FieldByName("RcvWndScale").Uint(); scale < 7 {
+		t.Errorf("a scale of %d: windows end at %d bytes", scale, 0xffff<<scale)
+	}
+	if size := conns.get(b.handle).ep.SocketOptions().GetReceiveBufferSize(); size != 2*leastFloor {
+		t.Errorf("a receive buffer of %d", size)
 	}
 }
 

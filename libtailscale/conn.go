@@ -96,8 +96,15 @@ func (c *conn) prepare() tcpip.Error {
 	// slow; see budget.go.
 	c.floor = flowBudget.floor()
 	c.ep.SocketOptions().SetSendBufferSize(c.floor, true)
-	c.ep.SocketOptions().SetReceiveBufferSize(2*c.floor, true)
 	return setKeepalive(c.ep)
+}
+
+// lowerReceiveBuffer is for a connection that is made: before the handshake it would
+// settle the window's scale, which never changes, by the floor.
+func (c *conn) lowerReceiveBuffer() {
+	if c.floor < mostFloor && c.flow.Load() == nil {
+		c.ep.SocketOptions().SetReceiveBufferSize(2*c.floor, false)
+	}
 }
 
 func setKeepalive(ep tcpip.Endpoint) tcpip.Error {
@@ -121,6 +128,9 @@ func (c *conn) state() error {
 	state := c.look()
 	if state != codeWouldBlock {
 		c.settle()
+	}
+	if state == nil {
+		c.lowerReceiveBuffer()
 	}
 	return state
 }

@@ -102,6 +102,7 @@ func unwrap(wrapped net.Conn) (*conn, error) {
 	if terr := c.prepare(); terr != nil {
 		return nil, codeOf(terr)
 	}
+	c.lowerReceiveBuffer()
 	return c, nil
 }
 

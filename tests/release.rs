@@ -125,6 +125,7 @@ fn its_memory_is_bounded() {
 
     let stalls = start();
     let _open = stalls.stall(100);
+    stalls.edge.settled_rss_kb(LIMIT);
     memory::greeted(stalls.connect("greets"));
     at_most(&stalls.edge, 200, "with connections that do not move");
     stalls.bytes_in_flight_are_bounded();

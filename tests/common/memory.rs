@@ -101,7 +101,6 @@ impl Setup {
             })
             .collect();
         join(pushing);
-        self.edge.settled_rss_kb(LIMIT);
         open
     }
 
