@@ -315,7 +315,7 @@ fn versions_are_the_same_everywhere() {
     for (file, wanted) in [
         (
             "README.md",
-            format!("Go ≥ {oldest_go} (it fetches the newer one that is built with), Rust ≥ {rust}"),
+            format!("Go {oldest_go} or newer (it downloads the version that go.mod names), Rust ≥ {rust}"),
         ),
         ("Dockerfile", format!("FROM golang:{go}-")),
     ] {
