@@ -32,7 +32,7 @@ pub const LOCAL: [u8; 16] = *b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
 ///
 /// ```
 /// use tailwart_edge::protocol::ProxyProtocol;
-/// use tailwart_edge::proxy_header::proxy_header;
+/// use tailwart_edge::protocol::proxy_header::proxy_header;
 ///
 /// let (client, local) = ("192.0.2.7:50123".parse()?, "198.51.100.1:25".parse()?);
 /// let header = proxy_header(ProxyProtocol::V1, client, local);
