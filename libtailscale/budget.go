@@ -17,7 +17,9 @@ import (
 const (
 	mostFloor  = 64 << 10
 	leastFloor = 4 << 10
-	// floorParts is how many times the budget all floors together may be.
+	// floorParts budgets are shared by the floors of those that are open when a connection
+	// is made. It keeps its floor when others come: n of them have ln(n) times as much at
+	// most, and the least floor each.
 	floorParts = 4
 	// What one connection can use: Tailscale's own maxima
 	// (wgengine/netstack/netstack_tcpbuf_default.go).
@@ -118,7 +120,7 @@ func (b *budget) max() int64 {
 }
 
 // floor is that of a connection that is made now, for what it sends: the more there are,
-// the less, so that all floors together are bounded too.
+// the less.
 func (b *budget) floor() int64 {
 	open := int64(max(conns.count(), 1))
 	return max(leastFloor, min(b.max()*floorParts/open/3, mostFloor)) // and twice that to receive

@@ -1,4 +1,4 @@
-//! Whether a running edge is well, as an exit code: for `HEALTHCHECK` in an image without a shell,
+//! Whether a running edge is ready, or at least alive, as an exit code: for `HEALTHCHECK` in an image without a shell,
 //! and for Kubernetes' exec probes, so that the admin port can stay on loopback.
 //!
 //! Invariant: it asks the edge and nobody else, and ends by itself within a few seconds.

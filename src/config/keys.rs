@@ -216,7 +216,7 @@ pub const KEYS: &[Key] = &[
         "limits.memory_mib",
         "a number of MiB from 64 to 1048576",
         Words("half of what the machine or the control group has, from 64 to 256"),
-        "The memory that the edge aims to stay below. A sixteenth of it is for bytes in flight that all connections share, a quarter at most for what each may hold in any case.",
+        "The memory that the edge aims to stay below. A sixteenth of it is for bytes in flight that all connections share.",
     ),
     key(
         "probe.interval",

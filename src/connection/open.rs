@@ -201,7 +201,7 @@ impl Connections {
         self.session_repeats.set_limit(per_minute.saturating_mul(OF_SESSIONS));
     }
 
-    /// A listener's of_listener; `upstream` is where it leads, in words.
+    /// Those of one listener; `upstream` is where it leads, in words.
     pub fn of_listener(self: &Arc<Self>, listener: &str, upstream: String) -> Arc<ListenerConnections> {
         let counters = self.counters.listener(listener);
         Arc::new(ListenerConnections { all: Arc::clone(self), listener: listener.into(), upstream, counters })

@@ -2,8 +2,8 @@
 //!
 //! The figure is `limits.memory_mib`, or half of what the machine or the control group has, at most
 //! 256 MiB. Three quarters of it bound the heap of the tailnet library, whose collector works harder as it comes
-//! near. A sixteenth is for bytes in flight that all connections share, and a quarter at most for what each may
-//! have in any case (see `libtailscale/budget.go`). A thirty-second is for what the relay keeps.
+//! near. A sixteenth is for bytes in flight that all connections share; what each may have in any case is the less the
+//! more there are (see `libtailscale/budget.go`). A thirty-second is for what the relay keeps.
 //!
 //! Deliberately not here: how many connections there may be (see `limits.rs`).
 

@@ -43,7 +43,7 @@ const FAST: Duration = Duration::from_secs(2);
 /// Encrypt's clients renew 30 days before the end.
 const RENEWAL_DUE: SignedDuration = SignedDuration::from_hours(14 * 24);
 
-/// Whether a server is well.
+/// Whether a server is up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {

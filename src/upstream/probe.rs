@@ -65,7 +65,7 @@ pub struct Target {
     pub header: bool,
 }
 
-/// What a mailbox that is well showed.
+/// What a mailbox that is up has shown.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
     /// The first line of the greeting; empty for http and tcp.
@@ -93,7 +93,7 @@ pub struct Certificate {
     pub not_after: Timestamp,
 }
 
-/// Why a mailbox is not well; the text of each ends with what to do.
+/// Why a mailbox is down; the text of each ends with what to do.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum ProbeError {
     /// The connection could not be made.
