@@ -50,6 +50,15 @@ pub struct Record {
     pub finished: bool,
 }
 
+impl Record {
+    /// What came after the PROXY header, which is one of version 2 with addresses of IPv4.
+    #[track_caller]
+    pub fn payload(&self) -> &[u8] {
+        const HEADER: usize = 28;
+        self.bytes.get(HEADER..).unwrap_or_else(|| panic!("no whole header: {self:?}"))
+    }
+}
+
 impl Stub {
     /// Listens on a port of 127.0.0.1, which nobody else gets afterwards.
     pub fn start(script: impl Fn(Conn) + Send + Sync + 'static) -> Stub {

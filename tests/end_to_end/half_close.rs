@@ -32,7 +32,7 @@ fn a_reply_after_the_clients_half_close_arrives_complete() {
     send(&client, &pattern(LARGE));
     client.shutdown(Shutdown::Write).expect("it is connected");
     assert_same(&read_to_end(&client), &pattern(LARGE), "the reply");
-    assert_same(payload(&relay.ended_record()), &pattern(LARGE), "the request");
+    assert_same(relay.ended_record().payload(), &pattern(LARGE), "the request");
     relay.assert_logged(&client, "client closed", LARGE, LARGE);
 }
 
@@ -43,7 +43,7 @@ fn a_request_after_the_servers_half_close_arrives_complete() {
     assert_same(&read_to_end(&client), &pattern(LARGE), "the server's bytes");
     send(&client, &pattern(LARGE));
     client.shutdown(Shutdown::Write).expect("it is connected");
-    assert_same(payload(&relay.ended_record()), &pattern(LARGE), "the client's bytes");
+    assert_same(relay.ended_record().payload(), &pattern(LARGE), "the client's bytes");
     relay.assert_logged(&client, "upstream closed", LARGE, LARGE);
 }
 
@@ -67,7 +67,7 @@ fn what_a_client_sent_before_closing_arrives_complete() {
     let local = local_addr(&client);
     send(&client, &pattern(LARGE));
     drop(client);
-    assert_same(payload(&relay.ended_record()), &pattern(LARGE), "the client's bytes");
+    assert_same(relay.ended_record().payload(), &pattern(LARGE), "the client's bytes");
     assert_eq!(relay.end_of(local), "client closed");
 }
 
@@ -93,7 +93,7 @@ fn both_sides_may_end_at_once() {
         assert_same(&read_to_end(&client), &pattern(MIB), "the server's bytes");
         let record = relay.stub.wait_record(index, LIMIT, |record| record.end.is_some());
         assert_eq!(record.end, Some(Ok(())));
-        assert_same(payload(&record), &pattern(MIB / 2), "the client's bytes");
+        assert_same(record.payload(), &pattern(MIB / 2), "the client's bytes");
         let end = relay.end_of(local_addr(&client));
         assert!(["client closed", "upstream closed"].contains(&&*end), "{end}");
     }
@@ -106,7 +106,7 @@ fn a_client_that_closes_at_once_is_closed_at_the_server() {
     let clients: Vec<SocketAddr> = (0..CLIENTS).map(|_| local_addr(&relay.client())).collect();
     for index in 0..CLIENTS {
         let record = relay.stub.wait_record(index, LIMIT, |record| record.end.is_some());
-        assert_eq!((payload(&record), record.end), (&[][..], Some(Ok(()))));
+        assert_eq!((record.payload(), record.end), (&[][..], Some(Ok(()))));
     }
     clients.iter().for_each(|client| assert_eq!(relay.end_of(*client), "client closed"));
 }
@@ -257,7 +257,7 @@ fn a_server_that_does_not_read_loses_nothing_and_costs_others_nothing() {
         go.send(()).expect("the script waits");
     });
     let record = relay.stub.wait_record(0, LIMIT, |record| record.end.is_some());
-    assert_same(payload(&record), flood(), "the client's bytes");
+    assert_same(record.payload(), flood(), "the client's bytes");
 }
 
 /// Writes, and counts what the kernel took.
@@ -455,13 +455,6 @@ fn read_greeting(mut client: &TcpStream) {
     let mut greeting = [0; GREETING.len()];
     client.read_exact(&mut greeting).expect("the server greets");
     assert_eq!(greeting, GREETING);
-}
-
-/// What a record holds behind the header, a v2 one over IPv4.
-#[track_caller]
-fn payload(record: &Record) -> &[u8] {
-    const HEADER: usize = 28;
-    record.bytes.get(HEADER..).unwrap_or_else(|| panic!("no whole header: {record:?}"))
 }
 
 /// Not assert_eq, which would print megabytes.
