@@ -10,6 +10,7 @@
 //! A reload works at any time after the node has started, also while it joins.
 
 mod admin_listener;
+mod plan;
 mod port;
 pub mod reload;
 mod serving;

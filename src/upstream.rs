@@ -160,14 +160,6 @@ impl<D: Dial> Upstream<D> {
         self.is_told.store(before.is_told.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
-    /// Whether the other one has the same servers.
-    pub fn is_like(&self, other: &Upstream<D>) -> bool {
-        let servers = |upstream: &Upstream<D>| -> Vec<(String, u16)> {
-            upstream.servers.iter().map(|server| (server.host().to_owned(), server.port)).collect()
-        };
-        servers(self) == servers(other)
-    }
-
     /// Completes when no server could be reached at the last attempt.
     pub async fn until_away(&self) {
         // It fails only when there is no sender, which is here.

@@ -2,6 +2,7 @@
 //!
 //! Deliberately not here: finding it out (see `upstream/health.rs`), and serving it (see `admin.rs`).
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -123,6 +124,24 @@ impl Board {
     #[cfg(test)]
     pub fn empty() -> Board {
         Board { monitors: Vec::new(), listeners: Vec::new(), outlooks: Vec::new(), peers: Vec::new() }
+    }
+
+    /// What goes on, in one line, with how many connections there are.
+    pub fn summary(&self, connections: usize) -> String {
+        let listener = |monitor: &Arc<Monitor>| monitor.listener.clone();
+        let listeners: BTreeSet<String> = self.monitors.iter().map(listener).collect();
+        let in_state = |state| self.monitors.iter().filter(move |monitor| monitor.seen().state == state);
+        let down: BTreeSet<String> = in_state(State::Down).map(listener).collect();
+        let mailbox = if !down.is_empty() {
+            format!("mailbox down on {}", down.into_iter().collect::<Vec<_>>().join(", "))
+        } else if in_state(State::Up).next().is_some() {
+            "mailbox up".to_owned()
+        } else if in_state(State::Unprobed).next().is_some() {
+            "mailbox not probed".to_owned()
+        } else {
+            "mailbox not known yet".to_owned()
+        };
+        format!("listeners: {}, connections: {connections}, {mailbox}", listeners.len())
     }
 
     /// Whether mail can be passed on: as long as one mail listener has a server that answers, what is

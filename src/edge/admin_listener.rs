@@ -30,7 +30,7 @@ impl Admin {
             self.running = None;
             return;
         };
-        if self.running.as_ref().is_some_and(|(running, _)| running.is(&socket)) {
+        if self.running.as_ref().is_some_and(|(running, _)| *running == socket) {
             return;
         }
         announce(ADMIN, &socket);

@@ -25,6 +25,8 @@ pub(super) struct Port {
     pub(super) definition: Definition,
     pub(super) service: Arc<Service<Node>>,
     pub(super) sockets: Vec<Socket>,
+    /// Those that the log has told of, under this listener's name.
+    pub(super) announced: Vec<Socket>,
     /// A task for each socket, or none while it does not accept. A reload leaves them be if nothing changes here.
     pub(super) accepting: Vec<Vital>,
     pub(super) monitors: Vec<Arc<Monitor>>,
@@ -33,7 +35,7 @@ pub(super) struct Port {
 }
 
 /// What a service is made of. While it stays the same, so does the service.
-#[derive(PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub(super) struct Definition {
     /// Without its addresses.
     pub(super) listener: config::Listener,
@@ -70,21 +72,10 @@ impl Port {
         }
     }
 
-    /// Whether it is the same with this configuration and its sockets.
-    pub(super) fn stays(&self, config: &Config, opened: &[(String, Vec<Socket>)]) -> bool {
-        let has_these = |sockets: &[Socket]| {
-            sockets.len() == self.sockets.len()
-                && sockets.iter().zip(&self.sockets).all(|(new, old)| new.is(old))
-        };
-        let mut listeners = config.listeners.iter().zip(opened);
-        listeners.any(|(listener, (_, sockets))| {
-            Definition::of(config, listener) == self.definition && has_these(sockets)
-        })
-    }
-
-    pub(super) fn accept(&mut self, admission: &Admission, vitals: &Vitals, known: &[(String, Socket)]) {
+    /// Accepts on every socket, and tells of those that are new to this listener.
+    pub(super) fn accept(&mut self, admission: &Admission, vitals: &Vitals) {
         for socket in &self.sockets {
-            if !known.iter().any(|(name, old)| *name == self.service.name && old.is(socket)) {
+            if !self.announced.contains(socket) {
                 announce(&self.service.name, socket);
             }
             let (listener, service) = (Arc::clone(&socket.listener), Arc::clone(&self.service));
@@ -93,6 +84,7 @@ impl Port {
             let accepting = listener::accept(listener, service, admission.clone());
             self.accepting.push(vitals.spawn(name, accepting));
         }
+        self.announced.clone_from(&self.sockets);
     }
 
     pub(super) async fn stop_accepting(&mut self) {

@@ -9,7 +9,6 @@
 //! Deliberately not here: reading the configuration (see `reload.rs`), and finding sockets (see
 //! `sockets.rs`).
 
-use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -22,6 +21,7 @@ use tracing::{info, warn};
 
 use super::QUIET;
 use super::admin_listener::Admin;
+use super::plan::{InForce, Plan, PlannedPort, PortInForce};
 use super::port::{Definition, Port, monitor};
 use crate::admin::board::{Board, Listening, Outlook};
 use crate::admin::overview::Overview;
@@ -41,7 +41,6 @@ use crate::process::supervisor::Supervisor;
 use crate::support::vital::{Vital, Vitals};
 use crate::tailnet::{Node, set_memory};
 use crate::upstream::Upstream;
-use crate::upstream::health::State;
 use crate::upstream::peers::{Peer, Peers};
 
 /// How long those who wait for a tailnet that refuses this edge may take to read the answer.
@@ -123,7 +122,8 @@ impl Serving {
             drain,
             _telling: telling,
         };
-        serving.set_ports(opened.listeners, false);
+        let plan = Plan::between(&serving.in_force(), &serving.config, opened.listeners, limit.connections);
+        serving.set_ports(plan);
         serving.parts.admin.serve_tailnet(&serving.parts.node, serving.config.admin_tailnet_port);
         serving.show_board();
         serving
@@ -156,20 +156,19 @@ impl Serving {
 
     /// Accepts where clients can be held.
     pub fn open_holding(&mut self) {
-        self.open(Opening::Holding, &[]);
+        self.open(Opening::Holding);
     }
 
     /// Accepts everywhere.
     pub fn open_all(&mut self) {
-        self.open(Opening::All, &[]);
+        self.open(Opening::All);
     }
 
-    /// Tells of each socket that begins to accept, but for the `known` ones of a listener.
-    fn open(&mut self, opening: Opening, known: &[(String, Socket)]) {
+    fn open(&mut self, opening: Opening) {
         self.opening = opening;
         for port in self.ports.iter_mut().filter(|port| port.accepting.is_empty()) {
             if opening.includes(&port.service) {
-                port.accept(&self.admission, &self.parts.vitals, known);
+                port.accept(&self.admission, &self.parts.vitals);
             }
         }
     }
@@ -193,41 +192,51 @@ impl Serving {
         let opened = self.sockets.open(&new, &self.opened())?;
         new.warnings.iter().for_each(|warning| warn!("{warning}"));
         self.sockets.warn_of_idle_units(&opened);
-        let is_probed_anew = self.config.probe != new.probe;
         let memory = MemoryLimit::new(new.limits.memory_mib);
         let limit = total_limit(&new, &opened, &memory);
-        let per_client = self.config.limits.max_connections_per_client;
-        let is_total_same = limit.connections == self.permits.size();
-        let is_limit_told = is_total_same && per_client == new.limits.max_connections_per_client;
+        let plan = Plan::between(&self.in_force(), &new, opened.listeners, limit.connections);
         self.config = Config { tailnet: self.config.tailnet.clone(), ..new };
-        let stays = |port: &Port| is_total_same && port.stays(&self.config, &opened.listeners);
-        // Where accepting ends, clients wait in the backlog for this moment, and the permits come back.
-        let mut known = Vec::new();
-        for port in self.ports.iter_mut().filter(|port| !port.accepting.is_empty() && !stays(port)) {
-            port.stop_accepting().await;
-            known.extend(port.sockets.iter().map(|socket| (port.service.name.clone(), socket.clone())));
+        for &place in &plan.paused {
+            self.ports[place].stop_accepting().await;
         }
-        if !is_limit_told {
+        if plan.tells_limit {
             tell_limit(&self.config, &limit);
         }
-        self.permits.resize(limit.connections).await;
         if memory != self.memory {
             bound_memory(&memory, &self.parts.admin.overview);
             self.memory = memory;
         }
+        self.change_limits(limit.connections).await;
+        self.change_parts(opened.admin);
+        self.remember_removed();
+        self.set_ports(plan);
+        self.open(self.opening);
+        self.show_board();
+        Ok(changes)
+    }
+
+    /// The limits of the configuration, and this one on all connections.
+    async fn change_limits(&mut self, connections: usize) {
+        self.permits.resize(connections).await;
         self.held.resize(self.config.limits.hold_max).await;
         self.admission.clients.set_max(self.config.limits.max_connections_per_client);
         self.peers.set_limit(self.config.timeouts.dead_peer);
-        self.parts.logging.change(self.config.log);
-        self.parts.connections.set_repeats(self.config.log.repeats);
-        self.parts.admin.serve(opened.admin);
-        self.parts.admin.serve_tailnet(&self.parts.node, self.config.admin_tailnet_port);
-        self.parts.admin.examiner.set_config(self.config.clone());
-        self.remember_removed();
-        self.set_ports(opened.listeners, is_probed_anew);
-        self.open(self.opening, &known);
-        self.show_board();
-        Ok(changes)
+    }
+
+    /// What has a configuration of its own beside the ports.
+    fn change_parts(&mut self, admin: Option<Socket>) {
+        let Parts { logging, connections, admin: admin_listener, node, .. } = &mut self.parts;
+        logging.change(self.config.log);
+        connections.set_repeats(self.config.log.repeats);
+        admin_listener.serve(admin);
+        admin_listener.serve_tailnet(node, self.config.admin_tailnet_port);
+        admin_listener.examiner.set_config(self.config.clone());
+    }
+
+    fn in_force(&self) -> InForce<'_, Socket> {
+        let ports = self.ports.iter();
+        let ports = ports.map(|port| PortInForce { definition: &port.definition, sockets: &port.sockets });
+        InForce { config: &self.config, connections: self.permits.size(), ports: ports.collect() }
     }
 
     /// Keeps in mind the listeners that the configuration has no more, for as long as they have connections.
@@ -240,38 +249,36 @@ impl Serving {
         self.removed.retain(|removed| !is_there(&removed.name));
     }
 
-    /// The ports of the configuration, with what means the same as before.
-    fn set_ports(&mut self, opened: Vec<(String, Vec<Socket>)>, is_probed_anew: bool) {
-        let mut before = std::mem::take(&mut self.ports);
-        for port in before.iter().filter(|port| self.opening.includes(&port.service)) {
-            let is_gone =
-                |socket: &&Socket| !opened.iter().flat_map(|(_, new)| new).any(|new| new.is(socket));
-            for socket in port.sockets.iter().filter(is_gone) {
-                listener::accept_backlog(&socket.listener, &port.service, &self.admission);
+    /// The ports of the plan, with what goes on of those before.
+    fn set_ports(&mut self, plan: Plan<Socket>) {
+        for (place, socket) in plan.closing {
+            let service = &self.ports[place].service;
+            if self.opening.includes(service) {
+                listener::accept_backlog(&socket.listener, service, &self.admission);
             }
         }
-        let config = self.config.clone();
-        let services: Vec<Arc<Service<Node>>> = before.iter().map(|old| Arc::clone(&old.service)).collect();
-        for (listener, (_, sockets)) in config.listeners.iter().zip(opened) {
-            let definition = Definition::of(&config, listener);
-            let same = before.iter().position(|old| old.definition == definition);
-            let (mut port, is_new) = match same.map(|index| before.swap_remove(index)) {
-                Some(old) => (Port { sockets, ..old }, false),
-                None => (self.new_port(definition, sockets), true),
+        let before = std::mem::take(&mut self.ports);
+        let upstreams: Vec<_> = before.iter().map(|port| Arc::clone(&port.service.upstream)).collect();
+        let mut before: Vec<Option<Port>> = before.into_iter().map(Some).collect();
+        for PlannedPort { definition, sockets, before: place, is_same, mailbox_of } in plan.ports {
+            let mut port = match place.and_then(|place| before[place].take()) {
+                Some(old) if is_same => Port { sockets, ..old },
+                old => {
+                    let announced = old.map(|old| old.announced).unwrap_or_default();
+                    self.new_port(definition, sockets, announced)
+                }
             };
-            let goes_there = |old: &&Arc<Service<Node>>| old.upstream.is_like(&port.service.upstream);
-            let known = services.iter().filter(goes_there).max_by_key(|old| old.name == listener.name);
-            if let Some(old) = known.filter(|_| is_new) {
-                port.service.upstream.continues(&old.upstream);
+            if let Some(known) = mailbox_of.map(|place| &upstreams[place]) {
+                port.service.upstream.continues(known);
             }
-            if is_new || is_probed_anew {
-                port.probe(&self.parts.node, &self.parts.vitals, config.probe);
+            if !is_same || plan.probes_anew {
+                port.probe(&self.parts.node, &self.parts.vitals, self.config.probe);
             }
             self.ports.push(port);
         }
     }
 
-    fn new_port(&mut self, definition: Definition, sockets: Vec<Socket>) -> Port {
+    fn new_port(&mut self, definition: Definition, sockets: Vec<Socket>, announced: Vec<Socket>) -> Port {
         let listener = &definition.listener;
         let config::Upstream { hosts, port } = &listener.upstream;
         let servers = hosts.iter().map(|host| self.peers.get(host)).collect();
@@ -300,7 +307,7 @@ impl Serving {
         let servers = service.upstream.servers().iter();
         let monitors = servers.map(|server| Arc::new(monitor(&service, server))).collect();
         let (accepting, probing) = (Vec::new(), Vec::new());
-        Port { definition, service, sockets, accepting, monitors, probing }
+        Port { definition, service, sockets, announced, accepting, monitors, probing }
     }
 
     fn show_board(&self) {
@@ -321,7 +328,7 @@ impl Serving {
     /// What goes on, in one line, whenever it is asked.
     pub fn summary(&self) -> impl Fn() -> String + use<> {
         let (board, tasks) = (self.parts.board.subscribe(), self.admission.tasks.clone());
-        move || summary(board.borrow().as_deref(), tasks.len())
+        move || board.borrow().as_deref().map(|board| board.summary(tasks.len())).unwrap_or_default()
     }
 
     /// Closes the ports and waits for the connections within the drain time-out; another signal ends
@@ -407,21 +414,4 @@ fn bound_memory(limit: &MemoryLimit, overview: &Overview) {
     if let Some(warning) = &limit.warning {
         warn!("{warning}");
     }
-}
-
-fn summary(board: Option<&Board>, connections: usize) -> String {
-    let monitors = board.map_or(&[][..], |board| &board.monitors);
-    let listeners: BTreeSet<&str> = monitors.iter().map(|monitor| monitor.listener.as_str()).collect();
-    let in_state = |state| monitors.iter().filter(move |monitor| monitor.seen().state == state);
-    let down: BTreeSet<&str> = in_state(State::Down).map(|monitor| monitor.listener.as_str()).collect();
-    let mailbox = if !down.is_empty() {
-        format!("mailbox down on {}", down.into_iter().collect::<Vec<_>>().join(", "))
-    } else if in_state(State::Up).next().is_some() {
-        "mailbox up".to_owned()
-    } else if in_state(State::Unprobed).next().is_some() {
-        "mailbox not probed".to_owned()
-    } else {
-        "mailbox not known yet".to_owned()
-    };
-    format!("listeners: {}, connections: {connections}, {mailbox}", listeners.len())
 }

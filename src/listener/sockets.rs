@@ -276,14 +276,16 @@ impl Socket {
         self.listener.local_addr().ok()
     }
 
-    /// Whether it is the same socket, for the same address.
-    pub fn is(&self, other: &Socket) -> bool {
-        Arc::ptr_eq(&self.listener, &other.listener)
-    }
-
     /// Whether the supervisor is to keep it.
     fn is_ours(&self) -> bool {
         !self.is_units && self.address.port() != 0
+    }
+}
+
+/// Whether it is the same socket; another one at the same address is another.
+impl PartialEq for Socket {
+    fn eq(&self, other: &Socket) -> bool {
+        Arc::ptr_eq(&self.listener, &other.listener)
     }
 }
 
@@ -556,8 +558,8 @@ mod tests {
         let [a, b] = [(); 2].map(|()| free_addr());
         let opened = sockets.open(&config(&[&[a], &[b]]), &Opened::default()).unwrap();
         let swapped = sockets.open(&config(&[&[b], &[a]]), &opened).unwrap();
-        assert!(swapped.listeners[0].1[0].is(&opened.listeners[1].1[0]));
-        assert!(swapped.listeners[1].1[0].is(&opened.listeners[0].1[0]));
+        assert_eq!(swapped.listeners[0].1[0], opened.listeners[1].1[0]);
+        assert_eq!(swapped.listeners[1].1[0], opened.listeners[0].1[0]);
         let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, a.port()));
         let error = sockets.open(&config(&[&[any], &[b]]), &opened).unwrap_err();
         assert!(error.reason.contains("this edge itself listens on"), "{error}");

@@ -1,0 +1,202 @@
+//! What a change of the configuration does to the ports, decided as a whole before any of it is done.
+//!
+//! Invariants: it looks at values only, and does nothing; a port that means the same keeps its service; one
+//! for which nothing changes at all does not stop accepting.
+//!
+//! Deliberately not here: binding the sockets, which comes first (see [`Sockets`](crate::listener::sockets::Sockets)),
+//! and carrying the plan out (see `serving.rs`).
+
+use super::port::Definition;
+use crate::config::Config;
+
+/// What is in force. `S` is a socket, which equals itself only.
+pub(super) struct InForce<'a, S> {
+    pub config: &'a Config,
+    /// How many connections there may be.
+    pub connections: usize,
+    pub ports: Vec<PortInForce<'a, S>>,
+}
+
+/// A port that is in force.
+pub(super) struct PortInForce<'a, S> {
+    pub definition: &'a Definition,
+    pub sockets: &'a [S],
+}
+
+/// What to do. Ports that are in force are named by their place among them.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Plan<S> {
+    /// The ports of the new configuration, in its order.
+    pub ports: Vec<PlannedPort<S>>,
+    /// The ports that stop accepting while the change is made: clients wait in the backlog, and the permits
+    /// come back.
+    pub paused: Vec<usize>,
+    /// The sockets that close, each with its port. Who waits there already is still let in.
+    pub closing: Vec<(usize, S)>,
+    /// Whether the limits on connections are new, and so to be told.
+    pub tells_limit: bool,
+    /// Whether all that probes have found is forgotten.
+    pub probes_anew: bool,
+}
+
+/// A port of the new configuration.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct PlannedPort<S> {
+    pub definition: Definition,
+    pub sockets: Vec<S>,
+    /// The port of this name that is in force.
+    pub before: Option<usize>,
+    /// Whether that one means the same, so that its service goes on.
+    pub is_same: bool,
+    /// For a new service: a port in force with the same servers, the one of this name first. What is known of
+    /// the mailbox is taken over from it.
+    pub mailbox_of: Option<usize>,
+}
+
+impl<S: Clone + PartialEq> Plan<S> {
+    /// From what is in force to `new`, with its sockets by listener and as many connections.
+    pub fn between(
+        old: &InForce<S>,
+        new: &Config,
+        sockets: Vec<(String, Vec<S>)>,
+        connections: usize,
+    ) -> Plan<S> {
+        let is_total_same = old.connections == connections;
+        let per_client = |config: &Config| config.limits.max_connections_per_client;
+        let closing = closing(&old.ports, &sockets);
+        let planned = new.listeners.iter().zip(sockets).map(|(listener, (_, sockets))| {
+            PlannedPort::new(Definition::of(new, listener), sockets, &old.ports)
+        });
+        let ports: Vec<_> = planned.collect();
+        let is_left_alone = |place: &usize| {
+            let goes_on = ports.iter().find(|port| port.is_same && port.before == Some(*place));
+            is_total_same && goes_on.is_some_and(|port| port.sockets == old.ports[*place].sockets)
+        };
+        let paused = (0..old.ports.len()).filter(|place| !is_left_alone(place)).collect();
+        Plan {
+            paused,
+            closing,
+            tells_limit: !is_total_same || per_client(old.config) != per_client(new),
+            probes_anew: old.config.probe != new.probe,
+            ports,
+        }
+    }
+}
+
+impl<S> PlannedPort<S> {
+    fn new(definition: Definition, sockets: Vec<S>, old: &[PortInForce<S>]) -> PlannedPort<S> {
+        let before = old.iter().position(|old| old.definition.listener.name == definition.listener.name);
+        let is_same = before.is_some_and(|place| *old[place].definition == definition);
+        let leads_there =
+            |place: &usize| old[*place].definition.listener.upstream == definition.listener.upstream;
+        let mailbox_of = before.into_iter().chain(0..old.len()).find(leads_there).filter(|_| !is_same);
+        PlannedPort { definition, sockets, before, is_same, mailbox_of }
+    }
+}
+
+/// The sockets of `old` that are not among the new ones.
+fn closing<S: Clone + PartialEq>(old: &[PortInForce<S>], new: &[(String, Vec<S>)]) -> Vec<(usize, S)> {
+    let stays = |socket: &S| new.iter().any(|(_, sockets)| sockets.contains(socket));
+    let all = old.iter().enumerate().flat_map(|(place, port)| port.sockets.iter().map(move |s| (place, s)));
+    all.filter(|(_, socket)| !stays(socket)).map(|(place, socket)| (place, socket.clone())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BASE: &str = "[[listener]]\nprotocol = 'smtp'\n[[listener]]\nprotocol = 'imaps'\n";
+    const CONNECTIONS: usize = 100;
+
+    fn config(text: &str) -> Config {
+        Config::parse(text, Some("stalwart"), &|_| None).expect("a good configuration")
+    }
+
+    /// The plan from [`BASE`], whose sockets are 1 and 2, to `text` with these sockets.
+    fn plan(text: &str, sockets: &[&[u8]], connections: usize) -> Plan<u8> {
+        let (old, new) = (config(BASE), config(text));
+        let definitions: Vec<Definition> = old.listeners.iter().map(|l| Definition::of(&old, l)).collect();
+        let ports = definitions.iter().zip([&[1], &[2]]);
+        let ports = ports.map(|(definition, sockets)| PortInForce { definition, sockets }).collect();
+        let in_force = InForce { config: &old, connections: CONNECTIONS, ports };
+        let named = new.listeners.iter().zip(sockets);
+        let sockets = named.map(|(listener, sockets)| (listener.name.clone(), sockets.to_vec())).collect();
+        Plan::between(&in_force, &new, sockets, connections)
+    }
+
+    /// Of each port: which one it was, whether its service goes on, and whose mailbox it takes over.
+    fn ports(plan: &Plan<u8>) -> Vec<(Option<usize>, bool, Option<usize>)> {
+        plan.ports.iter().map(|port| (port.before, port.is_same, port.mailbox_of)).collect()
+    }
+
+    #[test]
+    fn where_nothing_changes_nothing_is_done() {
+        let plan = plan(BASE, &[&[1], &[2]], CONNECTIONS);
+        assert_eq!(ports(&plan), [(Some(0), true, None), (Some(1), true, None)]);
+        assert_eq!((&plan.paused[..], &plan.closing[..]), (&[][..], &[][..]));
+        assert!(!plan.tells_limit && !plan.probes_anew);
+    }
+
+    #[test]
+    fn another_order_is_no_change() {
+        let text = "[[listener]]\nprotocol = 'imaps'\n[[listener]]\nprotocol = 'smtp'\n";
+        let plan = plan(text, &[&[2], &[1]], CONNECTIONS);
+        assert_eq!(ports(&plan), [(Some(1), true, None), (Some(0), true, None)]);
+        assert!(plan.paused.is_empty() && plan.closing.is_empty());
+    }
+
+    #[test]
+    fn a_port_at_another_address_keeps_its_service_and_closes_the_socket() {
+        let text = BASE.replace("'smtp'\n", "'smtp'\nlisten = ['127.0.0.1:25']\n");
+        let plan = plan(&text, &[&[3], &[2]], CONNECTIONS);
+        assert_eq!(ports(&plan), [(Some(0), true, None), (Some(1), true, None)]);
+        assert_eq!(plan.ports[0].sockets, [3]);
+        assert_eq!((&plan.paused[..], &plan.closing[..]), (&[0][..], &[(0, 1)][..]));
+    }
+
+    #[test]
+    fn a_port_that_means_something_else_knows_its_mailbox_still() {
+        let text = BASE.replace("'smtp'\n", "'smtp'\nidle_timeout = '1m'\n");
+        let plan = plan(&text, &[&[1], &[2]], CONNECTIONS);
+        assert_eq!(ports(&plan), [(Some(0), false, Some(0)), (Some(1), true, None)]);
+        assert_eq!((&plan.paused[..], &plan.closing[..]), (&[0][..], &[][..]));
+    }
+
+    #[test]
+    fn a_port_that_leads_elsewhere_knows_nothing_of_the_mailbox() {
+        let text = BASE.replace("'smtp'\n", "'smtp'\nupstream = 'other'\n");
+        assert_eq!(ports(&plan(&text, &[&[1], &[2]], CONNECTIONS))[0], (Some(0), false, None));
+    }
+
+    #[test]
+    fn a_renamed_port_knows_the_mailbox_of_the_one_before() {
+        let text = BASE.replace("'smtp'\n", "'smtp'\nname = 'mx'\n");
+        let plan = plan(&text, &[&[1], &[2]], CONNECTIONS);
+        assert_eq!(ports(&plan), [(None, false, Some(0)), (Some(1), true, None)]);
+        assert_eq!((&plan.paused[..], &plan.closing[..]), (&[0][..], &[][..]));
+    }
+
+    #[test]
+    fn a_port_that_goes_and_one_that_comes() {
+        let text = BASE.replace("'imaps'", "'pop3s'");
+        let plan = plan(&text, &[&[1], &[4]], CONNECTIONS);
+        assert_eq!(ports(&plan), [(Some(0), true, None), (None, false, None)]);
+        assert_eq!((&plan.paused[..], &plan.closing[..]), (&[1][..], &[(1, 2)][..]));
+    }
+
+    #[test]
+    fn all_ports_pause_for_another_limit_on_all_connections() {
+        let fewer = plan(BASE, &[&[1], &[2]], CONNECTIONS - 1);
+        assert!(fewer.tells_limit && fewer.paused == [0, 1], "{fewer:?}");
+        let text = format!("[limits]\nmax_connections_per_client = 7\n{BASE}");
+        let per_client = plan(&text, &[&[1], &[2]], CONNECTIONS);
+        assert!(per_client.tells_limit && per_client.paused.is_empty(), "{per_client:?}");
+    }
+
+    #[test]
+    fn other_settings_of_the_probe_begin_it_anew() {
+        let plan = plan(&format!("[probe]\nfall = 7\n{BASE}"), &[&[1], &[2]], CONNECTIONS);
+        assert!(plan.probes_anew && plan.paused.is_empty(), "{plan:?}");
+        assert_eq!(ports(&plan), [(Some(0), true, None), (Some(1), true, None)]);
+    }
+}
