@@ -294,7 +294,7 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
-    use crate::admin::overview::tests::overview;
+    use crate::test_support::overview;
 
     #[tokio::test]
     async fn when_half_of_the_places_are_taken_the_rest_is_for_those_who_ask_at_once() {

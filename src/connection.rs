@@ -187,4 +187,4 @@ impl Outcome {
 }
 
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;

@@ -40,6 +40,4 @@ pub(crate) mod ffi;
 pub mod support;
 
 #[cfg(test)]
-#[path = "../tests/common/net.rs"]
-#[expect(dead_code, reason = "the other tests use the rest")]
-mod test_net;
+mod test_support;

@@ -196,9 +196,9 @@ mod tests {
     use tokio::time::{sleep, timeout};
 
     use super::*;
-    use crate::connection::tests::{Loopback, service, service_to};
     use crate::protocol::ProxyProtocol;
     use crate::tailnet::{ConnectError, PingReport};
+    use crate::test_support::{Loopback, service, service_to};
     use crate::upstream::dial::Reset;
 
     fn admission(connections: usize) -> Admission {

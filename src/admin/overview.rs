@@ -215,11 +215,12 @@ fn clients(connections: &[Open]) -> Vec<ClientView> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
     use crate::connection::end_state::EndState;
     use crate::connection::open::Ended;
     use crate::tailnet::Trouble;
+    use crate::test_support::overview;
 
     fn ready_node() -> NodeStatus {
         NodeStatus {
@@ -227,26 +228,6 @@ pub(crate) mod tests {
             in_map_poll: true,
             tags: vec!["tag:reverse-proxy".into()],
             ..NodeStatus::default()
-        }
-    }
-
-    /// Of an edge in this state.
-    pub fn overview(node: Option<NodeStatus>, draining: bool, board: Option<Board>) -> Overview {
-        let drain = CancellationToken::new();
-        if draining {
-            drain.cancel();
-        }
-        let node = node.map(|status| watch::channel(status).1);
-        Overview {
-            started: Instant::now(),
-            node: watch::channel(node).1,
-            library: OnceLock::new(),
-            memory_limit: AtomicU64::new(0),
-            tags: vec!["tag:reverse-proxy".into()],
-            board: watch::channel(board.map(Arc::new)).1,
-            connections: Connections::new(0),
-            lost_lines: None,
-            drain,
         }
     }
 

@@ -278,10 +278,10 @@ fn connections(status: &Status) -> Markup {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admin::status::tests::ANSWER;
+    use crate::test_support::STATUS;
 
     fn status() -> Status {
-        serde_json::from_str(ANSWER).unwrap()
+        serde_json::from_str(STATUS).unwrap()
     }
 
     #[test]

@@ -298,54 +298,15 @@ impl fmt::Display for Details<'_> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use serde_json::{Map, Value};
 
     use super::*;
-
-    /// As `/status` has it.
-    pub const ANSWER: &str = r#"{
-        "version": "0.1.0", "tailscale": "1.2.3",
-        "started": "2026-01-01T00:00:00Z", "now": "2026-01-03T04:05:06Z",
-        "node": {"name": "edge.ts.net", "ips": ["100.64.0.2"], "tags": ["tag:reverse-proxy"],
-                 "state": "Running", "key_expiry": null, "home_region": "fra"},
-        "not_ready": [], "warnings": ["listener web: no upstream answers"],
-        "memory": {"limit_bytes": 268435456, "resident_bytes": 41200000,
-                   "in_flight_bytes": 131072, "in_flight_max_bytes": 16777216},
-        "held": 3, "open": 1,
-        "listeners": [
-            {"name": "smtp", "protocol": "smtp", "addresses": ["0.0.0.0:25", "[::]:25"],
-             "upstream": "stalwart:25", "open": 1, "ended": 1234, "failed": 5, "sent": 999, "received": 12345678},
-            {"name": "imaps", "protocol": "imaps", "addresses": ["0.0.0.0:993"],
-             "upstream": "stalwart:993", "open": 0, "ended": 0, "failed": 0, "sent": 0, "received": 0},
-            {"name": "old", "protocol": "imap", "addresses": [], "removed": true,
-             "upstream": "stalwart:143", "open": 1, "ended": 2, "failed": 0, "sent": 3, "received": 4}
-        ],
-        "upstreams": [
-            {"listener": "smtp", "upstream": "stalwart:25", "protocol": "smtp", "path": "direct 192.0.2.1:41641",
-             "latency_ms": 12.345, "probe":
-                {"state": "down", "since": "2026-01-02T03:04:05.678Z", "probed": null, "finding": null,
-                 "problem": "cannot connect: refused"}},
-            {"listener": "imaps", "upstream": "stalwart:993", "protocol": "imaps", "path": null,
-             "latency_ms": null, "probe":
-                {"state": "up", "since": "2026-01-02T03:04:05Z", "probed": null, "problem": null, "finding":
-                    {"greeting": "* OK ready", "connect_ms": 1, "total_ms": 2, "certificate":
-                        {"names": ["mx.example.org"], "not_after": "2026-03-04T05:06:07Z"}}}}
-        ],
-        "clients": [{"client": "192.0.2.7", "connections": 1, "sent": 10, "received": 2000}],
-        "connections": [
-            {"id": 7, "listener": "smtp", "client": "192.0.2.7:4711", "stage": "relaying", "upstream": "stalwart:25",
-             "path": "direct 192.0.2.1:41641", "sent": 10, "received": 2000, "seconds": 61}
-        ],
-        "failures": [
-            {"last": "2026-01-03T04:00:00Z", "count": 12, "listener": "smtp", "upstream": "stalwart:25",
-             "client": "192.0.2.9:25", "end": "sQ", "why": "held until its time was over"}
-        ]
-    }"#;
+    use crate::test_support::STATUS;
 
     #[test]
     fn one_screen_says_whether_mail_flows() {
-        let mut status: Status = serde_json::from_str(ANSWER).unwrap();
+        let mut status: Status = serde_json::from_str(STATUS).unwrap();
         let expected = "\
 tailwart-edge 0.1.0 is ready; started 2 d 4 h ago
 warning: listener web: no upstream answers
@@ -424,7 +385,7 @@ LAST FAILURES         TIMES  LISTENER  LAST CLIENT  END  WHY
 
     #[test]
     fn an_edge_of_another_version_can_be_asked() {
-        let answer: Value = serde_json::from_str(ANSWER).unwrap();
+        let answer: Value = serde_json::from_str(STATUS).unwrap();
         let known = fields(&answer, "");
         assert!(known.len() > 60 && known.iter().filter(|path| is_required(path)).count() >= REQUIRED.len());
         for path in &known {

@@ -46,7 +46,7 @@ pub async fn watch(admin: SocketAddr, json: bool, clears: bool, screen: &mut imp
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admin::status::tests::ANSWER;
+    use crate::test_support::STATUS;
 
     /// Takes so many bytes and no more.
     struct Screen(Vec<u8>, usize);
@@ -77,7 +77,7 @@ mod tests {
             loop {
                 let (mut stream, _) = edge.accept().await.unwrap();
                 let _ = stream.read(&mut [0; 1024]).await;
-                let answer = format!("{head}: {}\r\n\r\n{ANSWER}", ANSWER.len());
+                let answer = format!("{head}: {}\r\n\r\n{STATUS}", STATUS.len());
                 let _ = stream.write_all(answer.as_bytes()).await;
             }
         });

@@ -6,58 +6,13 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
-use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::connection::hold::HELD_AFTER;
 use crate::connection::open::Connections;
-use crate::connection::refusal::PublicName;
-use crate::connection::relay::Timeouts;
 use crate::protocol::Protocol;
-use crate::tailnet::{ConnectError, PingReport};
-use crate::test_net::free_addr;
-use crate::upstream::Upstream;
-use crate::upstream::peers::Peer;
-
-/// Dials a port of this machine, or nothing at all.
-pub(crate) struct Loopback(std::sync::Mutex<Option<SocketAddr>>);
-
-impl Dial for Loopback {
-    type Stream = TcpStream;
-
-    async fn dial(&self, _: &str, _: u16) -> Result<TcpStream, ConnectError> {
-        let address = *self.0.lock().unwrap();
-        match address {
-            Some(address) => TcpStream::connect(address).await.map_err(|_| ConnectError::Refused),
-            None => std::future::pending().await,
-        }
-    }
-
-    async fn ping(&self, _: &str, _: Duration) -> Result<PingReport, ConnectError> {
-        Err(ConnectError::NoSuchPeer)
-    }
-}
-
-/// A service that turns clients away at once when the mailbox is away, and the address it dials.
-pub(crate) fn service(address: Option<SocketAddr>, proxy_protocol: ProxyProtocol) -> Service<Loopback> {
-    service_to(Loopback(std::sync::Mutex::new(address)), proxy_protocol)
-}
-
-pub(crate) fn service_to<D: Dial>(dialler: D, proxy_protocol: ProxyProtocol) -> Service<D> {
-    let minute = Duration::from_secs(60);
-    let peer = Arc::new(Peer::new("mailbox".into()));
-    Service {
-        name: "smtp".into(),
-        protocol: Protocol::Tcp,
-        upstream: Arc::new(Upstream::new(Arc::new(dialler), vec![peer], 25, minute)),
-        proxy_protocol,
-        timeouts: Timeouts { idle: minute, half_close: minute, quiet: minute },
-        hold: Hold { limit: Duration::ZERO, places: Arc::new(Semaphore::new(10)), last_dial: Duration::ZERO },
-        public_name: PublicName::new(Some("mx.example.org".into())),
-        drain: CancellationToken::new(),
-        connections: Connections::new(0).of_listener("smtp", "mailbox:25".into()),
-    }
-}
+use crate::test_support::net::free_addr;
+use crate::test_support::{Loopback, service};
 
 /// Serves a connection and closes it.
 async fn served(service: &Service<Loopback>, mut accepted: TcpStream, peer: SocketAddr) {
@@ -198,7 +153,7 @@ async fn a_held_client_reaches_a_mailbox_that_comes_back_with_all_it_said() {
     client.write_all(b"bird").await.unwrap();
     client.shutdown().await.unwrap(); // it said something, so it may wait for the reply
     let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+    service.upstream.dialler().lead_to(mailbox.local_addr().ok());
     let (mut stream, _) = mailbox.accept().await.unwrap();
     let mut got = String::new();
     stream.read_to_string(&mut got).await.unwrap();
@@ -269,7 +224,7 @@ async fn a_full_table_does_not_keep_a_listener_from_trying() {
     assert!(service.upstream.connect().await.is_err());
     // Clients of other listeners have taken every place meanwhile, and the mailbox is back.
     let _place = service.hold.places.acquire().await.unwrap();
-    *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+    service.upstream.dialler().lead_to(mailbox.local_addr().ok());
     let (client, accepted, peer) = client().await;
     let serving = spawn(&service, accepted, peer);
     mailbox.accept().await.unwrap();
@@ -312,7 +267,7 @@ async fn held_clients_are_turned_away_when_the_edge_stops() {
 async fn a_mailbox_that_closes_without_a_word_is_tried_again() {
     let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let service = Arc::new(holding(LONG, 1).await);
-    *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+    service.upstream.dialler().lead_to(mailbox.local_addr().ok());
     let (mut client, accepted, peer) = client().await;
     let serving = spawn(&service, accepted, peer);
     drop(mailbox.accept().await.unwrap()); // unread, the header makes it a reset
@@ -333,7 +288,7 @@ async fn a_mailbox_that_closes_without_a_word_is_tried_again() {
 async fn a_session_that_was_tried_again_ends_in_order() {
     let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let service = Arc::new(holding(LONG, 1).await);
-    *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+    service.upstream.dialler().lead_to(mailbox.local_addr().ok());
     let (mut client, accepted, peer) = client().await;
     let serving = spawn(&service, accepted, peer);
     for abruptly in [true, false] {
@@ -357,7 +312,7 @@ async fn a_session_that_was_tried_again_ends_in_order() {
 async fn a_client_that_the_mailbox_does_not_want_is_not_held() {
     let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let service = Arc::new(holding(LONG, 1).await);
-    *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+    service.upstream.dialler().lead_to(mailbox.local_addr().ok());
     let (mut client, accepted, peer) = client().await;
     let serving = spawn(&service, accepted, peer);
     drop(mailbox.accept().await.unwrap());
@@ -372,7 +327,7 @@ async fn a_client_that_the_mailbox_does_not_want_is_not_held() {
 async fn a_session_of_which_a_byte_was_sent_is_never_tried_again() {
     let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let service = Arc::new(holding(LONG, 1).await);
-    *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+    service.upstream.dialler().lead_to(mailbox.local_addr().ok());
     let (mut client, accepted, peer) = client().await;
     let serving = spawn(&service, accepted, peer);
     let (mut stream, _) = mailbox.accept().await.unwrap();
@@ -401,7 +356,7 @@ async fn a_mailbox_that_leaves_without_a_word_is_told_from_one_that_cannot_be_re
     assert_eq!(ended(&service, EndState::ServerUnreachable), 1);
     drop(client);
     service.connections = Connections::new(0).of_listener("smtp", "mailbox:25".into());
-    *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+    service.upstream.dialler().lead_to(mailbox.local_addr().ok());
     let leaving = tokio::spawn(async move { drop(mailbox.accept().await.unwrap()) });
     let (client, accepted, peer) = self::client().await;
     served(&service, accepted, peer).await;
@@ -414,7 +369,7 @@ async fn a_mailbox_that_leaves_without_a_word_is_told_from_one_that_cannot_be_re
 async fn a_ban_is_no_failure_where_nobody_is_held() {
     let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let service = holding(Duration::ZERO, 1).await;
-    *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+    service.upstream.dialler().lead_to(mailbox.local_addr().ok());
     let banning = tokio::spawn(async move {
         loop {
             drop(mailbox.accept().await.unwrap());
@@ -437,7 +392,7 @@ async fn a_ban_is_no_failure_where_nobody_is_held() {
 async fn a_mailbox_without_a_word_is_not_tried_again_when_the_edge_stops() {
     let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let service = Arc::new(holding(LONG, 1).await);
-    *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+    service.upstream.dialler().lead_to(mailbox.local_addr().ok());
     let (mut client, accepted, peer) = client().await;
     let serving = spawn(&service, accepted, peer);
     let (stream, _) = mailbox.accept().await.unwrap();
@@ -456,7 +411,7 @@ async fn a_client_that_leaves_without_a_place_was_not_held() {
     let service = Arc::new(holding(LONG, 1).await);
     assert!(service.upstream.connect().await.is_err());
     let _place = service.hold.places.acquire().await.unwrap();
-    *service.upstream.dialler().0.lock().unwrap() = None; // it is silent now
+    service.upstream.dialler().lead_to(None); // it is silent now
     let (client, accepted, peer) = client().await;
     let serving = spawn(&service, accepted, peer);
     drop(client);
@@ -476,7 +431,7 @@ async fn that_nothing_is_probed_any_more_does_not_bring_a_mailbox_back() {
 async fn a_client_that_the_mailbox_does_not_want_sends_nobody_elsewhere() {
     let mailbox = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let service = Arc::new(holding(LONG, 10).await);
-    *service.upstream.dialler().0.lock().unwrap() = Some(mailbox.local_addr().unwrap());
+    service.upstream.dialler().lead_to(mailbox.local_addr().ok());
     let server = Arc::clone(&service.upstream.servers()[0]);
     let began = Instant::now();
     let (mut welcome, accepted, peer) = client().await;

@@ -170,7 +170,7 @@ mod tests {
 
     #[tokio::test]
     async fn no_date_is_worth_a_warning() {
-        let closed = crate::test_net::free_addr();
+        let closed = crate::test_support::net::free_addr();
         for (url, words) in [
             (format!("http://{closed}"), "cannot connect to"),
             ("http://gone.example.com".to_owned(), "has no address"),

@@ -119,7 +119,7 @@ mod tests {
     async fn a_refusal_looks_like_a_block() {
         let zone = Zone::new(&[]).serve();
         let resolver = Resolver::new(Some(zone.address()));
-        let closed = crate::test_net::free_addr();
+        let closed = crate::test_support::net::free_addr();
         let refused = check(&closed.to_string(), &resolver).await;
         assert_eq!(refused.outcome, Outcome::Warn);
         assert!(refused.remedy.unwrap().contains("block outbound port 25"));

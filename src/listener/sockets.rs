@@ -409,7 +409,7 @@ mod tests {
     use socket2::{Socket as RawSocket, Type};
 
     use super::*;
-    use crate::test_net::free_addr;
+    use crate::test_support::net::free_addr;
 
     fn listening(address: SocketAddr, dual_stack: bool) -> (OwnedFd, SocketAddr) {
         let socket = RawSocket::new(Domain::for_address(address), Type::STREAM, None).unwrap();

@@ -71,7 +71,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_edge_that_is_away_is_told_with_what_to_check() {
-        let unused = crate::test_net::free_addr();
+        let unused = crate::test_support::net::free_addr();
         let error = ask_edge(unused, "/livez", LIMIT).await.unwrap_err();
         assert!(
             error.starts_with(&format!("cannot ask the edge at {unused}: Connection refused")),
