@@ -104,7 +104,7 @@ soak: ## outages of 30 and 120 seconds under load, 20 restarts, and what else is
 
 doc: ## the crate's documentation, broken links denied
 	$(call step,documentation)
-	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --no-deps
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --no-deps --document-private-items
 
 reference: ## write the pages of the book that are made from the code
 	$(call step,reference pages)

@@ -3,10 +3,10 @@
 //! browsers at `/`, and `/doctor` for our own `doctor`.
 //!
 //! `/livez` is 200 while the process runs. `/readyz` is 200 when mail can be
-//! accepted (see [`crate::admin::overview`]); otherwise 503 with all the reasons as JSON.
+//! accepted (see `admin/overview.rs`); otherwise 503 with all the reasons as JSON.
 //!
 //! `/status` is what is known of the node and of each
-//! server of the mailbox, as JSON. `/metrics` is what [`crate::admin::metrics`] has.
+//! server of the mailbox, as JSON. `/metrics` is what `admin/metrics.rs` has.
 //! `/doctor` looks at the tailnet through the running node, which may take a
 //! minute and makes connections to the mailbox: one look at a time, 429 for
 //! whoever comes meanwhile.
@@ -24,9 +24,9 @@
 //! likes, makes others wait for a moment: when half of the places are taken, the
 //! rest is for those who ask at once.
 
-pub mod board;
-pub mod metrics;
-pub mod overview;
+pub(crate) mod board;
+pub(crate) mod metrics;
+pub(crate) mod overview;
 mod page;
 pub mod status;
 

@@ -6,8 +6,8 @@
 //! Deliberately not here: doing anything about it, and reading the environment (see
 //! [`crate::config::config_path`]).
 
-pub mod healthcheck;
-pub mod status;
+pub(crate) mod healthcheck;
+pub(crate) mod status;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;

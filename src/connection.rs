@@ -16,13 +16,13 @@
 //!   orderly.
 
 mod client;
-pub mod counters;
+pub(crate) mod counters;
 pub mod end_state;
 mod hold;
-pub mod limits;
-pub mod open;
-pub mod refusal;
-pub mod relay;
+pub(crate) mod limits;
+pub(crate) mod open;
+pub(crate) mod refusal;
+pub(crate) mod relay;
 mod service;
 
 use std::net::SocketAddr;

@@ -30,7 +30,7 @@ use resolver::Resolver;
 
 pub use outbound::DEFAULT_SERVER;
 pub use report::{Check, Outcome, Report};
-pub use tailnet::{Examiner, NoLook, PATH, examine};
+pub use tailnet::{Examiner, NoLook, PATH};
 
 /// What to look at.
 #[derive(Debug)]

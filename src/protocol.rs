@@ -5,14 +5,14 @@
 //! Deliberately not here: parsing mail protocols beyond a server's first lines, and TLS.
 
 mod advice;
-pub mod greeting;
-pub mod header_watch;
+pub(crate) mod greeting;
+pub(crate) mod header_watch;
 pub mod proxy_header;
 
 use std::fmt;
 use std::time::Duration;
 
-pub use advice::advice;
+pub(crate) use advice::advice;
 
 /// What is spoken on a listener: decides its default port, its idle timeout and how a failure is
 /// told to the client.

@@ -5,10 +5,10 @@
 //!
 //! Deliberately not here: what has a single user, which keeps it beside itself.
 
-pub mod http_client;
-pub mod output;
-pub mod repeats;
-pub mod secret;
-pub mod text;
-pub mod vital;
+pub(crate) mod http_client;
+pub(crate) mod output;
+pub(crate) mod repeats;
+pub(crate) mod secret;
+pub(crate) mod text;
+pub(crate) mod vital;
 pub mod wall_clock;

@@ -10,8 +10,8 @@
 
 pub mod credential;
 mod error;
-pub mod membership;
-pub mod state_dir;
+pub(crate) mod membership;
+pub(crate) mod state_dir;
 mod status;
 
 use std::fmt;
@@ -35,9 +35,11 @@ use crate::support::text::harmless;
 use crate::support::vital::{Vital, Vitals};
 use crate::tailnet::credential::{Credential, Kind};
 
-pub use crate::ffi::libtailscale::{Code, forget_environment, linked_version, set_log_upload, set_memory};
+pub use crate::ffi::libtailscale::forget_environment;
+pub(crate) use crate::ffi::libtailscale::{Code, linked_version, set_log_upload, set_memory};
 pub use error::{ConnectError, JoinError};
-pub use status::{NodeStatus, Trouble};
+pub use status::NodeStatus;
+pub(crate) use status::Trouble;
 
 /// What a ping beneath TCP found out about a peer.
 #[derive(Clone, Debug, Deserialize)]
@@ -93,7 +95,7 @@ impl fmt::Display for Route {
 
 /// What the library's Go half costs (`tailscale_figures` in `tailscale.h`).
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]
-pub struct Figures {
+pub(crate) struct Figures {
     /// Goroutines of the process.
     pub goroutines: u64,
     /// Heap in spans that hold objects.
@@ -148,7 +150,7 @@ impl Node {
     }
 
     /// The same for somebody who hears of tasks that have ended.
-    pub fn start_with(settings: &config::Tailnet, vitals: &Vitals) -> Result<Node, JoinError> {
+    pub(crate) fn start_with(settings: &config::Tailnet, vitals: &Vitals) -> Result<Node, JoinError> {
         let handle = Arc::new(NodeHandle::new());
         let (sender, status) = watch::channel(NodeStatus::default());
         let control = settings.control_url.clone().unwrap_or_else(|| "controlplane.tailscale.com".into());
@@ -246,7 +248,7 @@ impl Node {
 
     /// As [`Node::up`], and waits for a person to visit the login URL of [`NodeStatus`] if the
     /// control server asks for a login. While there is one, `limit` does not run.
-    pub async fn up_with_person(&self, limit: Duration) -> Result<(), JoinError> {
+    pub(crate) async fn up_with_person(&self, limit: Duration) -> Result<(), JoinError> {
         let interactive = |on| {
             self.handle.set_interactive(on).map_err(|code| JoinError::Start(failure(&self.handle, code)))
         };
@@ -346,7 +348,7 @@ impl Node {
     }
 
     /// Whether the node has an identity, good or not, before it has said a word to the control server.
-    pub fn is_enrolled(&self) -> Result<bool, JoinError> {
+    pub(crate) fn is_enrolled(&self) -> Result<bool, JoinError> {
         Ok(self.look()?.enrolled)
     }
 
@@ -381,18 +383,18 @@ impl Node {
     /// Takes connections from peers to a port of this node's own addresses, for as long as the
     /// node is not closed, whatever becomes of its place on the tailnet; who may connect is up to the
     /// tailnet's policy. At most `backlog` of them wait to be accepted, and more are refused.
-    pub fn listen(&self, port: u16, backlog: u16) -> Result<TailnetListener, Code> {
+    pub(crate) fn listen(&self, port: u16, backlog: u16) -> Result<TailnetListener, Code> {
         self.handle.listen(port, backlog).map(|listener| TailnetListener { listener })
     }
 
     /// What the library costs now, at the price of microseconds; `None` before the start and after
     /// the close.
-    pub fn figures(&self) -> Option<Figures> {
+    pub(crate) fn figures(&self) -> Option<Figures> {
         serde_json::from_str(&self.handle.figures().ok()?).ok()
     }
 
     /// Resets every connection to a peer that is gone and will not end them itself.
-    pub fn abort_peer(&self, ip: IpAddr) {
+    pub(crate) fn abort_peer(&self, ip: IpAddr) {
         // It fails only where there are no connections.
         let _ = self.handle.abort_peer(ip);
     }
@@ -486,13 +488,13 @@ fn sink(handle: &NodeHandle, sink: LineSink) -> io::Result<pipe::Receiver> {
 
 /// Connections from peers to a port of the node. Dropping it closes the port.
 #[derive(Debug)]
-pub struct TailnetListener {
+pub(crate) struct TailnetListener {
     listener: Listener,
 }
 
 impl TailnetListener {
     /// The next connection; [`Code::NotRunning`] once the node is closed, any other is a fault.
-    pub async fn accept(&mut self) -> Result<TailnetStream, Code> {
+    pub(crate) async fn accept(&mut self) -> Result<TailnetStream, Code> {
         let conn = std::future::poll_fn(|cx| self.listener.poll_accept(cx)).await?;
         Ok(TailnetStream { conn })
     }
@@ -507,7 +509,7 @@ pub struct TailnetStream {
 
 impl TailnetStream {
     /// Ends the connection with a RST.
-    pub fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         self.conn.abort();
     }
 }

@@ -17,8 +17,8 @@
 
 pub mod dial;
 mod failure;
-pub mod health;
-pub mod peers;
+pub(crate) mod health;
+pub(crate) mod peers;
 pub mod probe;
 mod server;
 

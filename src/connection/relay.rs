@@ -93,10 +93,6 @@ pub struct FirstWords {
 /// What a relay did, and why it ended.
 #[derive(Debug)]
 pub struct Outcome {
-    /// Bytes from the client that the upstream took.
-    pub sent: u64,
-    /// Bytes from the upstream that the client took.
-    pub received: u64,
     /// When the first byte from the upstream arrived.
     pub first_byte: Option<Instant>,
     /// Whether bytes or an end of stream were taken from one side that the
@@ -197,8 +193,6 @@ impl End {
 
     fn into_outcome(self, relay: Relay) -> Outcome {
         Outcome {
-            sent: relay.sent.bytes,
-            received: relay.received.bytes,
             first_byte: relay.received.first_byte,
             header_taken: relay.received.header_taken,
             unfinished: !relay.sent.is_settled() || !relay.received.is_settled(),

@@ -4,7 +4,7 @@
 //! reads it as commands and complains of them. Nothing in what it says names
 //! the PROXY protocol, so operators look everywhere else. [`HeaderWatch`]
 //! recognises the complaint in what the server says before the client has
-//! spoken; [`advice`](super::advice) names the settings to change.
+//! spoken; [`advice`](super::advice()) names the settings to change.
 //!
 //! Invariants
 //! - A server that speaks before it was spoken to greets, or refuses. An answer

@@ -1,12 +1,12 @@
 //! What the node may enrol with, and where that comes from.
 //!
-//! Invariants: secrets stay in [`Secret`]s; errors name the source of a credential (a variable, a
+//! Invariants: secrets stay in `Secret`s; errors name the source of a credential (a variable, a
 //! file), never a part of it. [`Sources`] only remembers where to look: a file is read at the moment
 //! its content is needed, so that a node that is enrolled starts without it, and one that has to
 //! enrol again finds what was put there since. Only regular files are read, since a pipe or a
 //! terminal in their place could make the edge wait for ever.
 //!
-//! Deliberately not here: deciding whether a credential is needed (see [`crate::tailnet::membership`]), and
+//! Deliberately not here: deciding whether a credential is needed (see `membership.rs`), and
 //! making an auth key from the other kinds (libtailscale's `credential.go`).
 
 use std::fmt;
@@ -26,7 +26,7 @@ use crate::support::secret::{Secret, looks_like_key};
 const MAX_BYTES: u64 = 16 * 1024;
 
 /// The variables that hold a credential or the path of one, in the order in which they count.
-pub const VARIABLES: [&str; 6] =
+pub(crate) const VARIABLES: [&str; 6] =
     ["TS_AUTHKEY", "TS_AUTH_KEY", "TS_AUTHKEY_FILE", "TS_CLIENT_SECRET", "TS_CLIENT_ID", "TS_ID_TOKEN"];
 
 /// Where systemd puts what `LoadCredential=` names (systemd.exec(5)), and the name expected there.
@@ -67,7 +67,7 @@ impl Credential {
     /// A number that another credential hardly has, so that a caller can see whether what is at hand
     /// has changed. Where it comes from does not count. Not for storage, as it may differ between
     /// builds, and not to be logged or shown: who guesses a credential could prove it with this.
-    pub fn fingerprint(&self) -> u64 {
+    pub(crate) fn fingerprint(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         discriminant(&self.kind).hash(&mut hasher);
         match &self.kind {

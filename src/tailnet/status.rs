@@ -63,7 +63,7 @@ pub struct NodeStatus {
 
 /// What keeps a node from being what it should; the text ends with what to do.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-pub enum Trouble {
+pub(crate) enum Trouble {
     /// It has not got there yet, or is on its way back.
     #[error("the tailnet node is not running (state {state}){}", waits_for(.reason))]
     NotRunning {
@@ -109,17 +109,17 @@ pub enum Trouble {
 
 impl Trouble {
     /// Whether it may be over by itself in a moment.
-    pub fn may_pass(&self) -> bool {
+    pub(crate) fn may_pass(&self) -> bool {
         matches!(self, Trouble::NotRunning { .. } | Trouble::ControlLost(_) | Trouble::RelayLost(_))
     }
 
     /// What it is, without what to do.
-    pub fn what(&self) -> String {
+    pub(crate) fn what(&self) -> String {
         self.to_string().split(';').next().unwrap_or_default().to_owned()
     }
 
     /// Whether two are of a kind, whatever their details.
-    pub fn is_like(&self, other: &Trouble) -> bool {
+    pub(crate) fn is_like(&self, other: &Trouble) -> bool {
         match (self, other) {
             (Trouble::TagMissing(one), Trouble::TagMissing(another)) => one == another,
             _ => std::mem::discriminant(self) == std::mem::discriminant(other),
@@ -127,7 +127,7 @@ impl Trouble {
     }
 
     /// Whether joining again, with or without a credential, is what could end it.
-    pub fn wants_joining(&self) -> bool {
+    pub(crate) fn wants_joining(&self) -> bool {
         matches!(self, Trouble::KeyExpired | Trouble::LoggedOut | Trouble::Removed | Trouble::NeedsLogUpload)
     }
 }
@@ -140,12 +140,12 @@ impl NodeStatus {
     }
 
     /// Whether it is not merely passing through a state.
-    pub fn is_settled(&self) -> bool {
+    pub(crate) fn is_settled(&self) -> bool {
         self.removed || self.needs_log_upload || !matches!(&*self.state, "" | "NoState" | "Starting")
     }
 
     /// What keeps the node from being what it should at the time `now`; empty when all is well.
-    pub fn troubles(&self, tags: &[String], now: Timestamp) -> Vec<Trouble> {
+    pub(crate) fn troubles(&self, tags: &[String], now: Timestamp) -> Vec<Trouble> {
         let unsaved = (!self.unsaved.is_empty()).then(|| Trouble::NotSaved(self.unsaved.clone()));
         if !self.is_running() {
             return unsaved.into_iter().chain([self.why_not_running(now)]).collect();
