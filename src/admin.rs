@@ -38,7 +38,7 @@ use std::time::Duration;
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
 use hyper::header::{
-    ACCEPT, ALLOW, CACHE_CONTROL, CONTENT_TYPE, HOST, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS,
+    ALLOW, CACHE_CONTROL, CONTENT_TYPE, HOST, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS,
 };
 use hyper::http::uri::Authority;
 use hyper::server::conn::http1;
@@ -51,7 +51,6 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, error, info};
 
 use crate::admin::board::Judgement;
-use crate::admin::metrics::Format;
 use crate::admin::overview::Overview;
 use crate::doctor::{self, Examiner, NoLook};
 use crate::listener::ListeningSocket;
@@ -236,11 +235,7 @@ fn answer(request: &Request<Incoming>, overview: &Overview) -> Response<Full<Byt
         }
         "/" => page::response(&overview.status()),
         status::PATH => json(StatusCode::OK, &serde_json::json!(overview.status())),
-        "/metrics" => {
-            let accept = request.headers().get(ACCEPT).and_then(|value| value.to_str().ok());
-            let format = Format::asked_for(accept.unwrap_or_default());
-            body(StatusCode::OK, format.content_type(), overview.metrics(format))
-        }
+        "/metrics" => body(StatusCode::OK, metrics::CONTENT_TYPE, overview.metrics()),
         _ => json(
             StatusCode::NOT_FOUND,
             &serde_json::json!({"error": "there is /, /livez, /readyz, /status, /metrics and /doctor"}),

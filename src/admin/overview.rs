@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tracing_appender::non_blocking::ErrorCounter;
 
 use crate::admin::board::{Board, Judgement, Listening, NOT_REACHED_YET};
-use crate::admin::metrics::{self, Format};
+use crate::admin::metrics;
 use crate::admin::status::{ClientView, ListenerView, MemoryView, NodeView, Status, UpstreamView};
 use crate::connection::limits::network_of;
 use crate::connection::open::{Connections, Open};
@@ -93,7 +93,7 @@ impl Overview {
     }
 
     /// The metrics of this moment.
-    pub fn metrics(&self, format: Format) -> String {
+    pub fn metrics(&self) -> String {
         let board = self.board.borrow().clone();
         let sources = metrics::Sources {
             node: &self.node_status(),
@@ -104,7 +104,7 @@ impl Overview {
             memory_limit_bytes: self.memory_limit.load(Ordering::Relaxed),
             lost_lines: self.lost_lines.as_ref().map_or(0, |lost| lost.dropped_lines() as u64),
         };
-        metrics::text(&sources, format)
+        metrics::text(&sources)
     }
 
     fn figures(&self) -> Option<Figures> {

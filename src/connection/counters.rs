@@ -3,16 +3,12 @@
 //! Invariant: what a listener has counted stays when a reload takes it away, and goes on when it comes
 //! back: a counter only grows.
 
-use prometheus_client::encoding::EncodeLabelSet;
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::registry::{Registry, Unit};
+use prometheus::{
+    Histogram, HistogramVec, IntCounter, IntCounterVec, Registry, histogram_opts,
+    register_histogram_vec_with_registry, register_int_counter_vec_with_registry,
+};
 
 use crate::connection::end_state::EndState;
-
-/// What the names of all metrics begin with.
-pub(crate) const PREFIX: &str = "tailwart_edge";
 
 /// A dial inside the tailnet takes a round trip, or five seconds and more when WireGuard has to repeat
 /// a handshake.
@@ -23,43 +19,29 @@ const DIAL_BUCKETS_SECONDS: [f64; 11] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05
 const FIRST_BYTE_BUCKETS_SECONDS: [f64; 11] =
     [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 2.5, 7.5, 25.0, 60.0];
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct OfListener {
-    listener: String,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct OfEnd {
-    listener: String,
-    end: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct OfRefusal {
-    listener: String,
-    reason: &'static str,
-}
-
 /// What is counted from the start of the process.
+///
+/// The library takes two series for one when their labels' values are the same text one after the other.
+/// A listener may have any name, so no end and no reason may end with another one.
 #[derive(Debug)]
 pub struct Counters {
     /// For who shows them.
     pub(crate) registry: Registry,
-    ended: Family<OfEnd, Counter>,
-    refused: Family<OfRefusal, Counter>,
-    sent: Family<OfListener, Counter>,
-    received: Family<OfListener, Counter>,
-    dial: Family<OfListener, Histogram, fn() -> Histogram>,
-    first_byte: Family<OfListener, Histogram, fn() -> Histogram>,
+    ended: IntCounterVec,
+    refused: IntCounterVec,
+    sent: IntCounterVec,
+    received: IntCounterVec,
+    dial: HistogramVec,
+    first_byte: HistogramVec,
 }
 
 /// Those of one listener that are needed often.
 #[derive(Debug)]
 pub struct ListenerCounters {
     /// Bytes to the mailbox.
-    pub sent: Counter,
+    pub sent: IntCounter,
     /// Bytes to clients.
-    pub received: Counter,
+    pub received: IntCounter,
     /// Seconds that a dial took which succeeded.
     pub dial: Histogram,
     /// Seconds from a client's coming to the mailbox's first byte.
@@ -81,57 +63,65 @@ pub struct Totals {
 
 impl Default for Counters {
     fn default() -> Counters {
-        let mut counters = Counters {
-            registry: Registry::with_prefix(PREFIX),
-            ended: Family::default(),
-            refused: Family::default(),
-            sent: Family::default(),
-            received: Family::default(),
-            dial: Family::new_with_constructor(|| Histogram::new(DIAL_BUCKETS_SECONDS)),
-            first_byte: Family::new_with_constructor(|| Histogram::new(FIRST_BYTE_BUCKETS_SECONDS)),
-        };
-        counters.register();
-        counters
+        Counters::registered().expect("each name is valid and is there once")
     }
 }
 
 impl Counters {
-    fn register(&mut self) {
-        let registry = &mut self.registry;
-        registry.register("connections", "Connections that have ended, by end state", self.ended.clone());
-        registry.register(
-            "refused_connections",
-            "Clients that were turned away, or closed where their protocol has no word for it",
-            self.refused.clone(),
+    fn registered() -> prometheus::Result<Counters> {
+        let registry = Registry::new();
+        let dial = histogram_opts!(
+            "tailwart_edge_dial_seconds",
+            "How long it took to connect to the mailbox, when it succeeded.",
+            DIAL_BUCKETS_SECONDS.to_vec()
         );
-        registry.register_with_unit("sent", "Bytes to the mailbox", Unit::Bytes, self.sent.clone());
-        registry.register_with_unit("received", "Bytes to clients", Unit::Bytes, self.received.clone());
-        registry.register_with_unit(
-            "dial",
-            "How long it took to connect to the mailbox, when it succeeded",
-            Unit::Seconds,
-            self.dial.clone(),
+        let first_byte = histogram_opts!(
+            "tailwart_edge_first_byte_seconds",
+            "From a client's coming to the mailbox's first byte, the hold included.",
+            FIRST_BYTE_BUCKETS_SECONDS.to_vec()
         );
-        registry.register_with_unit(
-            "first_byte",
-            "From a client's coming to the mailbox's first byte, the hold included",
-            Unit::Seconds,
-            self.first_byte.clone(),
-        );
+        Ok(Counters {
+            ended: register_int_counter_vec_with_registry!(
+                "tailwart_edge_connections_total",
+                "Connections that have ended, by end state.",
+                &["listener", "end"],
+                registry
+            )?,
+            refused: register_int_counter_vec_with_registry!(
+                "tailwart_edge_refused_connections_total",
+                "Clients that were turned away, or closed where their protocol has no word for it.",
+                &["listener", "reason"],
+                registry
+            )?,
+            sent: register_int_counter_vec_with_registry!(
+                "tailwart_edge_sent_bytes_total",
+                "Bytes to the mailbox.",
+                &["listener"],
+                registry
+            )?,
+            received: register_int_counter_vec_with_registry!(
+                "tailwart_edge_received_bytes_total",
+                "Bytes to clients.",
+                &["listener"],
+                registry
+            )?,
+            dial: register_histogram_vec_with_registry!(dial, &["listener"], registry)?,
+            first_byte: register_histogram_vec_with_registry!(first_byte, &["listener"], registry)?,
+            registry,
+        })
     }
 
     /// Those of a listener; all of them are there from now on, at zero.
     pub fn listener(&self, listener: &str) -> ListenerCounters {
-        let labels = OfListener { listener: listener.to_owned() };
         for state in EndState::ALL {
             self.of_end(listener, state);
             self.of_refusal(listener, state);
         }
         ListenerCounters {
-            sent: self.sent.get_or_create(&labels).clone(),
-            received: self.received.get_or_create(&labels).clone(),
-            dial: self.dial.get_or_create(&labels).clone(),
-            first_byte: self.first_byte.get_or_create(&labels).clone(),
+            sent: self.sent.with_label_values(&[listener]),
+            received: self.received.with_label_values(&[listener]),
+            dial: self.dial.with_label_values(&[listener]),
+            first_byte: self.first_byte.with_label_values(&[listener]),
         }
     }
 
@@ -145,7 +135,6 @@ impl Counters {
 
     /// What a listener's connections have come to.
     pub fn totals(&self, listener: &str) -> Totals {
-        let labels = OfListener { listener: listener.to_owned() };
         let ended = |wanted: fn(EndState) -> bool| {
             let states = EndState::ALL.into_iter().filter(|state| wanted(*state));
             states.map(|state| self.count(listener, state)).sum()
@@ -153,8 +142,8 @@ impl Counters {
         Totals {
             ended: ended(|_| true),
             failed: ended(EndState::is_failure),
-            sent: self.sent.get_or_create(&labels).get(),
-            received: self.received.get_or_create(&labels).get(),
+            sent: self.sent.with_label_values(&[listener]).get(),
+            received: self.received.with_label_values(&[listener]).get(),
         }
     }
 
@@ -163,14 +152,27 @@ impl Counters {
         self.of_end(listener, state).get()
     }
 
-    fn of_end(&self, listener: &str, state: EndState) -> Counter {
-        let labels = OfEnd { listener: listener.to_owned(), end: state.code() };
-        self.ended.get_or_create(&labels).clone()
+    fn of_end(&self, listener: &str, state: EndState) -> IntCounter {
+        self.ended.with_label_values(&[listener, state.code()])
     }
 
-    fn of_refusal(&self, listener: &str, state: EndState) -> Option<Counter> {
-        let reason = state.refusal()?;
-        let labels = OfRefusal { listener: listener.to_owned(), reason };
-        Some(self.refused.get_or_create(&labels).clone())
+    fn of_refusal(&self, listener: &str, state: EndState) -> Option<IntCounter> {
+        Some(self.refused.with_label_values(&[listener, state.refusal()?]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_series_are_taken_for_one() {
+        let ends = EndState::ALL.map(EndState::code);
+        let reasons: Vec<&str> = EndState::ALL.into_iter().filter_map(EndState::refusal).collect();
+        for values in [&ends[..], &reasons] {
+            for (one, other) in values.iter().flat_map(|one| values.iter().map(move |other| (one, other))) {
+                assert!(one == other || !one.ends_with(other), "{one} {other}");
+            }
+        }
     }
 }

@@ -84,7 +84,7 @@ fn ended(edge: &Edge, listener: &str, client: std::net::SocketAddr, state: EndSt
 /// So many of a listener have ended so, and were refused for that reason if they were; no more.
 #[track_caller]
 fn counted(edge: &Edge, listener: &str, state: EndState, count: f64) {
-    let name = format!("tailwart_edge_connections_total{{listener={listener:?},end=\"{state}\"}}");
+    let name = format!("tailwart_edge_connections_total{{end=\"{state}\",listener={listener:?}}}");
     assert_eq!(metric(edge, &name), Some(count), "{name}");
     let Some(reason) = state.refusal() else { return };
     let name = format!("tailwart_edge_refused_connections_total{{listener={listener:?},reason={reason:?}}}");

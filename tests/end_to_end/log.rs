@@ -164,7 +164,7 @@ fn quiet_edge(configure: impl FnOnce(Builder) -> Builder) -> (Setup, SocketAddr,
 fn life(configure: impl FnOnce(Builder) -> Builder) -> String {
     let (mut setup, mail, admin, _stub) = quiet_edge(configure);
     drop(echoes(mail));
-    let counted = r#"tailwart_edge_connections_total{listener="mail",end="C-"} 1"#;
+    let counted = r#"tailwart_edge_connections_total{end="C-",listener="mail"} 1"#;
     assert!(eventually(LIMIT, || http::get(admin, "/metrics").body.contains(counted)));
     setup.edge.signal("TERM");
     stops(&mut setup.edge, LIMIT);
@@ -207,7 +207,7 @@ fn relayed(edge: &Edge, source: &str, count: usize) -> Vec<TcpStream> {
 
 /// How many connections have ended so.
 fn ended(edge: &Edge, end: &str) -> f64 {
-    metric(edge, &format!("tailwart_edge_connections_total{{listener=\"mail\",end={end:?}}}")).unwrap_or(0.0)
+    metric(edge, &format!("tailwart_edge_connections_total{{end={end:?},listener=\"mail\"}}")).unwrap_or(0.0)
 }
 
 #[test]

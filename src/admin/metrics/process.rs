@@ -1,38 +1,40 @@
 //! What the process takes of the machine, under the names that all Prometheus clients use.
-
-use std::sync::atomic::AtomicU64;
+//!
+//! The library's own collector reads /proc/stat, which the unit's `ProcSubset=pid` hides.
 
 use procfs::process::{LimitValue, Process};
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::registry::{Registry, Unit};
+use prometheus::proto::MetricFamily;
 use rustix::time::{ClockId, clock_gettime};
 
-/// Registers the figures of this moment. What /proc does not tell is absent.
-pub fn register(registry: &mut Registry) {
-    let Ok(process) = Process::myself() else { return };
-    let processes = registry.sub_registry_with_prefix("process");
-    if let Ok(stat) = process.stat() {
-        let ticks = procfs::ticks_per_second() as f64;
-        let cpu: Counter<f64, AtomicU64> = Counter::default();
-        cpu.inc_by((stat.utime + stat.stime) as f64 / ticks);
-        processes.register_with_unit("cpu", "User and system time taken", Unit::Seconds, cpu);
-        let resident = whole(stat.rss * procfs::page_size());
-        processes.register_with_unit("resident_memory", "Memory in use", Unit::Bytes, resident);
-        let threads = whole(u64::try_from(stat.num_threads).unwrap_or_default());
-        processes.register("threads", "Threads of the operating system", threads);
-        let start: Gauge<f64, AtomicU64> = Gauge::default();
-        start.set(boot_time_secs() as f64 + stat.starttime as f64 / ticks);
-        processes.register_with_unit("start_time", "When it started (Unix time)", Unit::Seconds, start);
-    }
-    if let Ok(open) = process.fd_count() {
-        processes.register("open_fds", "Open file descriptors", whole(open as u64));
-    }
-    if let Ok(limits) = process.limits()
-        && let LimitValue::Value(max) = limits.max_open_files.soft_limit
-    {
-        processes.register("max_fds", "Limit on open file descriptors", whole(max));
-    }
+use super::family::{counter, gauge};
+
+/// The figures of this moment. What /proc does not tell is absent.
+pub fn metrics() -> [MetricFamily; 6] {
+    let process = Process::myself().ok();
+    let stat = process.as_ref().and_then(|process| process.stat().ok());
+    let stat = stat.as_ref();
+    let open = process.as_ref().and_then(|process| process.fd_count().ok());
+    let limits = process.as_ref().and_then(|process| process.limits().ok());
+    let max = limits.and_then(|limits| match limits.max_open_files.soft_limit {
+        LimitValue::Value(max) => Some(max as f64),
+        LimitValue::Unlimited => None,
+    });
+    let ticks = procfs::ticks_per_second() as f64;
+    let cpu = stat.map(|stat| (stat.utime + stat.stime) as f64 / ticks);
+    let resident = stat.map(|stat| (stat.rss * procfs::page_size()) as f64);
+    let start = stat.map(|stat| boot_time_secs() as f64 + stat.starttime as f64 / ticks);
+    [
+        counter("process_cpu_seconds_total", "User and system time taken.", cpu),
+        gauge("process_resident_memory_bytes", "Memory in use.", resident),
+        gauge(
+            "process_threads",
+            "Threads of the operating system.",
+            stat.map(|stat| stat.num_threads as f64),
+        ),
+        gauge("process_start_time_seconds", "When it started (Unix time).", start),
+        gauge("process_open_fds", "Open file descriptors.", open.map(|open| open as f64)),
+        gauge("process_max_fds", "Limit on open file descriptors.", max),
+    ]
 }
 
 /// When the machine started, in Unix time: `btime` of /proc/stat, which the unit's `ProcSubset=pid`
@@ -40,12 +42,6 @@ pub fn register(registry: &mut Registry) {
 fn boot_time_secs() -> i64 {
     let (now, up) = (clock_gettime(ClockId::Realtime), clock_gettime(ClockId::Boottime));
     now.tv_sec - up.tv_sec - i64::from(now.tv_nsec < up.tv_nsec)
-}
-
-fn whole(value: u64) -> Gauge {
-    let gauge = Gauge::default();
-    gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
-    gauge
 }
 
 #[cfg(test)]
