@@ -1,0 +1,64 @@
+package main
+
+import (
+	"os"
+	"slices"
+	"strconv"
+	"sync"
+
+	"tailscale.com/envknob"
+)
+
+// credentialVariables are those that tsnet reads by itself
+// (tsnet/tsnet.go, getAuthKey and following), and one more that may hold a key
+// by mistake.
+var credentialVariables = []string{
+	"TS_AUTHKEY", "TS_AUTH_KEY", "TS_CLIENT_SECRET", "TS_CLIENT_ID",
+	"TS_ID_TOKEN", "TS_AUDIENCE", "TS_CONTROL_URL", "TS_AUTHKEY_FILE",
+}
+
+// supervisorVariables are how systemd talks to the process that it has started,
+// which is this one and no child of it.
+var supervisorVariables = []string{
+	"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC",
+	"LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "FDSTORE",
+}
+
+// forbiddenKnobs are Tailscale's own settings that would break a promise of
+// this library: the first logs the auth key (control/controlclient/direct.go),
+// the second asks for one although the node is enrolled (tsnet/tsnet.go).
+var forbiddenKnobs = []string{"TS_DEBUG_REGISTER", "TSNET_FORCE_LOGIN"}
+
+// forgetEnvironment leaves Tailscale no credentials to find. It also settles,
+// while the caller promises that nobody else reads the environment, what every
+// node of the process wants settled there.
+func forgetEnvironment() {
+	for _, name := range slices.Concat(credentialVariables, supervisorVariables) {
+		os.Unsetenv(name)
+	}
+	for _, name := range forbiddenKnobs {
+		if os.Getenv(name) != "" {
+			envknob.Setenv(name, "") // it may have been read already
+		}
+		os.Unsetenv(name)
+	}
+	settleEnvironment()
+}
+
+// setLogUpload changes whether Tailscale's logs go to Tailscale. It is a setting
+// of the process, read when a node starts.
+func setLogUpload(on bool) {
+	settleEnvironment()
+	envknob.Setenv("TS_NO_LOGS_NO_SUPPORT", strconv.FormatBool(!on))
+}
+
+// settleEnvironment keeps Tailscale's log upload off, and its hands off
+// /var/lib/tailscale, which is the host's tailscaled's: there it would make a
+// directory of logs (logpolicy.LogsDir), and panic where it cannot. Nothing is
+// written to it: those logs are of sockstats, which the archive lacks.
+var settleEnvironment = sync.OnceFunc(func() {
+	envknob.SetNoLogsNoSupport()
+	if os.Getenv("TS_LOGS_DIR") == "" {
+		os.Setenv("TS_LOGS_DIR", "/")
+	}
+})
