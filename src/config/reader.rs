@@ -2,7 +2,8 @@
 //!
 //! Invariants: every key asked for counts as known, and [`Table::finish`] reports all others, so
 //! the list of allowed keys in a message cannot differ from what is read; a wrong value is reported
-//! once, here, and reads as absent.
+//! once, here, and reads as absent. Tables and list items are counted from 1: `listener[1]` is the first
+//! `[[listener]]` of the file.
 //!
 //! Deliberately not here: what the keys are and what their values mean (see `sections`,
 //! `listeners`, `values`).

@@ -17,9 +17,10 @@ use super::listeners::{self, Shared};
 use super::mistakes::{At, Mistakes, Place, quoted};
 use super::reader::{Found, Table};
 use super::{
-    Config, ConfigError, DEFAULT_ADMIN, Limits, Listener, Log, LogFormat, Probe, ProxyProtocol, Tailnet,
-    Timeouts, syntax, values,
+    Config, ConfigError, DEFAULT_ADMIN, Limits, Listener, Log, LogFormat, Probe, Tailnet, Timeouts, syntax,
+    values,
 };
+use crate::protocol::ProxyProtocol;
 
 /// Everything in the file; `upstream` is the value of `--upstream`.
 pub(super) fn config(mut mistakes: Mistakes, upstream: Option<&str>) -> Result<Config, ConfigError> {

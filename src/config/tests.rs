@@ -3,10 +3,15 @@
 
 use std::collections::HashMap;
 use std::io::Write;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tempfile::{NamedTempFile, tempdir};
 
+use super::load::config_path_or;
 use super::*;
+use crate::protocol::{Protocol, ProxyProtocol};
 
 const NO_ENV: Env = &|_| None;
 

@@ -1,8 +1,12 @@
 //! What single values may be: addresses, durations, names and so on, and the replacing of
 //! `${VARIABLES}`.
 //!
-//! Invariant: a parser sees values with variables replaced, which may be secrets, and so answers
-//! with fixed texts (`&'static str`) only; the caller adds the value as the file has it.
+//! Invariants:
+//! - A parser sees values with variables replaced, which may be secrets, and so answers with fixed texts
+//!   (`&'static str`) only; the caller adds the value as the file has it.
+//! - Variables are replaced inside strings, after the TOML is parsed, so a variable's value cannot add
+//!   keys or tables. `${NAME}` stands for the variable, `$$` for a single `$`; a `$` before anything else
+//!   stands for itself.
 //!
 //! Deliberately not here: where a value stands and what it means next to others.
 
