@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use tailwart_edge::config::{Config, DefaultValue, Env, KEYS};
+use tailwart_edge::config::{Config, Env, KEYS};
 
 /// The environment the files are read in. `TOKEN` stands for a secret no message may show.
 const VARIABLES: [(&str, &str); 4] = [
@@ -72,7 +72,7 @@ fn one_sample_names_every_key_with_its_default() {
         };
         let found = section.and_then(|section| section.get(name));
         let found = found.unwrap_or_else(|| panic!("examples/stalwart.toml does not name {}", key.path));
-        if let DefaultValue::Toml(value) = key.default {
+        if let Some(value) = key.default_in_toml() {
             let default: toml::Table = format!("it = {value}").parse().expect("TOML");
             assert_eq!(found, &default["it"], "{}", key.path);
         }

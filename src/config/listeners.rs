@@ -13,6 +13,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use super::clashes::Claim;
+use super::keys::{self, Key};
 use super::mistakes::{At, Mistakes, Place};
 use super::reader::{Found, Table};
 use super::{Listener, Upstream, values};
@@ -48,11 +49,8 @@ pub(super) fn listeners(
 }
 
 /// An upstream's host, or several in an array; `None` if there is none.
-pub(super) fn hosts(table: &mut Table, key: &'static str, mistakes: &mut Mistakes) -> Option<Vec<String>> {
-    let found = match table.is_array(key) {
-        true => table.list(key, &values::HOST, mistakes)?,
-        false => vec![table.get(key, &values::HOST, mistakes)?],
-    };
+pub(super) fn hosts(table: &mut Table, key: &Key<String>, mistakes: &mut Mistakes) -> Option<Vec<String>> {
+    let found = table.list(key, mistakes)?;
     let mut hosts: Vec<String> = Vec::new();
     for host in found {
         warn_of_elsewhere(&host.value, &host.shown, &host.place, mistakes);
@@ -78,7 +76,7 @@ pub(super) fn warn_of_elsewhere(host: &str, shown: &str, place: &Place, mistakes
 struct Draft {
     /// Its key path, `listener[2]`.
     owner: String,
-    name: Option<Name>,
+    name: Option<Found<String>>,
     protocol: Option<Protocol>,
     claims: Vec<Claim>,
     configured: bool,
@@ -87,13 +85,6 @@ struct Draft {
     proxy_protocol: Option<Found<ProxyProtocol>>,
     idle_timeout: Option<Duration>,
     hold: Option<Duration>,
-}
-
-struct Name {
-    text: String,
-    /// For messages, as the file has it.
-    shown: String,
-    place: Place,
 }
 
 enum Hosts {
@@ -122,23 +113,22 @@ impl Draft {
 
     fn read(mut table: Table, mistakes: &mut Mistakes) -> Draft {
         let owner = table.path().to_owned();
-        let name = table.get("name", &values::NAME, mistakes);
+        let name = table.find(&keys::LISTENER_NAME, mistakes);
         let protocol = protocol(&mut table, mistakes);
-        let name = match (name, table.has("name"), protocol) {
-            (Some(name), ..) => Some(Name { text: name.value, shown: name.shown, place: name.place }),
-            (None, false, Some(protocol)) => Some(default_name(protocol, table.place("name"))),
-            _ => None,
+        let name = match (table.has(&keys::LISTENER_NAME), protocol) {
+            (false, Some(protocol)) => Some(default_name(protocol, table.place(&keys::LISTENER_NAME))),
+            _ => name,
         };
-        let configured = table.has("listen");
+        let configured = table.has(&keys::LISTENER_LISTEN);
         let claims = claims(&mut table, protocol, &owner, mistakes);
         let port = upstream_port(&mut table, protocol, mistakes);
-        let hosts = match table.has("upstream") {
-            true => Hosts::Own(hosts(&mut table, "upstream", mistakes)),
+        let hosts = match table.has(&keys::LISTENER_UPSTREAM) {
+            true => Hosts::Own(hosts(&mut table, &keys::LISTENER_UPSTREAM, mistakes)),
             false => Hosts::Shared,
         };
-        let proxy_protocol = table.get("proxy_protocol", &values::PROXY_PROTOCOL, mistakes);
-        let idle_timeout = table.get("idle_timeout", &values::DURATION, mistakes).map(|found| found.value);
-        let hold = table.get("hold", &values::DURATION_OR_ZERO, mistakes).map(|found| found.value);
+        let proxy_protocol = table.find(&keys::LISTENER_PROXY_PROTOCOL, mistakes);
+        let idle_timeout = table.find(&keys::LISTENER_IDLE_TIMEOUT, mistakes).map(Found::value);
+        let hold = table.find(&keys::LISTENER_HOLD, mistakes).map(Found::value);
         table.finish(mistakes);
         Draft { owner, name, protocol, claims, configured, hosts, port, proxy_protocol, idle_timeout, hold }
     }
@@ -152,20 +142,20 @@ impl Draft {
         };
         let hold = if protocol.is_mail() { shared.hold } else { Duration::ZERO };
         Some(Listener {
-            name: self.name?.text,
+            name: self.name?.value,
             protocol,
             listen: self.claims.iter().map(|claim| claim.address).collect(),
             configured: self.configured,
             upstream: Upstream { hosts: hosts?, port: self.port? },
-            proxy_protocol: self.proxy_protocol.map_or(shared.proxy_protocol, |found| found.value),
+            proxy_protocol: self.proxy_protocol.map_or(shared.proxy_protocol, Found::value),
             idle_timeout: self.idle_timeout.unwrap_or(protocol.default_idle_timeout()),
             hold: self.hold.unwrap_or(hold),
         })
     }
 }
 
-fn default_name(protocol: Protocol, place: Place) -> Name {
-    Name { text: protocol.name().to_owned(), shown: format!("the default name {protocol}"), place }
+fn default_name(protocol: Protocol, place: Place) -> Found<String> {
+    Found { value: protocol.name().to_owned(), shown: format!("the default name {protocol}"), place }
 }
 
 fn default_claims(protocol: Protocol, place: &Place, owner: &str) -> Vec<Claim> {
@@ -175,17 +165,17 @@ fn default_claims(protocol: Protocol, place: &Place, owner: &str) -> Vec<Claim> 
 }
 
 fn protocol(table: &mut Table, mistakes: &mut Mistakes) -> Option<Protocol> {
-    if !table.has("protocol") {
-        let expected = values::PROTOCOL.expected;
-        mistakes.add(&table.place("protocol"), &format!("missing; expected {expected}"));
+    let key = keys::LISTENER_PROTOCOL;
+    if !table.has(&key) {
+        mistakes.add(&table.place(&key), &format!("missing; expected {}", key.description.takes));
     }
-    table.get("protocol", &values::PROTOCOL, mistakes).map(|found| found.value)
+    table.find(&key, mistakes).map(Found::value)
 }
 
 /// The addresses to bind, empty if they are wrong.
 fn claims(table: &mut Table, protocol: Option<Protocol>, owner: &str, mistakes: &mut Mistakes) -> Vec<Claim> {
-    if table.has("listen") {
-        let found = table.list("listen", &values::ADDRESS, mistakes).unwrap_or_default();
+    if table.has(&keys::LISTENER_LISTEN) {
+        let found = table.list(&keys::LISTENER_LISTEN, mistakes).unwrap_or_default();
         let claim = |found: Found<_>| Claim {
             address: found.value,
             shown: found.shown,
@@ -197,24 +187,24 @@ fn claims(table: &mut Table, protocol: Option<Protocol>, owner: &str, mistakes: 
     let Some(protocol) = protocol else {
         return Vec::new();
     };
-    let claims = default_claims(protocol, &table.place("listen"), owner);
+    let claims = default_claims(protocol, &table.place(&keys::LISTENER_LISTEN), owner);
     if claims.is_empty() {
         let problem =
             format!("missing, and {protocol} has no default port; expected an array of addresses such as");
-        mistakes.add(&table.place("listen"), &format!("{problem} [\"127.0.0.1:8080\"]"));
+        mistakes.add(&table.place(&keys::LISTENER_LISTEN), &format!("{problem} [\"127.0.0.1:8080\"]"));
     }
     claims
 }
 
 fn upstream_port(table: &mut Table, protocol: Option<Protocol>, mistakes: &mut Mistakes) -> Option<u16> {
-    if table.has("upstream_port") {
-        let port = table.number("upstream_port", 1..=u32::from(u16::MAX), "a port", mistakes);
-        return port.and_then(|port| u16::try_from(port).ok());
+    let key = keys::LISTENER_UPSTREAM_PORT;
+    if table.has(&key) {
+        return table.find(&key, mistakes).map(Found::value);
     }
     let protocol = protocol?;
     if protocol.default_port().is_none() {
         let problem = format!("missing, and {protocol} has no default port; expected the mailbox's port");
-        mistakes.add(&table.place("upstream_port"), &problem);
+        mistakes.add(&table.place(&key), &problem);
     }
     protocol.default_port()
 }
@@ -229,7 +219,7 @@ fn report_missing_host(drafts: &[Draft], shared: &Shared, mistakes: &mut Mistake
 fn report_same_names(drafts: &[Draft], mistakes: &mut Mistakes) {
     let mut seen: HashMap<&str, (&str, &Place)> = HashMap::new();
     for (draft, name) in drafts.iter().filter_map(|draft| Some((draft, draft.name.as_ref()?))) {
-        match seen.entry(&name.text) {
+        match seen.entry(&name.value) {
             Entry::Vacant(vacant) => {
                 vacant.insert((&draft.owner, &name.place));
             }

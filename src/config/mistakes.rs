@@ -45,7 +45,7 @@ impl ConfigError {
     }
 }
 
-/// Where something was found; the order is the order of printing.
+/// Where something is; the order is the order of printing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum At {
     /// On the command line or in the environment.
@@ -86,7 +86,7 @@ pub(super) struct Mistakes<'t> {
     pub env: Env<'t>,
     file: Option<String>,
     line_starts: Vec<usize>,
-    found: Vec<Mistake>,
+    mistakes: Vec<Mistake>,
     warnings: Vec<(At, String)>,
 }
 
@@ -94,7 +94,7 @@ impl<'t> Mistakes<'t> {
     pub fn new(file: Option<String>, text: &'t str, env: Env<'t>) -> Mistakes<'t> {
         let ends = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n');
         let line_starts = std::iter::once(0).chain(ends.map(|(offset, _)| offset + 1)).collect();
-        Mistakes { text, env, file, line_starts, found: Vec::new(), warnings: Vec::new() }
+        Mistakes { text, env, file, line_starts, mistakes: Vec::new(), warnings: Vec::new() }
     }
 
     /// The line of a byte range, by its first byte; the end of the file counts to its last line.
@@ -105,19 +105,19 @@ impl<'t> Mistakes<'t> {
 
     /// The line is not TOML.
     pub fn syntax(&mut self, at: At, problem: &str) {
-        self.found.push(Mistake { at, text: format!("not valid TOML: {problem}") });
+        self.mistakes.push(Mistake { at, text: format!("not valid TOML: {problem}") });
     }
 
     /// A value is wrong, a key is unknown, missing, of the wrong shape or in conflict with another.
     pub fn add(&mut self, place: &Place, problem: &str) {
-        self.found.push(Mistake { at: place.at, text: format!("{}: {problem}", place.key) });
+        self.mistakes.push(Mistake { at: place.at, text: format!("{}: {problem}", place.key) });
     }
 
     /// Forgets what was found so far; whether that was anything.
     pub fn forget(&mut self) -> bool {
-        let found = !self.found.is_empty();
-        self.found.clear();
-        found
+        let were_any = !self.mistakes.is_empty();
+        self.mistakes.clear();
+        were_any
     }
 
     /// Something is allowed but probably not meant.
@@ -127,7 +127,7 @@ impl<'t> Mistakes<'t> {
 
     /// The warnings if nothing is wrong, else everything that is.
     pub fn finish(mut self) -> Result<Vec<String>, ConfigError> {
-        if !self.found.is_empty() {
+        if !self.mistakes.is_empty() {
             return Err(self.refusal());
         }
         self.warnings.sort_by_key(|(at, _)| *at);
@@ -137,9 +137,9 @@ impl<'t> Mistakes<'t> {
 
     /// Everything that is wrong.
     pub fn refusal(mut self) -> ConfigError {
-        self.found.sort_by_key(|mistake| mistake.at);
-        let omitted = self.found.len().saturating_sub(PRINTED);
-        let printed = self.found.iter().take(PRINTED);
+        self.mistakes.sort_by_key(|mistake| mistake.at);
+        let omitted = self.mistakes.len().saturating_sub(PRINTED);
+        let printed = self.mistakes.iter().take(PRINTED);
         let file = self.file.as_deref();
         let mistakes = printed.map(|mistake| located(file, mistake.at, &mistake.text)).collect();
         ConfigError { mistakes, omitted }

@@ -8,13 +8,15 @@
 //! Deliberately not here: what the keys are and what their values mean (see `sections`,
 //! `listeners`, `values`).
 
-use std::ops::{Range, RangeInclusive};
+use std::borrow::Cow;
 
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::Env;
+use super::keys::Key;
 use super::mistakes::{At, Mistakes, Place, key_shown, quoted, shown};
-use super::values::{Kind, substitute};
+use super::values::{Takes, substitute};
 
 /// Keys that people try, and where the setting really is.
 const ELSEWHERE: [(&str, &str, &str); 12] = [
@@ -39,12 +41,18 @@ pub(super) struct Table<'t> {
     known: Vec<&'static str>,
 }
 
-/// A value together with where and how it was written.
+/// A good value together with where and how it was written.
 pub(super) struct Found<T> {
     pub value: T,
     pub place: Place,
     /// The value as the file has it, ready for a message.
     pub shown: String,
+}
+
+impl<T> Found<T> {
+    pub fn value(self) -> T {
+        self.value
+    }
 }
 
 impl<'t> Table<'t> {
@@ -53,15 +61,13 @@ impl<'t> Table<'t> {
     }
 
     /// Where `key` of this table is, or where it is missing: on the line of the table's head.
-    pub fn place(&self, key: &str) -> Place {
-        let key =
-            if self.place.key.is_empty() { key.to_owned() } else { format!("{}.{key}", self.place.key) };
-        Place { at: self.place.at, key }
+    pub fn place<T>(&self, key: &Key<T>) -> Place {
+        self.place_of(key.name())
     }
 
     /// Whether the file has the key, with a good value or not. Makes it known.
-    pub fn has(&mut self, key: &'static str) -> bool {
-        self.raw(key).is_some()
+    pub fn has<T>(&mut self, key: &Key<T>) -> bool {
+        self.value_of(key).is_some()
     }
 
     /// This table's own key path.
@@ -69,107 +75,65 @@ impl<'t> Table<'t> {
         &self.place.key
     }
 
-    /// Whether the key's value is an array. Makes the key known.
-    pub fn is_array(&mut self, key: &'static str) -> bool {
-        self.raw(key).is_some_and(|value| value.get_ref().is_array())
+    /// The key's value, else its default.
+    pub fn get<T>(&mut self, key: &Key<T>, mistakes: &mut Mistakes) -> T {
+        self.find(key, mistakes).map_or_else(|| key.default(), Found::value)
     }
 
-    /// A string of the given kind.
-    pub fn get<T>(&mut self, key: &'static str, kind: &Kind<T>, mistakes: &mut Mistakes) -> Option<Found<T>> {
-        let value = self.raw(key)?;
-        string(value, self.place(key), kind, mistakes)
+    /// The key's value, if the file has a good one.
+    pub fn find<T>(&mut self, key: &Key<T>, mistakes: &mut Mistakes) -> Option<Found<T>> {
+        let value = self.value_of(key)?;
+        read(value, self.place(key), key, mistakes)
     }
 
-    /// An array of strings of the given kind; an empty one is a mistake. Good items are returned
-    /// without the bad.
-    pub fn list<T>(
-        &mut self,
-        key: &'static str,
-        kind: &Kind<T>,
-        mistakes: &mut Mistakes,
-    ) -> Option<Vec<Found<T>>> {
-        let value = self.raw(key)?;
-        let mut place = self.place(key);
-        place.at = mistakes.line(&value.span());
-        let expected = kind.expected;
-        let Some(items) = value.get_ref().as_array() else {
-            let found = scalar(value, mistakes.text);
-            mistakes
-                .add(&place, &format!("{found} is not an array; expected an array of strings: {expected}"));
-            return None;
+    /// The items of an array; an empty one is a mistake. Good items are returned without the bad. Where the
+    /// key takes a single string, that counts as an array of one.
+    pub fn list<T>(&mut self, key: &Key<T>, mistakes: &mut Mistakes) -> Option<Vec<Found<T>>> {
+        let value = self.value_of(key)?;
+        let place = Place { at: mistakes.line(&value.span()), ..self.place(key) };
+        let takes = &key.description.takes;
+        let items = match (value.get_ref().as_array(), takes) {
+            (Some(items), _) => &items[..],
+            (None, Takes::Strings(_)) => {
+                let shown = value_shown(value, mistakes.text);
+                let problem = format!("{shown} is not an array; expected an array of strings: {takes}");
+                mistakes.add(&place, &problem);
+                return None;
+            }
+            (None, _) => std::slice::from_ref(value),
         };
         if items.is_empty() {
-            mistakes.add(&place, &format!("empty; expected at least one string: {expected}"));
+            mistakes.add(&place, &format!("empty; expected at least one string: {takes}"));
         }
-        Some(items.iter().filter_map(|item| string(item, place.clone(), kind, mistakes)).collect())
-    }
-
-    /// A whole number within `range`; `what` names it for the message.
-    pub fn number(
-        &mut self,
-        key: &'static str,
-        range: RangeInclusive<u32>,
-        what: &str,
-        mistakes: &mut Mistakes,
-    ) -> Option<u32> {
-        let value = self.raw(key)?;
-        let mut place = self.place(key);
-        place.at = mistakes.line(&value.span());
-        let found = scalar(value, mistakes.text);
-        let problem = match value.get_ref() {
-            DeValue::Integer(number) => {
-                match u32::from_str_radix(number.as_str(), number.radix()).ok().filter(|n| range.contains(n))
-                {
-                    Some(number) => return Some(number),
-                    None => format!("{found} is out of range"),
-                }
-            }
-            other => format!("{found} is {}", type_name(other)),
-        };
-        mistakes
-            .add(&place, &format!("{problem}; expected {what} from {} to {}", range.start(), range.end()));
-        None
-    }
-
-    /// `true` or `false`.
-    pub fn switch(&mut self, key: &'static str, mistakes: &mut Mistakes) -> Option<bool> {
-        let value = self.raw(key)?;
-        if let DeValue::Boolean(on) = value.get_ref() {
-            return Some(*on);
-        }
-        let place = Place { at: mistakes.line(&value.span()), ..self.place(key) };
-        let (found, kind) = (scalar(value, mistakes.text), type_name(value.get_ref()));
-        mistakes.add(&place, &format!("{found} is {kind}; expected true or false, without quotes"));
-        None
+        Some(items.iter().filter_map(|item| read(item, place.clone(), key, mistakes)).collect())
     }
 
     /// A table below this one; an absent one reads as empty.
-    pub fn table(&mut self, key: &'static str, mistakes: &mut Mistakes) -> Table<'t> {
-        let mut place = self.place(key);
+    pub fn table(&mut self, name: &'static str, mistakes: &mut Mistakes) -> Table<'t> {
+        let mut place = self.place_of(name);
         let mut entries = None;
-        if let Some(value) = self.raw(key) {
+        if let Some(value) = self.raw(name) {
             place.at = mistakes.line(&value.span());
             entries = value.get_ref().as_table();
             if entries.is_none() {
-                let found = type_name(value.get_ref());
-                mistakes.add(&place, &format!("{found}; expected a table, written [{}]", place.key));
+                let what = type_name(value.get_ref());
+                mistakes.add(&place, &format!("{what}; expected a table, written [{}]", place.key));
             }
         }
         Table { entries, place, known: Vec::new() }
     }
 
     /// An array of tables, `None` if absent.
-    pub fn tables(&mut self, key: &'static str, mistakes: &mut Mistakes) -> Option<Vec<Table<'t>>> {
-        let value = self.raw(key)?;
-        let mut place = self.place(key);
+    pub fn tables(&mut self, name: &'static str, mistakes: &mut Mistakes) -> Option<Vec<Table<'t>>> {
+        let value = self.raw(name)?;
+        let mut place = self.place_of(name);
         place.at = mistakes.line(&value.span());
         let items = value.get_ref().as_array().map(|items| &items[..]).unwrap_or_default();
         if items.is_empty() {
-            let found =
-                if value.get_ref().is_array() { "an empty array" } else { type_name(value.get_ref()) };
+            let what = if value.get_ref().is_array() { "an empty array" } else { type_name(value.get_ref()) };
             mistakes.add(
                 &place,
-                &format!("{found}; expected tables, each written [[{0}]] in double brackets", place.key),
+                &format!("{what}; expected tables, each written [[{0}]] in double brackets", place.key),
             );
         }
         let tables = items.iter().enumerate().filter_map(|(index, item)| {
@@ -192,7 +156,7 @@ impl<'t> Table<'t> {
             if self.known.contains(&name) {
                 continue;
             }
-            let place = Place { at: mistakes.line(&key.span()), ..self.place(&key_shown(name)) };
+            let place = Place { at: mistakes.line(&key.span()), ..self.place_of(&key_shown(name)) };
             let advice = self.advice(name).map(|advice| format!(" ({advice})")).unwrap_or_default();
             let known = self.known.join(", ");
             mistakes.add(&place, &format!("unknown key{advice}; allowed here: {known}"));
@@ -200,44 +164,58 @@ impl<'t> Table<'t> {
     }
 
     /// What was probably meant by an unknown key.
-    fn advice(&self, key: &str) -> Option<String> {
-        let table = self.place.key.split('[').next().unwrap_or_default();
-        if let Some((_, _, advice)) = ELSEWHERE.iter().find(|(t, k, _)| (*t, *k) == (table, key)) {
+    fn advice(&self, name: &str) -> Option<String> {
+        if let Some((_, _, advice)) = ELSEWHERE.iter().find(|(t, k, _)| (*t, *k) == (self.name(), name)) {
             return Some((*advice).to_owned());
         }
         // Comparing is quadratic in the length, and a key much longer than ours is no slip of one.
-        if key.len() > 32 {
+        if name.len() > 32 {
             return None;
         }
-        let near = self.known.iter().map(|known| (strsim::osa_distance(known, key), known));
+        let near = self.known.iter().map(|known| (strsim::osa_distance(known, name), known));
         let (distance, nearest) = near.min()?;
         (distance <= 1 + nearest.len() / 4).then(|| format!("did you mean {nearest}?"))
     }
 
-    fn raw(&mut self, key: &'static str) -> Option<&'t Spanned<DeValue<'t>>> {
-        if !self.known.contains(&key) {
-            self.known.push(key);
+    fn place_of(&self, name: &str) -> Place {
+        let key =
+            if self.place.key.is_empty() { name.to_owned() } else { format!("{}.{name}", self.place.key) };
+        Place { at: self.place.at, key }
+    }
+
+    /// This table as keys have it in their paths.
+    fn name(&self) -> &str {
+        self.place.key.split('[').next().unwrap_or_default()
+    }
+
+    fn value_of<T>(&mut self, key: &Key<T>) -> Option<&'t Spanned<DeValue<'t>>> {
+        let path = key.description.path;
+        debug_assert_eq!(
+            path.rsplit_once('.').unwrap_or(("", path)).0,
+            self.name(),
+            "{path} is of another table"
+        );
+        self.raw(key.name())
+    }
+
+    fn raw(&mut self, name: &'static str) -> Option<&'t Spanned<DeValue<'t>>> {
+        if !self.known.contains(&name) {
+            self.known.push(name);
         }
-        self.entries?.get(key)
+        self.entries?.get(name)
     }
 }
 
-/// The string in `value` with its variables replaced, understood as `kind`.
-fn string<T>(
+/// What `key` makes of a value, unless that is wrong, which is reported.
+fn read<T>(
     value: &Spanned<DeValue>,
-    mut place: Place,
-    kind: &Kind<T>,
+    place: Place,
+    key: &Key<T>,
     mistakes: &mut Mistakes,
 ) -> Option<Found<T>> {
-    place.at = mistakes.line(&value.span());
-    let Some(written) = value.get_ref().as_str() else {
-        let found = scalar(value, mistakes.text);
-        let kind_found = type_name(value.get_ref());
-        mistakes.add(&place, &format!("{found} is {kind_found}; expected a string: {}", kind.expected));
-        return None;
-    };
-    let shown = quoted(written);
-    let text = match substitute(written, mistakes.env) {
+    let place = Place { at: mistakes.line(&value.span()), ..place };
+    let shown = value_shown(value, mistakes.text);
+    let text = match text_of(value.get_ref(), &key.description.takes, mistakes.env) {
         Ok(text) => text,
         Err(problems) => {
             for problem in problems {
@@ -246,25 +224,44 @@ fn string<T>(
             return None;
         }
     };
-    match (kind.parse)(&text) {
+    match key.understand(&text) {
         Ok(value) => Some(Found { value, place, shown }),
         Err(problem) => {
-            let replaced = if text == written { "" } else { " with its variables replaced" };
-            mistakes.add(&place, &format!("{shown}{replaced} {problem}; expected {}", kind.expected));
+            let is_as_written = value.get_ref().as_str().is_none_or(|written| written == text);
+            let replaced = if is_as_written { "" } else { " with its variables replaced" };
+            mistakes.add(&place, &format!("{shown}{replaced} {problem}"));
             None
         }
     }
 }
 
+/// A value as text, the variables in it replaced; or what is wrong, each to be put after the value as written.
+fn text_of<'v>(value: &'v DeValue, takes: &Takes, env: Env) -> Result<Cow<'v, str>, Vec<String>> {
+    let what = type_name(value);
+    let problem = match (takes, value) {
+        (Takes::String(_) | Takes::Strings(_), DeValue::String(written)) => return substitute(written, env),
+        (Takes::Switch, DeValue::Boolean(on)) => return Ok(on.to_string().into()),
+        (Takes::Number(_, from, to), DeValue::Integer(number)) => {
+            match u32::from_str_radix(number.as_str(), number.radix()) {
+                Ok(number) if (*from..=*to).contains(&number) => return Ok(number.to_string().into()),
+                _ => format!("is out of range; expected {takes}"),
+            }
+        }
+        (Takes::String(_) | Takes::Strings(_), _) => format!("is {what}; expected a string: {takes}"),
+        (Takes::Switch, _) => format!("is {what}; expected {takes}, without quotes"),
+        (Takes::Number(..), _) => format!("is {what}; expected {takes}"),
+    };
+    Err(vec![problem])
+}
+
 /// A value for a message as the file has it; arrays and tables may be long, so only their type is
 /// told.
-fn scalar(value: &Spanned<DeValue>, text: &str) -> String {
-    let span: Range<usize> = value.span();
+fn value_shown(value: &Spanned<DeValue>, text: &str) -> String {
     match value.get_ref() {
         DeValue::String(written) => quoted(written),
         DeValue::Array(_) => "[...]".to_owned(),
         DeValue::Table(_) => "{...}".to_owned(),
-        _ => shown(text.get(span).unwrap_or_default()),
+        _ => shown(text.get(value.span()).unwrap_or_default()),
     }
 }
 

@@ -7,7 +7,6 @@
 //! `values`).
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use toml::de::DeTable;
@@ -16,11 +15,7 @@ use super::clashes::{Claim, report_clashes};
 use super::listeners::{self, Shared};
 use super::mistakes::{At, Mistakes, Place, quoted};
 use super::reader::{Found, Table};
-use super::{
-    Config, ConfigError, DEFAULT_ADMIN, Limits, Listener, Log, LogFormat, Probe, Tailnet, Timeouts, syntax,
-    values,
-};
-use crate::protocol::ProxyProtocol;
+use super::{ADMIN, Config, ConfigError, Limits, Listener, Log, Probe, Tailnet, Timeouts, keys, syntax};
 
 /// Everything in the file; `upstream` is the value of `--upstream`.
 pub(super) fn config(mut mistakes: Mistakes, upstream: Option<&str>) -> Result<Config, ConfigError> {
@@ -30,7 +25,7 @@ pub(super) fn config(mut mistakes: Mistakes, upstream: Option<&str>) -> Result<C
         return Err(mistakes.refusal());
     }
     let mut root = Table::root(document.get_ref());
-    let hostname = root.get("hostname", &values::PUBLIC_NAME, &mut mistakes).map(value);
+    let hostname = root.find(&keys::HOSTNAME, &mut mistakes).map(Found::value);
     let tailnet = tailnet(root.table("tailnet", &mut mistakes), &mut mistakes);
     let timeouts = timeouts(root.table("timeouts", &mut mistakes), &mut mistakes);
     let shared = shared(root.table("upstream", &mut mistakes), upstream, timeouts.hold, &mut mistakes);
@@ -66,37 +61,40 @@ pub(super) fn admin_alone(mut mistakes: Mistakes) -> Result<Option<SocketAddr>, 
     let mut table = Table::root(document.get_ref()).table("admin", &mut mistakes);
     let claim = admin_address(&mut table, &mut mistakes);
     // It may be on a line that is not TOML.
-    if !errors.is_empty() && (!table.has("listen") || mistakes.forget()) {
+    if !errors.is_empty() && (!table.has(&keys::ADMIN_LISTEN) || mistakes.forget()) {
         syntax::report(&errors, &mut mistakes);
     }
     mistakes.finish().map(|_| claim.map(|claim| claim.address))
 }
 
 fn tailnet(mut table: Table, mistakes: &mut Mistakes) -> Tailnet {
-    let hostname = table.get("hostname", &values::HOSTNAME, mistakes).map(value);
-    let tags = table.list("tags", &values::TAG, mistakes);
-    let state_dir = table.get("state_dir", &values::PATH, mistakes);
-    let configured_url = table.has("control_url");
-    let control_url = table.get("control_url", &values::CONTROL_URL, mistakes).map(value);
-    let auth_key_file = table.get("auth_key_file", &values::KEY_FILE, mistakes).map(value);
-    let join_timeout = table.get("join_timeout", &values::DURATION, mistakes).map(value);
-    let ephemeral = table.switch("ephemeral", mistakes).unwrap_or(false);
-    let preauthorized = table.switch("preauthorized", mistakes).unwrap_or(false);
-    let log_upload = table.switch("log_upload", mistakes).unwrap_or(false);
+    let hostname = table.get(&keys::TAILNET_HOSTNAME, mistakes);
+    let tags = match table.list(&keys::TAILNET_TAGS, mistakes) {
+        Some(tags) => tags.into_iter().map(Found::value).collect(),
+        None => vec![keys::TAILNET_TAGS.default()],
+    };
+    let state_dir = table.find(&keys::TAILNET_STATE_DIR, mistakes);
+    let control_url = match table.has(&keys::TAILNET_CONTROL_URL) {
+        true => table.find(&keys::TAILNET_CONTROL_URL, mistakes).map(Found::value),
+        false => control_url_variable(mistakes),
+    };
+    let auth_key_file = table.find(&keys::TAILNET_AUTH_KEY_FILE, mistakes).map(Found::value);
+    let join_timeout = table.get(&keys::TAILNET_JOIN_TIMEOUT, mistakes);
+    let ephemeral = table.get(&keys::TAILNET_EPHEMERAL, mistakes);
+    let preauthorized = table.get(&keys::TAILNET_PREAUTHORIZED, mistakes);
+    let log_upload = table.get(&keys::TAILNET_LOG_UPLOAD, mistakes);
+    table.finish(mistakes);
     if let Some(unused) = state_dir.as_ref().filter(|_| ephemeral) {
         mistakes.warn(&unused.place, "not used: an ephemeral node keeps no identity on disk");
     }
-    table.finish(mistakes);
+    let state_dir = state_dir.map_or_else(|| keys::TAILNET_STATE_DIR.default(), Found::value);
     Tailnet {
-        hostname: hostname.unwrap_or_else(|| "tailwart-edge".to_owned()),
-        tags: tags.map_or_else(
-            || vec!["tag:reverse-proxy".to_owned()],
-            |tags| tags.into_iter().map(value).collect(),
-        ),
-        state_dir: state_dir.map_or_else(|| PathBuf::from("/var/lib/tailwart-edge"), value),
-        control_url: if configured_url { control_url } else { control_url_variable(mistakes) },
+        hostname,
+        tags,
+        state_dir,
+        control_url,
         auth_key_file,
-        join_timeout: join_timeout.unwrap_or(Duration::from_secs(15)),
+        join_timeout,
         ephemeral,
         preauthorized,
         log_upload,
@@ -106,57 +104,51 @@ fn tailnet(mut table: Table, mistakes: &mut Mistakes) -> Tailnet {
 /// `TS_CONTROL_URL`, which every program with Tailscale inside knows.
 fn control_url_variable(mistakes: &mut Mistakes) -> Option<String> {
     let text = (mistakes.env)("TS_CONTROL_URL").filter(|text| !text.is_empty())?;
-    let parsed = (values::CONTROL_URL.parse)(&text);
-    if let Err(problem) = parsed {
+    let understood = keys::TAILNET_CONTROL_URL.understand(&text);
+    if let Err(problem) = &understood {
         let place = Place { at: At::Flag, key: "TS_CONTROL_URL".to_owned() };
-        mistakes
-            .add(&place, &format!("{} {problem}; expected {}", quoted(&text), values::CONTROL_URL.expected));
+        mistakes.add(&place, &format!("{} {problem}", quoted(&text)));
     }
-    parsed.ok()
+    understood.ok()
 }
 
 /// `[upstream]`: what listeners use that name nothing of their own.
 fn shared(mut table: Table, flag: Option<&str>, hold: Duration, mistakes: &mut Mistakes) -> Shared {
-    let host_place = table.place("host");
-    let host_given = table.has("host") || flag.is_some();
+    let host_place = table.place(&keys::UPSTREAM_HOST);
+    let host_given = table.has(&keys::UPSTREAM_HOST) || flag.is_some();
     let hosts = match flag {
         Some(flag) => host_flag(flag, mistakes).map(|host| vec![host]),
-        None => listeners::hosts(&mut table, "host", mistakes),
+        None => listeners::hosts(&mut table, &keys::UPSTREAM_HOST, mistakes),
     };
-    let proxy_place = table.place("proxy_protocol");
-    let proxy = table.get("proxy_protocol", &values::PROXY_PROTOCOL, mistakes);
+    let key = keys::UPSTREAM_PROXY_PROTOCOL;
+    let (proxy_protocol, proxy_place) = match table.find(&key, mistakes) {
+        Some(found) => (found.value, found.place),
+        None => (key.default(), table.place(&key)),
+    };
     table.finish(mistakes);
-    let (proxy_protocol, proxy_place) =
-        proxy.map_or((ProxyProtocol::V2, proxy_place), |proxy| (proxy.value, proxy.place));
     Shared { hosts, host_given, host_place, proxy_protocol, proxy_place, hold }
 }
 
 fn host_flag(flag: &str, mistakes: &mut Mistakes) -> Option<String> {
     let (place, shown) = (Place { at: At::Flag, key: "--upstream".to_owned() }, quoted(flag));
-    let parsed = (values::HOST.parse)(flag);
-    match &parsed {
+    let understood = keys::UPSTREAM_HOST.understand(flag);
+    match &understood {
         Ok(host) => listeners::warn_of_elsewhere(host, &shown, &place, mistakes),
-        Err(problem) => {
-            mistakes.add(&place, &format!("{shown} {problem}; expected {}", values::HOST.expected))
-        }
+        Err(problem) => mistakes.add(&place, &format!("{shown} {problem}")),
     }
-    parsed.ok()
+    understood.ok()
 }
 
 fn timeouts(mut table: Table, mistakes: &mut Mistakes) -> Timeouts {
-    let connect = table.get("connect", &values::DURATION, mistakes).map(value);
-    let half_close = table.get("half_close", &values::DURATION, mistakes).map(value);
-    let hold = table.get("hold", &values::DURATION_OR_ZERO, mistakes).map(value);
-    let dead_peer = table.get("dead_peer", &values::DEAD_PEER, mistakes).map(value);
-    let drain = table.get("drain", &values::DURATION_OR_ZERO, mistakes).map(value);
+    let timeouts = Timeouts {
+        connect: table.get(&keys::TIMEOUTS_CONNECT, mistakes),
+        half_close: table.get(&keys::TIMEOUTS_HALF_CLOSE, mistakes),
+        hold: table.get(&keys::TIMEOUTS_HOLD, mistakes),
+        dead_peer: table.get(&keys::TIMEOUTS_DEAD_PEER, mistakes),
+        drain: table.get(&keys::TIMEOUTS_DRAIN, mistakes),
+    };
     table.finish(mistakes);
-    Timeouts {
-        connect: connect.unwrap_or(Duration::from_secs(8)),
-        half_close: half_close.unwrap_or(Duration::from_secs(60)),
-        hold: hold.unwrap_or(Duration::from_secs(45)),
-        dead_peer: dead_peer.unwrap_or(Duration::from_secs(50)),
-        drain: drain.unwrap_or(Duration::from_secs(30)),
-    }
+    timeouts
 }
 
 /// What finding out about a silence may take after it.
@@ -170,7 +162,7 @@ fn warn_of_short_hold(listeners: &[Listener], timeouts: &Timeouts, mistakes: &mu
             && listener.hold <= timeouts.connect + SILENCE_LIMIT
     };
     if let Some(listener) = listeners.iter().find(tries_one) {
-        let place = Place { at: At::File, key: "timeouts.connect".to_owned() };
+        let place = Place { at: At::File, key: keys::TIMEOUTS_CONNECT.description.path.to_owned() };
         let name = &listener.name;
         mistakes.warn(
             &place,
@@ -179,88 +171,56 @@ fn warn_of_short_hold(listeners: &[Listener], timeouts: &Timeouts, mistakes: &mu
     }
 }
 
-/// A million connections are more than one box holds; the bound is there to catch slips.
-const MAX_CONNECTIONS: u32 = 1_000_000;
-
-/// Less than the program itself takes cannot be kept to.
-const MIN_MEMORY_MIB: u32 = 64;
-
-/// A terabyte, to catch slips.
-const MAX_MEMORY_MIB: u32 = 1024 * 1024;
-
 fn limits(mut table: Table, mistakes: &mut Mistakes) -> Limits {
-    let what = "a number of connections";
-    let total = table.number("max_connections", 1..=MAX_CONNECTIONS, what, mistakes);
-    let what = "a number of connections (0 for no limit)";
-    let per_client = table.number("max_connections_per_client", 0..=MAX_CONNECTIONS, what, mistakes);
-    let what = "a number of connections (0 to hold none)";
-    let hold_max = table.number("hold_max", 0..=MAX_CONNECTIONS, what, mistakes);
-    let memory = table.number("memory_mib", MIN_MEMORY_MIB..=MAX_MEMORY_MIB, "a number of MiB", mistakes);
+    let limits = Limits {
+        max_connections: table.find(&keys::LIMITS_MAX_CONNECTIONS, mistakes).map(Found::value),
+        max_connections_per_client: table.get(&keys::LIMITS_MAX_CONNECTIONS_PER_CLIENT, mistakes),
+        hold_max: table.get(&keys::LIMITS_HOLD_MAX, mistakes),
+        memory_mib: table.find(&keys::LIMITS_MEMORY_MIB, mistakes).map(Found::value),
+    };
     table.finish(mistakes);
-    Limits {
-        max_connections: total.map(|number| number as usize),
-        max_connections_per_client: per_client.unwrap_or(100) as usize,
-        hold_max: hold_max.unwrap_or(2500) as usize,
-        memory_mib: memory,
-    }
+    limits
 }
-
-/// More in a row than this is a slip: at the usual interval it takes hours.
-const MAX_IN_A_ROW: u32 = 100;
 
 fn probe(mut table: Table, mistakes: &mut Mistakes) -> Probe {
-    let interval = table.get("interval", &values::PROBE_INTERVAL, mistakes).map(value);
-    let what = "a number of probes in a row";
-    let rise = table.number("rise", 1..=MAX_IN_A_ROW, what, mistakes);
-    let fall = table.number("fall", 1..=MAX_IN_A_ROW, what, mistakes);
+    let probe = Probe {
+        interval: table.get(&keys::PROBE_INTERVAL, mistakes),
+        rise: table.get(&keys::PROBE_RISE, mistakes),
+        fall: table.get(&keys::PROBE_FALL, mistakes),
+    };
     table.finish(mistakes);
-    Probe {
-        interval: interval.unwrap_or(Duration::from_secs(30)),
-        rise: rise.unwrap_or(2),
-        fall: fall.unwrap_or(3),
-    }
+    probe
 }
 
-/// More lines than this are not read by anybody.
-const MAX_REPEATS: u32 = 1_000_000;
-
 fn log(mut table: Table, mistakes: &mut Mistakes) -> Log {
-    let format = table.get("format", &values::LOG_FORMAT, mistakes).map(value);
-    let level = table.get("level", &values::LOG_LEVEL, mistakes).map(value);
-    let what = "a number of lines a minute (0 for no limit)";
-    let repeats = table.number("repeats", 0..=MAX_REPEATS, what, mistakes);
+    let log = Log {
+        format: table.get(&keys::LOG_FORMAT, mistakes),
+        level: table.get(&keys::LOG_LEVEL, mistakes),
+        repeats: table.get(&keys::LOG_REPEATS, mistakes),
+    };
     table.finish(mistakes);
-    Log {
-        format: format.unwrap_or(LogFormat::Text),
-        level: level.unwrap_or(tracing::Level::INFO),
-        repeats: repeats.unwrap_or(10),
-    }
+    log
 }
 
 /// The admin address as a claim, since it must not clash with a listener's; `None` for "off". And the
 /// port on the tailnet, where nothing else listens.
 fn admin(mut table: Table, mistakes: &mut Mistakes) -> (Option<Claim>, Option<u16>) {
     let claim = admin_address(&mut table, mistakes);
-    let tailnet_port = table.number("tailnet_port", 1..=u32::from(u16::MAX), "a port", mistakes);
+    let tailnet_port = table.find(&keys::ADMIN_TAILNET_PORT, mistakes).map(Found::value);
     table.finish(mistakes);
-    (claim, tailnet_port.and_then(|port| u16::try_from(port).ok()))
+    (claim, tailnet_port)
 }
 
 fn admin_address(table: &mut Table, mistakes: &mut Mistakes) -> Option<Claim> {
-    let default_place = table.place("listen");
-    let listen = table.get("listen", &values::ADMIN, mistakes);
-    let owner = "admin".to_owned();
-    let Some(listen) = listen else {
-        return Some(Claim::by_default(DEFAULT_ADMIN, default_place, owner));
+    let key = keys::ADMIN_LISTEN;
+    let owner = ADMIN.to_owned();
+    let Some(Found { value, place, shown }) = table.find(&key, mistakes) else {
+        return key.default().map(|address| Claim::by_default(address, table.place(&key), owner));
     };
-    let address = listen.value?;
+    let address = value?;
     if !address.ip().is_loopback() {
         let text = "not a loopback address: whoever can reach it can read the state of the edge";
-        mistakes.warn(&listen.place, &format!("{} is {text}", listen.shown));
+        mistakes.warn(&place, &format!("{shown} is {text}"));
     }
-    Some(Claim { address, shown: listen.shown, place: listen.place, owner })
-}
-
-fn value<T>(found: Found<T>) -> T {
-    found.value
+    Some(Claim { address, shown, place, owner })
 }

@@ -114,7 +114,11 @@ fn every_protocol_has_its_port_and_idle_timeout() {
     let found = Protocol::ALL.map(|p| (p.name(), p.default_port(), p.default_idle_timeout()));
     assert_eq!(found, expected.map(|(n, p, min)| (n, p, Duration::from_secs(min * 60))));
     let names = Protocol::ALL.map(Protocol::name).join(", ");
-    assert_eq!(values::PROTOCOL.expected, format!("one of {names}"), "the message is up to date");
+    assert_eq!(
+        keys::LISTENER_PROTOCOL.description.takes.to_string(),
+        format!("one of {names}"),
+        "the message is up to date"
+    );
 }
 
 /// Every key of the file, none at its default.

@@ -11,11 +11,13 @@
 //! Deliberately not here: where a value stands and what it means next to others.
 
 use std::borrow::Cow;
+use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
-use super::{Env, LogFormat};
+use super::{ADMIN, Env, LogFormat};
 use crate::protocol::{Protocol, ProxyProtocol};
 use crate::support::secret::looks_like_key;
 
@@ -23,146 +25,172 @@ use crate::support::secret::looks_like_key;
 /// the clock cannot overflow.
 const MAX_DURATION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// A kind of value.
+/// What a key takes. As text it is what an error message expects, and the book says.
+#[derive(Debug)]
+pub enum Takes {
+    /// A string, which is what these words say.
+    String(&'static str),
+    /// An array of such strings.
+    Strings(&'static str),
+    /// A whole number: what it counts, the least and the greatest.
+    Number(&'static str, u32, u32),
+    /// `true` or `false`.
+    Switch,
+}
+
+impl fmt::Display for Takes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Takes::String(words) | Takes::Strings(words) => f.write_str(words),
+            Takes::Number(what, from, to) => write!(f, "{what} from {from} to {to}"),
+            Takes::Switch => f.write_str("true or false"),
+        }
+    }
+}
+
+/// A kind of value: what is written, and what is made of it.
 pub(super) struct Kind<T> {
-    /// What is allowed, for after "expected".
-    pub expected: &'static str,
+    pub takes: Takes,
     /// Understands a value, or says what it is instead: "is not an address".
     pub parse: fn(&str) -> Result<T, &'static str>,
 }
 
-pub(super) const ADDRESS: Kind<SocketAddr> =
-    Kind { expected: "IP:PORT such as 0.0.0.0:25 or [::]:25", parse: address };
+const fn string<T>(words: &'static str, parse: fn(&str) -> Result<T, &'static str>) -> Kind<T> {
+    Kind { takes: Takes::String(words), parse }
+}
+
+const fn strings<T>(words: &'static str, parse: fn(&str) -> Result<T, &'static str>) -> Kind<T> {
+    Kind { takes: Takes::Strings(words), parse }
+}
+
+const fn number<T: FromStr>(what: &'static str, from: u32, to: u32) -> Kind<T> {
+    Kind { takes: Takes::Number(what, from, to), parse: |text| text.parse().map_err(|_| "is out of range") }
+}
+
+pub(super) const SWITCH: Kind<bool> =
+    Kind { takes: Takes::Switch, parse: |text| text.parse().map_err(|_| "is neither true nor false") };
+
+pub(super) const PORT: Kind<u16> = number("a port", 1, 65535);
+
+/// More connections than one machine holds: the bound is there to catch slips.
+const MAX_CONNECTIONS: u32 = 1_000_000;
+
+pub(super) const CONNECTIONS: Kind<usize> = number("a number of connections", 1, MAX_CONNECTIONS);
+
+pub(super) const CONNECTIONS_OR_NO_LIMIT: Kind<usize> =
+    number("a number of connections (0 for no limit)", 0, MAX_CONNECTIONS);
+
+pub(super) const CONNECTIONS_OR_NONE: Kind<usize> =
+    number("a number of connections (0 to hold none)", 0, MAX_CONNECTIONS);
+
+/// Less than the program itself takes cannot be kept to. More than a terabyte is a slip.
+pub(super) const MEMORY: Kind<u32> = number("a number of MiB", 64, 1024 * 1024);
+
+/// More in a row is a slip: at the usual interval it takes hours.
+pub(super) const PROBES: Kind<u32> = number("a number of probes in a row", 1, 100);
+
+/// More lines are not read by anybody.
+pub(super) const LINES: Kind<u32> = number("a number of lines a minute (0 for no limit)", 0, 1_000_000);
+
+pub(super) const ADDRESSES: Kind<SocketAddr> = strings("IP:PORT such as 0.0.0.0:25 or [::]:25", address);
 
 /// The admin address, `None` for "off".
-pub(super) const ADMIN: Kind<Option<SocketAddr>> = Kind {
-    expected: r#"IP:PORT such as 127.0.0.1:9464, or "off""#,
-    parse: |text| {
+pub(super) const ADMIN_ADDRESS: Kind<Option<SocketAddr>> =
+    string(r#"IP:PORT such as 127.0.0.1:9464, or "off""#, |text| {
         if text == "off" { Ok(None) } else { address(text).map(Some) }
-    },
-};
+    });
 
-pub(super) const DURATION: Kind<Duration> = Kind {
-    expected: r#"a number with a unit (ms, s, m, h) such as "500ms", "30s", "35m" or "1h""#,
-    parse: |text| duration(text).and_then(|d| if d.is_zero() { Err("is no time at all") } else { Ok(d) }),
-};
+pub(super) const DURATION: Kind<Duration> =
+    string(r#"a number with a unit (ms, s, m, h) such as "500ms", "30s", "35m" or "1h""#, |text| {
+        duration(text).and_then(|d| if d.is_zero() { Err("is no time at all") } else { Ok(d) })
+    });
 
 pub(super) const DURATION_OR_ZERO: Kind<Duration> =
-    Kind { expected: r#"a number with a unit (ms, s, m, h) such as "30s", or "0s""#, parse: duration };
+    string(r#"a number with a unit (ms, s, m, h) such as "30s", or "0s""#, duration);
 
 /// Less than a few pings take would close the connections of a mailbox that is well.
-pub(super) const DEAD_PEER: Kind<Duration> = Kind {
-    expected: r#"a duration of at least "15s""#,
-    parse: |text| duration(text).and_then(|d| if d.as_secs() < 15 { Err("is too short") } else { Ok(d) }),
-};
+pub(super) const DEAD_PEER: Kind<Duration> = string(r#"a duration of at least "15s""#, |text| {
+    duration(text).and_then(|d| if d.as_secs() < 15 { Err("is too short") } else { Ok(d) })
+});
 
-/// More often than that would be an attack on the mailbox.
-pub(super) const PROBE_INTERVAL: Kind<Duration> = Kind {
-    expected: r#"a duration of at least "100ms", or "0s" for no probes"#,
-    parse: |text| {
+/// More often would be an attack on the mailbox.
+pub(super) const PROBE_INTERVAL: Kind<Duration> =
+    string(r#"a duration of at least "100ms", or "0s" for no probes"#, |text| {
         let interval = duration(text)?;
         let is_short = !interval.is_zero() && interval < Duration::from_millis(100);
         if is_short { Err("is too short") } else { Ok(interval) }
-    },
-};
+    });
 
 pub(super) const HOST: Kind<String> =
-    Kind { expected: "one host without a port: a short name, a MagicDNS name or a tailnet IP", parse: host };
+    string("one host without a port: a short name, a MagicDNS name or a tailnet IP", host);
 
-pub(super) const HOSTNAME: Kind<String> = Kind {
-    expected: "1 to 63 letters, digits and hyphens, no hyphen first or last",
-    parse: |text| {
+pub(super) const NODE_NAME: Kind<String> =
+    string("1 to 63 letters, digits and hyphens, no hyphen first or last", |text| {
         if is_label(text) { Ok(text.to_owned()) } else { Err("is not a DNS label") }
-    },
-};
+    });
 
-pub(super) const PUBLIC_NAME: Kind<String> = Kind {
-    expected: "a full DNS name such as mx.example.org",
-    parse: |text| {
-        let labels: Vec<&str> = text.split('.').collect();
-        let good = text.len() <= 253 && labels.len() > 1 && labels.iter().all(|label| is_label(label));
-        if good { Ok(text.to_owned()) } else { Err("is not a full DNS name") }
-    },
-};
+pub(super) const PUBLIC_NAME: Kind<String> = string("a full DNS name such as mx.example.org", |text| {
+    let labels: Vec<&str> = text.split('.').collect();
+    let good = text.len() <= 253 && labels.len() > 1 && labels.iter().all(|label| is_label(label));
+    if good { Ok(text.to_owned()) } else { Err("is not a full DNS name") }
+});
 
-pub(super) const TAG: Kind<String> = Kind {
-    expected: "tag: and letters, digits and hyphens, a letter first, such as tag:reverse-proxy",
-    parse: tag,
-};
+pub(super) const TAGS: Kind<String> =
+    strings("tag: and letters, digits and hyphens, a letter first, such as tag:reverse-proxy", tag);
 
-pub(super) const PATH: Kind<PathBuf> = Kind { expected: "the path of a directory", parse: path };
+pub(super) const DIRECTORY: Kind<PathBuf> = string("the path of a directory", path);
 
-pub(super) const KEY_FILE: Kind<PathBuf> = Kind {
-    expected: "the path of a file that holds the key",
-    parse: |text| {
-        // A file may well be named for what it holds; a key has no slash.
-        let is_key = looks_like_key(text) && !text.contains('/');
-        if is_key { Err("is an auth key itself") } else { path(text) }
-    },
-};
+pub(super) const KEY_FILE: Kind<PathBuf> = string("the path of a file that holds the key", |text| {
+    // A file may well be named for what it holds; a key has no slash.
+    let is_key = looks_like_key(text) && !text.contains('/');
+    if is_key { Err("is an auth key itself") } else { path(text) }
+});
 
-pub(super) const CONTROL_URL: Kind<String> = Kind {
-    expected: "http:// or https:// and a host, such as https://headscale.example.com",
-    parse: control_url,
-};
+pub(super) const CONTROL_URL: Kind<String> =
+    string("http:// or https:// and a host, such as https://headscale.example.com", control_url);
 
-/// The admin listener's name, in the log and among socket units.
-const ADMIN_NAME: &str = super::ADMIN;
-
-pub(super) const NAME: Kind<String> = Kind {
-    expected: "1 to 63 letters, digits, hyphens, underscores and dots",
-    parse: |text| {
+pub(super) const LISTENER_NAME: Kind<String> =
+    string("1 to 63 letters, digits, hyphens, underscores and dots", |text| {
         let good = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         let fits = (1..=63).contains(&text.len()) && text.chars().all(good);
         match text {
-            ADMIN_NAME => Err("is the admin listener's name"),
+            ADMIN => Err("is the admin listener's name"),
             _ if fits => Ok(text.to_owned()),
             _ => Err("is not a name"),
         }
-    },
-};
+    });
 
-pub(super) const PROTOCOL: Kind<Protocol> = Kind {
-    expected: "one of smtp, submission, submissions, imap, imaps, pop3, pop3s, sieve, http, tcp",
-    parse: |text| {
+pub(super) const PROTOCOL: Kind<Protocol> =
+    string("one of smtp, submission, submissions, imap, imaps, pop3, pop3s, sieve, http, tcp", |text| {
         let find = |is: fn(&str, &str) -> bool| Protocol::ALL.into_iter().find(|p| is(p.name(), text));
         find(|name, text| name == text).ok_or_else(|| match find(str::eq_ignore_ascii_case) {
             Some(_) => "is not a protocol, whose names are in small letters",
             None => "is not a protocol",
         })
-    },
-};
+    });
 
-pub(super) const PROXY_PROTOCOL: Kind<ProxyProtocol> = Kind {
-    expected: "one of v1, v2, off",
-    parse: |text| match text {
-        "v1" => Ok(ProxyProtocol::V1),
-        "v2" => Ok(ProxyProtocol::V2),
-        "off" => Ok(ProxyProtocol::Off),
-        _ => Err("is not a PROXY protocol version"),
-    },
-};
+pub(super) const PROXY_PROTOCOL: Kind<ProxyProtocol> = string("one of v1, v2, off", |text| match text {
+    "v1" => Ok(ProxyProtocol::V1),
+    "v2" => Ok(ProxyProtocol::V2),
+    "off" => Ok(ProxyProtocol::Off),
+    _ => Err("is not a PROXY protocol version"),
+});
 
-pub(super) const LOG_FORMAT: Kind<LogFormat> = Kind {
-    expected: "one of text, json",
-    parse: |text| match text {
-        "text" => Ok(LogFormat::Text),
-        "json" => Ok(LogFormat::Json),
-        _ => Err("is not a log format"),
-    },
-};
+pub(super) const LOG_FORMAT: Kind<LogFormat> = string("one of text, json", |text| match text {
+    "text" => Ok(LogFormat::Text),
+    "json" => Ok(LogFormat::Json),
+    _ => Err("is not a log format"),
+});
 
-pub(super) const LOG_LEVEL: Kind<tracing::Level> = Kind {
-    expected: "one of error, warn, info, debug, trace",
-    parse: |text| match text {
+pub(super) const LOG_LEVEL: Kind<tracing::Level> =
+    string("one of error, warn, info, debug, trace", |text| match text {
         "error" => Ok(tracing::Level::ERROR),
         "warn" => Ok(tracing::Level::WARN),
         "info" => Ok(tracing::Level::INFO),
         "debug" => Ok(tracing::Level::DEBUG),
         "trace" => Ok(tracing::Level::TRACE),
         _ => Err("is not a log level"),
-    },
-};
+    });
 
 /// Replaces `${NAME}` by the variable's value and `$$` by `$`, or tells every reason why that
 /// cannot be done, each to be put after the value as written.

@@ -18,7 +18,7 @@ use rustix::fs::Access;
 use tokio::time::timeout;
 
 use super::report::{Check, Outcome};
-use crate::config::{self, ADMIN, Config, ConfigError, DEFAULT_ADMIN};
+use crate::config::{self, ADMIN, Config, ConfigError, default_admin};
 use crate::listener;
 use crate::tailnet::credential::{Credential, CredentialError, Sources};
 use crate::tailnet::state_dir::{self, StateDir, StateDirError};
@@ -183,7 +183,7 @@ pub fn ports(config: &Config, running: Running) -> Vec<Check> {
     let public = config.listeners.iter().flat_map(|listener| {
         listener.listen.iter().map(|&address| (listener.name.as_str(), address, listener.configured))
     });
-    let admin = config.admin.map(|address| (ADMIN, address, address != DEFAULT_ADMIN));
+    let admin = config.admin.map(|address| (ADMIN, address, config.admin != default_admin()));
     public.chain(admin).map(|(name, address, configured)| port(name, address, configured, running)).collect()
 }
 

@@ -28,7 +28,7 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use socket2::{Domain, SockRef, Type};
 use tracing::{info, warn};
 
-use crate::config::{ADMIN, Config, DEFAULT_ADMIN, Listener};
+use crate::config::{ADMIN, Config, Listener, default_admin};
 use crate::listener::{BindError, ListeningSocket, bind};
 use crate::process::supervisor::{Handed, Supervisor};
 use crate::support::text::list;
@@ -134,7 +134,7 @@ impl Sockets {
             opened.admin = match own {
                 Some(unit) => Some(unit),
                 None => match search.of_address(ADMIN, address) {
-                    Err(error) if address == DEFAULT_ADMIN && error.kind == ErrorKind::AddrInUse => {
+                    Err(error) if Some(address) == default_admin() && error.kind == ErrorKind::AddrInUse => {
                         warn!(
                             "{error}, with admin.listen; mail is served, but nobody can ask this edge how it is"
                         );
@@ -462,8 +462,8 @@ mod tests {
         let error = Sockets::default().open(&config, &Opened::default()).unwrap_err();
         assert_eq!((error.name.as_str(), error.kind), (ADMIN, ErrorKind::AddrInUse));
         // It is taken now, by us or by somebody else.
-        let _taken = std::net::TcpListener::bind(DEFAULT_ADMIN);
-        config.admin = Some(DEFAULT_ADMIN);
+        let _taken = std::net::TcpListener::bind(default_admin().unwrap());
+        config.admin = default_admin();
         let opened = Sockets::default().open(&config, &Opened::default()).unwrap();
         assert!(opened.admin.is_none());
         assert_eq!(opened.listeners[0].1.len(), 1);

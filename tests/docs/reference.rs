@@ -6,7 +6,7 @@ use std::path::Path;
 
 use clap::CommandFactory;
 use tailwart_edge::cli::Cli;
-use tailwart_edge::config::{Config, DefaultValue, KEYS, Key};
+use tailwart_edge::config::{Config, DefaultValue, Description, KEYS};
 use tailwart_edge::protocol::Protocol;
 
 use crate::common::repo_root;
@@ -64,18 +64,18 @@ fn configuration() -> String {
     page
 }
 
-fn table_of(key: &Key) -> &'static str {
+fn table_of(key: &Description) -> &'static str {
     key.path.split_once('.').map_or("", |(table, _)| table)
 }
 
-fn entry(key: &Key) -> String {
+fn entry(key: &Description) -> String {
     let name = key.path.rsplit('.').next().unwrap_or_default();
     let default = match key.default {
         DefaultValue::Required => "none, it is required".to_owned(),
-        DefaultValue::Toml(value) => format!("`{value}`"),
+        DefaultValue::Is(_) => format!("`{}`", key.default_in_toml().expect("it is a value")),
         DefaultValue::Words(words) => words.to_owned(),
     };
-    let Key { path, takes, about, .. } = key;
+    let Description { path, takes, about, .. } = key;
     format!("\n### `{path}`\n\n{about}\n\n- `{name}` takes {takes}.\n- Default: {default}.\n")
 }
 

@@ -474,7 +474,7 @@ fn a_storm_of_reloads_refuses_and_cuts_nobody() {
 #[test]
 fn the_default_admin_address_is_taken_as_soon_as_it_is_free() {
     let mailbox = Stub::start(stub::echo_after_header);
-    let admin = tailwart_edge::config::DEFAULT_ADMIN;
+    let admin = tailwart_edge::config::default_admin().expect("it has a default");
     let other = std::net::TcpListener::bind(admin).expect("nobody else has it");
     let listen = |builder: Builder| builder.set("admin", "listen", &format!("\"{admin}\""));
     let mail = Listener::new("mail", "tcp", 2525);
