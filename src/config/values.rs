@@ -17,6 +17,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use hyper::Uri;
+
 use super::{ADMIN, Env, LogFormat};
 use crate::protocol::{Protocol, ProxyProtocol};
 use crate::support::secret::looks_like_key;
@@ -320,27 +322,45 @@ fn path(text: &str) -> Result<PathBuf, &'static str> {
 
 fn control_url(text: &str) -> Result<String, &'static str> {
     const WRONG: &str = "is not the URL of a control server";
-    let rest = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://")).ok_or(WRONG)?;
-    let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
-    if authority.contains('@') {
+    let url: Uri = text.parse().map_err(|_| WRONG)?;
+    let authority = url.authority().ok_or(WRONG)?;
+    if authority.as_str().contains('@') {
         return Err("has a user name or password in it");
     }
-    if !path.bytes().all(|b| b.is_ascii_graphic() && !b"?#".contains(&b)) {
-        return Err(WRONG);
-    }
-    // What follows the last colon is the port, unless the colon is within the brackets of an IPv6
-    // address.
-    let (host_text, port) = match authority.rsplit_once(':') {
-        Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
-        _ => (authority, None),
-    };
-    if port.is_some_and(|port| !port.parse::<u16>().is_ok_and(|port| port > 0)) {
-        return Err(WRONG);
-    }
-    let v6 = host_text.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
-    let good = match v6 {
+    let is_web = matches!(url.scheme_str(), Some("http" | "https"));
+    // `Uri` drops a fragment, and takes any UTF-8 in a path.
+    let is_plain = text.is_ascii() && url.query().is_none() && !text.contains('#');
+    // `Uri` looks neither into the brackets of an IPv6 address nor at the port.
+    let is_host = match authority.host().strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
         Some(v6) => v6.parse::<Ipv6Addr>().is_ok(),
-        None => host(host_text).is_ok() && !host_text.contains(':'),
+        None => host(authority.host()).is_ok(),
     };
-    if good { Ok(text.to_owned()) } else { Err(WRONG) }
+    let has_good_port =
+        authority.as_str() == authority.host() || authority.port_u16().is_some_and(|port| port > 0);
+    if is_web && is_plain && is_host && has_good_port { Ok(text.to_owned()) } else { Err(WRONG) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What `Uri` alone would let through.
+    #[test]
+    fn a_control_url_is_only_what_a_control_server_may_have() {
+        for wrong in [
+            "headscale.example.com",
+            "/",
+            "https://[fd00::zz]",
+            "https://[example.com]",
+            "https://-.example.com",
+            "https://100.64.0.300",
+            "https://example.com/\u{e9}",
+            "https://example.com/#f",
+        ] {
+            assert_eq!(control_url(wrong), Err("is not the URL of a control server"), "{wrong}");
+        }
+        let with_user = control_url("https://joe:secret@example.com:443/");
+        assert_eq!(with_user, Err("has a user name or password in it"));
+        assert_eq!(control_url("https://[fd00::1]:8443/a").as_deref(), Ok("https://[fd00::1]:8443/a"));
+    }
 }

@@ -3,9 +3,9 @@
 //! The edge itself never does. A mailbox that sends through this machine would, and many providers
 //! block that port until they are asked.
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
+use hyper::http::uri::Authority;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -73,21 +73,18 @@ async fn greeting(stream: &mut TcpStream) -> std::io::Result<String> {
     Ok(harmless(&String::from_utf8_lossy(first)))
 }
 
-/// `HOST[:PORT]`, an IPv6 address with a port in brackets.
-pub fn split(server: &str, default_port: u16) -> (String, u16) {
-    if let Ok(address) = server.parse::<SocketAddr>() {
-        return (address.ip().to_string(), address.port());
-    }
-    match server.rsplit_once(':').map(|(host, port)| (host, port.parse())) {
-        Some((host, Ok(port))) if !host.contains(':') => (host.to_owned(), port),
-        _ => (server.trim_matches(['[', ']']).to_owned(), default_port),
-    }
+/// `HOST[:PORT]`, an IPv6 address with a port in brackets. What has no good port is a host as a whole.
+fn split(server: &str, default_port: u16) -> (String, u16) {
+    let authority = server.parse::<Authority>().ok();
+    let parts = authority.as_ref().and_then(|authority| Some((authority.host(), authority.port_u16()?)));
+    let (host, port) = parts.unwrap_or((server, default_port));
+    (host.trim_matches(['[', ']']).to_owned(), port)
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::Write;
-    use std::net::TcpListener;
+    use std::net::{SocketAddr, TcpListener};
 
     use super::*;
     use crate::doctor::report::Outcome;
@@ -137,6 +134,7 @@ mod tests {
             ("2001:db8::1", "2001:db8::1", 25),
             ("[2001:db8::1]", "2001:db8::1", 25),
             ("[2001:db8::1]:26", "2001:db8::1", 26),
+            ("mx.example.com:99999", "mx.example.com:99999", 25),
         ] {
             assert_eq!(split(text, 25), (host.to_owned(), port), "{text}");
         }
