@@ -9,11 +9,12 @@
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use if_addrs::Interface;
 use rustix::fs::Access;
 use tokio::time::timeout;
 
@@ -239,29 +240,16 @@ impl Addresses {
         if !given.is_empty() {
             return Addresses { public: given.to_vec(), given: true };
         }
-        // What the kernel shows without a system call that needs unsafe code, as getifaddrs does.
-        // A file that is not there leaves a family out, and the report says what it knows.
-        let read = |path| std::fs::read_to_string(path).unwrap_or_default();
-        let own = [v4_in(&read("/proc/net/fib_trie")), v6_in(&read("/proc/net/if_inet6"))].concat();
-        let mut public: Vec<IpAddr> = own.into_iter().filter(is_public).collect();
+        let mut public: Vec<IpAddr> = own_addresses().into_iter().filter(is_public).collect();
         public.sort();
         public.dedup();
         Addresses { public, given: false }
     }
 }
 
-/// The machine's own addresses in `/proc/net/fib_trie`: a line with an address is followed by one
-/// that says what it is.
-fn v4_in(table: &str) -> Vec<IpAddr> {
-    let lines = table.lines().zip(table.lines().skip(1));
-    let own = lines.filter(|(_, what)| what.trim() == "/32 host LOCAL");
-    own.filter_map(|(address, _)| address.trim().strip_prefix("|-- ")?.parse().ok()).collect()
-}
-
-/// The addresses in `/proc/net/if_inet6`: 32 hexadecimal digits at the start of each line.
-fn v6_in(table: &str) -> Vec<IpAddr> {
-    let digits = table.lines().filter_map(|line| line.split_whitespace().next());
-    digits.filter_map(|digits| Some(Ipv6Addr::from(u128::from_str_radix(digits, 16).ok()?).into())).collect()
+/// The addresses of this machine's interfaces; none if the kernel does not tell, and then the report says so.
+fn own_addresses() -> Vec<IpAddr> {
+    if_addrs::get_if_addrs().unwrap_or_default().iter().map(Interface::ip).collect()
 }
 
 /// Whether the internet can reach it: neither private (RFC 1918, RFC 4193) nor of a tailnet or
@@ -400,14 +388,11 @@ mod tests {
     }
 
     #[test]
-    fn own_addresses_are_read_from_proc() {
-        let trie = "Main:\n  +-- 0.0.0.0/0 3 0 5\n     |-- 203.0.113.7\n        /32 host LOCAL\n     |-- 203.0.113.255\n        /32 link BROADCAST\n     |-- 10.0.0.0\n        /8 link UNICAST\n";
-        assert_eq!(v4_in(trie), ["203.0.113.7".parse::<IpAddr>().unwrap()]);
-        let v6 = "20010db8000000000000000000000001 04 40 20 80     eth0\nnonsense\n";
-        assert_eq!(v6_in(v6), ["2001:db8::1".parse::<IpAddr>().unwrap()]);
-        // This very machine has at least the loopback.
-        let read = std::fs::read_to_string("/proc/net/fib_trie").unwrap();
-        assert!(v4_in(&read).iter().any(|address| address.is_loopback()));
+    fn own_addresses_are_those_of_the_interfaces() {
+        let own = own_addresses();
+        assert!(own.contains(&"127.0.0.1".parse().unwrap()), "{own:?}");
+        let mut v4 = own.iter().filter(|ip| ip.is_ipv4());
+        assert!(v4.all(|ip| std::net::TcpListener::bind((*ip, 0)).is_ok()), "{own:?}");
     }
 
     #[test]
