@@ -7,7 +7,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::support::text::harmless;
+use crate::support::text::{columns, harmless};
 
 /// How a check went.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
@@ -111,20 +111,18 @@ impl Report {
 impl fmt::Display for Report {
     /// A table: a line for each check, its remedy below, and a line with the counts.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // One long name does not push all findings to the right.
         const NAME_AT_MOST: usize = 32;
-        let width = self.checks.iter().map(|check| check.name.len()).max().unwrap_or(0).min(NAME_AT_MOST);
-        for Check { name, outcome, finding, remedy } in &self.checks {
+        let rows = self.checks.iter().flat_map(|Check { name, outcome, finding, remedy }| {
             let word = match outcome {
-                Outcome::Pass => "ok",
+                Outcome::Pass => "ok  ",
                 Outcome::Warn => "warn",
                 Outcome::Fail => "FAIL",
             };
-            writeln!(f, "{word:<4}  {name:<width$}  {finding}")?;
-            if let Some(remedy) = remedy {
-                writeln!(f, "      {:width$}  -> {remedy}", "")?;
-            }
-        }
+            let remedy =
+                remedy.iter().map(|remedy| vec![String::new(), String::new(), format!("-> {remedy}")]);
+            std::iter::once(vec![word.to_owned(), name.clone(), finding.clone()]).chain(remedy)
+        });
+        columns(f, &rows.collect::<Vec<_>>(), NAME_AT_MOST)?;
         let [ok, warned, failed] = [Outcome::Pass, Outcome::Warn, Outcome::Fail].map(|o| self.count(o));
         write!(f, "{ok} ok, {warned} to look at, {failed} failed")
     }
@@ -151,6 +149,14 @@ warn  clock                 90 s fast
                             -> ntp
 1 ok, 1 to look at, 1 failed";
         assert_eq!(report().to_string(), expected);
+    }
+
+    #[test]
+    fn a_long_name_does_not_push_the_others_to_the_right() {
+        let long = "x".repeat(40);
+        let checks = vec![Check::pass(&*long, "a"), Check::pass("short", "b")];
+        let expected = format!("ok    {long}  a\nok    {:32}  b\n2 ok, 0 to look at, 0 failed", "short");
+        assert_eq!(Report { checks }.to_string(), expected);
     }
 
     #[test]

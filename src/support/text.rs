@@ -47,10 +47,17 @@ pub fn table(
     if rows.len() == 1 {
         return Ok(());
     }
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..rows[0].len()).map(width).collect();
     writeln!(f)?;
-    for row in &rows {
+    columns(f, &rows, usize::MAX)
+}
+
+/// Rows of equally many cells, each column as wide as its widest cell, but `at_most` so wide: one long cell
+/// then stands out instead of pushing all others to the right.
+pub fn columns(f: &mut fmt::Formatter<'_>, rows: &[Vec<String>], at_most: usize) -> fmt::Result {
+    let count = rows.first().map_or(0, Vec::len);
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..count).map(|column| width(column).min(at_most)).collect();
+    for row in rows {
         let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
         writeln!(f, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
     }
