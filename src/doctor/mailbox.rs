@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 
 use super::report::{Check, Outcome};
 use crate::config;
@@ -27,9 +27,6 @@ const TALK_LIMIT: Duration = Duration::from_secs(15);
 /// How long a mailbox that demands a header is given to greet without; one that needs none greets
 /// at once.
 const WITHOUT_HEADER_LIMIT: Duration = Duration::from_millis(1500);
-
-/// Time enough to renew a certificate.
-const EXPIRES_SOON: SignedDuration = SignedDuration::from_hours(14 * 24);
 
 /// A port to look at.
 #[derive(Clone, Debug)]
@@ -149,7 +146,7 @@ fn certificate_check(visit: &Visit, certificate: &Certificate, now: Timestamp) -
     let (names, at) = (certificate.names.join(", "), certificate.not_after);
     if at < now {
         Check::warn(name, format!("for {names}, and expired since {at}: clients refuse it"), REMEDY)
-    } else if at.duration_since(now) < EXPIRES_SOON {
+    } else if at.duration_since(now) < wall_clock::ENDS_SOON {
         Check::warn(name, format!("for {names}, and expires at {at}"), REMEDY)
     } else {
         Check::pass(name, format!("for {names}, valid until {at}"))
@@ -172,6 +169,8 @@ fn demand(visit: &Visit, without: &Result<Finding, ProbeError>, own: &[IpAddr]) 
 
 #[cfg(test)]
 mod tests {
+    use jiff::SignedDuration;
+
     use super::*;
 
     fn listener(protocol: &str) -> Visit {

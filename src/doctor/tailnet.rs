@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use hyper::StatusCode;
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use serde::Deserialize;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -52,9 +52,6 @@ const BETWEEN_PINGS: Duration = Duration::from_secs(1);
 
 /// How long the node may take to close.
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
-
-/// Time enough to do something about a key that expires.
-const EXPIRES_SOON: SignedDuration = SignedDuration::from_hours(14 * 24);
 
 /// What to do about what Tailscale says of itself.
 const HEALTH_REMEDY: &str = "look at this node in the admin console (Headscale: headscale nodes list), and at the network of this machine";
@@ -183,7 +180,7 @@ fn key_expiry(expiry: Option<Timestamp>, now: Timestamp) -> Check {
     const NAME: &str = "key-expiry";
     match expiry {
         None => Check::pass(NAME, "the node key does not expire"),
-        Some(at) if at.duration_since(now) < EXPIRES_SOON => Check::warn(
+        Some(at) if at.duration_since(now) < wall_clock::ENDS_SOON => Check::warn(
             NAME,
             format!("the node key expires at {at}, and then no mail gets through"),
             "disable its expiry in the admin console; the keys of tagged nodes do not expire by themselves",
@@ -344,6 +341,8 @@ async fn through_the_edge(admin: SocketAddr) -> Vec<Check> {
 
 #[cfg(test)]
 mod tests {
+    use jiff::SignedDuration;
+
     use super::*;
 
     const NOW: Timestamp = Timestamp::UNIX_EPOCH;

@@ -16,7 +16,7 @@ use std::mem::Discriminant;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
@@ -38,10 +38,6 @@ const PING_LIMIT: Duration = Duration::from_secs(2);
 
 /// Between probes while it is not settled whether a server is up or down.
 const FAST: Duration = Duration::from_secs(2);
-
-/// A certificate that ends sooner than this has not been renewed when it should have been: Let's
-/// Encrypt's clients renew 30 days before the end.
-const RENEWAL_DUE: SignedDuration = SignedDuration::from_hours(14 * 24);
 
 /// Whether a server is up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -190,7 +186,7 @@ impl Monitor {
     /// Says, once, that a certificate is about to end or has ended.
     fn look_at_end(&self, certificate: &Certificate) {
         let left = certificate.not_after.duration_since(wall_clock::now());
-        let due = left < RENEWAL_DUE;
+        let due = left < wall_clock::ENDS_SOON;
         let told =
             std::mem::replace(&mut self.seen.lock().unwrap_or_else(PoisonError::into_inner).end_told, due);
         if !due || told {
@@ -289,6 +285,8 @@ fn take_in<D: Dial>(
 
 #[cfg(test)]
 mod tests {
+    use jiff::SignedDuration;
+
     use super::*;
     use crate::protocol::Protocol;
 
