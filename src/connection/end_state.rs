@@ -12,10 +12,11 @@ use std::fmt;
 /// How a connection ended.
 ///
 /// The first letter: `C` client, `S` mailbox (server), small when it was waited for in vain, `A` the
-/// tailnet's access rules, `P` a limit of this proxy, `R` the tailnet this edge needs (a resource), `D` the mailbox's node was found
-/// dead, `K` the edge stops (killed), `I` an error inside the edge. The second: `C` connecting, `Q` held
-/// (queued), `H` before the mailbox's first byte, `R` the same, but to this client alone (refused), `D`
-/// data, `L` after one side's end (last), `-` in order.
+/// tailnet's access rules, `P` a limit of this proxy, `T` the tailnet, which this edge was not on, `D` the
+/// mailbox's node was found dead, `K` the edge stops (killed), `I` an error inside the edge. The second:
+/// `C` connecting, `Q` held (queued), `H` before the mailbox's first byte, `R` the same, but to this client
+/// alone (refused), `D` data, `L` after one side's end (last), `-` in order. As with HAProxy, `C` and `D`
+/// mean one thing in the first place and another in the second; no other letter is used in both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum EndState {
     /// Orderly, the client first.
@@ -179,7 +180,7 @@ impl EndState {
                 "DD",
                 "the mailbox's node did not answer for timeouts.dead_peer, so the connection was reset",
             ),
-            EndState::NoTailnet => ("RC", "this edge was not on the tailnet; the client was told"),
+            EndState::NoTailnet => ("TC", "this edge was not on the tailnet; the client was told"),
             EndState::ClientLimit => {
                 ("PC", "the client had as many connections as limits.max_connections_per_client allows")
             }
@@ -219,6 +220,15 @@ mod tests {
         assert!(codes.iter().all(|code| code.len() == 2), "{codes:?}");
         let states: BTreeSet<EndState> = EndState::ALL.into();
         assert_eq!(states.len(), EndState::ALL.len(), "one is named twice, so another is missing");
+    }
+
+    #[test]
+    fn a_letter_is_used_in_one_place_only_but_for_two_of_haproxy() {
+        let letters = |place: usize| -> BTreeSet<char> {
+            EndState::ALL.iter().filter_map(|state| state.code().chars().nth(place)).collect()
+        };
+        let both: String = letters(0).intersection(&letters(1)).collect();
+        assert_eq!(both, "CD");
     }
 
     #[test]
