@@ -209,7 +209,7 @@ struct Edge {
     supervisor: Arc<Supervisor>,
     membership: Arc<Membership>,
     vitals: Vitals,
-    /// Not before.
+    /// A SIGHUP before this moment waits for it.
     next_reload: Instant,
 }
 

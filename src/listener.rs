@@ -41,7 +41,7 @@ use crate::upstream::dial::Dial;
 const BACKOFF_FIRST: Duration = Duration::from_millis(5);
 const BACKOFF_LAST: Duration = Duration::from_secs(1);
 
-/// So many clients in a row may be lost before they were accepted. After that the
+/// This many clients in a row may be lost before they were accepted. After that the
 /// fault is the socket's: a supervisor has it too, and may have shut it down.
 const LOST_IN_A_ROW: u32 = 100;
 

@@ -104,7 +104,7 @@ pub(crate) struct Figures {
     pub heap_idle_bytes: u64,
     /// Of the idle heap, what was given back to the system.
     pub heap_released_bytes: u64,
-    /// Collections so far.
+    /// Garbage collections since the start of the process.
     pub gc_count: u64,
     /// For how long they have stopped Go's threads, in all.
     pub gc_pause_seconds: f64,
@@ -127,7 +127,7 @@ pub struct Node {
     handle: Arc<NodeHandle>,
     sender: watch::Sender<NodeStatus>,
     status: watch::Receiver<NodeStatus>,
-    /// For messages.
+    /// The control server, for messages.
     control: String,
     state_dir: PathBuf,
     tags: Vec<String>,

@@ -88,9 +88,9 @@ pub struct Upstream<D> {
 /// A server that was reached.
 #[derive(Debug)]
 pub struct Reached<S> {
-    /// The connection.
+    /// The connection, to which nothing was written yet.
     pub stream: S,
-    /// Where it leads.
+    /// The server that took the connection.
     pub server: Arc<Server>,
     /// How long this attempt took, without those before it.
     pub dial: Duration,
@@ -122,9 +122,8 @@ impl<D: Dial> Upstream<D> {
         }
     }
 
-    /// What it dials with.
     #[cfg(test)]
-    pub fn dialler(&self) -> &D {
+    pub(crate) fn dialler(&self) -> &D {
         &self.dialler
     }
 

@@ -40,7 +40,7 @@ enum Verdict {
     Untried,
     /// No server is known to be up, and not all are known to be down.
     NotYetKnown,
-    /// Why not.
+    /// It cannot; the reason, for `/readyz`.
     No(String),
 }
 
@@ -87,18 +87,18 @@ impl Outlook {
 pub struct Judgement {
     /// Why nobody should be sent; empty when clients can be served.
     pub reasons: Vec<String>,
-    /// What is wrong besides.
+    /// What an operator should know of although clients are served.
     pub warnings: Vec<String>,
 }
 
 /// A listener as it is served.
 #[derive(Clone, Debug)]
 pub struct Listening {
-    /// Its name.
+    /// Its name in the configuration.
     pub name: String,
-    /// What is spoken there.
+    /// The protocol of its clients.
     pub protocol: Protocol,
-    /// Where clients come in.
+    /// The addresses it listens on, with the ports that it got where the configuration says 0.
     pub addresses: Vec<SocketAddr>,
     /// Where its connections go.
     pub upstream: String,
@@ -113,7 +113,7 @@ pub struct Board {
     pub monitors: Vec<Arc<Monitor>>,
     /// The ports as they are served, and after them those that are gone.
     pub listeners: Vec<Listening>,
-    /// One for each listener.
+    /// In the order of the configuration, one for each listener.
     pub outlooks: Vec<Outlook>,
     /// The mailbox's nodes, as long as anything goes there.
     pub peers: Vec<Weak<Peer>>,

@@ -41,7 +41,7 @@ const CONNECTIONS: usize = 200;
 /// Clients that are listed.
 const CLIENTS: usize = 10;
 
-/// Where to look.
+/// Everything that the admin listener shows is read from here.
 #[derive(Debug)]
 pub struct Overview {
     /// When the edge was started.
@@ -52,11 +52,11 @@ pub struct Overview {
     pub library: OnceLock<Arc<Node>>,
     /// What memory is to stay below, in bytes; zero before that is known.
     pub memory_limit: AtomicU64,
-    /// The tags it must hold.
+    /// `tailnet.tags`: what the node must hold to be ready.
     pub tags: Vec<String>,
     /// What is known of the mailbox; `None` before it is looked for.
     pub board: watch::Receiver<Option<Arc<Board>>>,
-    /// Who is connected.
+    /// The open connections, and the failures that are kept.
     pub connections: Arc<Connections>,
     /// How many log lines were lost.
     pub lost_lines: Option<ErrorCounter>,

@@ -24,22 +24,22 @@ pub const PATH: &str = "/status";
 /// empty. Only what makes it the answer of an edge has to be there, what names a thing, and times.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Status {
-    /// Its version.
+    /// The version of tailwart-edge.
     pub version: String,
-    /// That of the Tailscale in it.
+    /// The version of the Tailscale that is linked in.
     #[serde(default)]
     pub tailscale: String,
     /// When it was started, by the clock as it is now.
     pub started: Timestamp,
-    /// When it said this.
+    /// When it was asked, by its own clock.
     pub now: Timestamp,
-    /// Its node.
+    /// Its node on the tailnet.
     #[serde(default)]
     pub node: NodeView,
     /// Why it is not ready; empty when it is.
     #[serde(default)]
     pub not_ready: Vec<String>,
-    /// What is wrong besides.
+    /// What an operator should know of although it is ready.
     #[serde(default)]
     pub warnings: Vec<String>,
     /// What it has of the machine's memory.
@@ -48,7 +48,7 @@ pub struct Status {
     /// How many clients wait for a mailbox that cannot be reached.
     #[serde(default)]
     pub held: usize,
-    /// Its listeners.
+    /// Its listeners, and those that a reload has removed.
     #[serde(default)]
     pub listeners: Vec<ListenerView>,
     /// Each server, as each listener uses it.
@@ -76,9 +76,9 @@ pub struct NodeView {
     pub name: String,
     /// Its tailnet addresses.
     pub ips: Vec<IpAddr>,
-    /// The tags it holds.
+    /// The tags it holds, which the control server gave it.
     pub tags: Vec<String>,
-    /// Tailscale's word for its state.
+    /// Tailscale's word for its state, such as `Running`.
     pub state: String,
     /// When its key expires, if it does.
     pub key_expiry: Option<Timestamp>,
@@ -92,7 +92,7 @@ pub struct NodeView {
 pub struct MemoryView {
     /// What it is to stay below.
     pub limit_bytes: u64,
-    /// What is in use.
+    /// What of the process is in memory.
     pub resident_bytes: u64,
     /// What connections hold for bytes in flight, beyond the floor that each has.
     pub in_flight_bytes: u64,
@@ -109,30 +109,30 @@ impl fmt::Display for MemoryView {
     }
 }
 
-/// A listener.
+/// A listener, with counts since the start of the process.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ListenerView {
-    /// Its name.
+    /// Its name in the configuration.
     pub name: String,
-    /// What is spoken there.
+    /// The protocol of its clients.
     pub protocol: String,
-    /// Where clients come in; nowhere, once it was removed.
+    /// The addresses it listens on; nowhere, once it was removed.
     pub addresses: Vec<SocketAddr>,
     /// Whether a reload has removed it: it is here for as long as it has connections.
     #[serde(default)]
     pub removed: bool,
-    /// Where its connections go.
+    /// The servers it forwards to.
     pub upstream: String,
-    /// Connections there are.
+    /// Connections that are open.
     pub open: usize,
-    /// Connections that have ended since the start.
+    /// Connections that have ended.
     pub ended: u64,
     /// Of these, those that our side or the mailbox has failed.
     pub failed: u64,
-    /// Bytes to the mailbox.
+    /// Bytes that the mailbox took, of open connections too.
     pub sent: u64,
-    /// Bytes to clients.
+    /// Bytes that clients took, of open connections too.
     pub received: u64,
 }
 
@@ -142,9 +142,9 @@ pub struct ListenerView {
 pub struct UpstreamView {
     /// The listener's name.
     pub listener: String,
-    /// The server's address.
+    /// The server, as `HOST:PORT`.
     pub upstream: String,
-    /// What is spoken there.
+    /// The protocol of the listener.
     pub protocol: String,
     /// The path that packets to it took last: direct or relayed.
     pub path: Option<String>,
@@ -162,10 +162,10 @@ pub struct ClientView {
     /// How many connections it has.
     #[serde(default)]
     pub connections: usize,
-    /// Bytes from it.
+    /// Bytes from it on its open connections.
     #[serde(default)]
     pub sent: u64,
-    /// Bytes to it.
+    /// Bytes to it on its open connections.
     #[serde(default)]
     pub received: u64,
 }

@@ -25,7 +25,7 @@ const FIRST_BYTE_BUCKETS_SECONDS: [f64; 11] =
 /// A listener may have any name, so no end and no reason may end with another one.
 #[derive(Debug)]
 pub struct Counters {
-    /// For who shows them.
+    /// What `/metrics` is made of.
     pub(crate) registry: Registry,
     ended: IntCounterVec,
     refused: IntCounterVec,

@@ -95,7 +95,7 @@ pub struct Permits {
 }
 
 impl Permits {
-    /// So many permits.
+    /// `size` permits, all of them free.
     pub fn new(size: usize) -> Permits {
         Permits { semaphore: Arc::new(Semaphore::new(size)), size, owed: None }
     }
@@ -162,7 +162,7 @@ impl Permits {
 /// Counts the connections of each client.
 #[derive(Debug)]
 pub struct ClientLimit {
-    /// 0 is no limit.
+    /// `limits.max_connections_per_client`; 0 is no limit.
     max: AtomicUsize,
     /// How many each client has.
     open: Mutex<HashMap<IpAddr, usize>>,

@@ -48,7 +48,7 @@ pub struct Connections {
     open: Mutex<BTreeMap<u64, Open>>,
     failures: Mutex<VecDeque<Failure>>,
     dismissed: AtomicUsize,
-    /// What is counted.
+    /// Counts since the start of the process, of every listener.
     pub counters: Counters,
     /// What is held back of the log: of connections that came to nothing, and of sessions, in which the
     /// mailbox has heard the client. The one cannot use up the other's lines.
@@ -60,7 +60,7 @@ pub struct Connections {
 #[derive(Clone, Debug)]
 pub struct Open(Arc<Entry>);
 
-/// Those of one listener.
+/// The connections of one listener.
 #[derive(Debug)]
 pub struct ListenerConnections {
     all: Arc<Connections>,
@@ -70,7 +70,6 @@ pub struct ListenerConnections {
     counters: ListenerCounters,
 }
 
-/// A connection.
 #[derive(Debug)]
 struct Entry {
     id: u64,
@@ -367,7 +366,7 @@ impl Connection {
         self.entry.client
     }
 
-    /// When.
+    /// When it was accepted, from which its times are counted.
     pub fn accepted(&self) -> Instant {
         self.entry.accepted
     }

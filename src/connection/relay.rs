@@ -55,9 +55,9 @@ thread_local! {
 /// One of the two parties of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// Who connected to us.
+    /// The one that connected to the edge.
     Client,
-    /// Whom we connected to.
+    /// The server that the edge has dialled.
     Upstream,
 }
 
@@ -119,7 +119,7 @@ pub enum End {
     Failed {
         /// Whose connection failed.
         side: Side,
-        /// How.
+        /// What the system or the tailnet said.
         error: io::Error,
     },
     /// No byte either way for the idle time-out.

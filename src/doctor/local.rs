@@ -228,7 +228,7 @@ fn port(listener: &str, address: SocketAddr, configured: bool, running: Running)
 /// The addresses under which this machine is reached.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Addresses {
-    /// The public ones.
+    /// Sorted and without doubles, or as they were given.
     pub public: Vec<IpAddr>,
     /// Whether they were given; then nothing was looked at.
     pub given: bool,

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::support::text::{columns, harmless};
 
-/// How a check went.
+/// Whether somebody has to act on what a check found.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
@@ -26,9 +26,9 @@ pub enum Outcome {
 pub struct Check {
     /// What was looked at: a fixed word, and the thing if there are several.
     pub name: String,
-    /// How it went.
+    /// Whether somebody has to act on it.
     pub outcome: Outcome,
-    /// What was found.
+    /// What was found, on one line.
     pub finding: String,
     /// What to do, if there is anything.
     pub remedy: Option<String>,
@@ -40,12 +40,12 @@ impl Check {
         Check::new(name, Outcome::Pass, finding, None)
     }
 
-    /// Works, but.
+    /// It works, or may work; `remedy` says what to look at.
     pub fn warn(name: impl Into<String>, finding: impl Into<String>, remedy: impl Into<String>) -> Check {
         Check::new(name, Outcome::Warn, finding, Some(remedy.into()))
     }
 
-    /// Does not work.
+    /// Mail is lost or late until `remedy` is done.
     pub fn fail(name: impl Into<String>, finding: impl Into<String>, remedy: impl Into<String>) -> Check {
         Check::new(name, Outcome::Fail, finding, Some(remedy.into()))
     }
@@ -83,7 +83,7 @@ impl Check {
 /// All checks, in the order in which they are shown.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// The checks.
+    /// In the order of `doctor.rs`.
     pub checks: Vec<Check>,
 }
 

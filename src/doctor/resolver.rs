@@ -40,7 +40,7 @@ pub enum Unanswered {
     Silent {
         /// The server, or all of them.
         server: String,
-        /// What happened.
+        /// The error, or the time that was waited.
         reason: String,
     },
     /// The server has no answer to this one.
@@ -48,7 +48,7 @@ pub enum Unanswered {
     Failed {
         /// The server, or all of them.
         server: String,
-        /// What it answered.
+        /// The answer that stands for "no answer", such as SERVFAIL.
         reason: String,
     },
 }

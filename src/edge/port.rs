@@ -37,7 +37,7 @@ pub(super) struct Port {
 /// What a service is made of. While it stays the same, so does the service.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Definition {
-    /// Without its addresses.
+    /// With `listen` empty: another address makes no other service.
     pub(super) listener: config::Listener,
     pub(super) connect: Duration,
     pub(super) half_close: Duration,

@@ -131,11 +131,11 @@ impl Source {
 /// What differs between two configurations.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// Listeners by name.
+    /// Names of listeners that only the new one has.
     pub added: Vec<String>,
-    /// Listeners by name.
+    /// Names of listeners that only the old one has.
     pub removed: Vec<String>,
-    /// Listeners by name.
+    /// Names of listeners that are set otherwise.
     pub changed: Vec<String>,
     /// Sections and keys that are not a listener's.
     pub settings: Vec<&'static str>,
@@ -144,7 +144,7 @@ pub struct Changes {
 }
 
 impl Changes {
-    /// From one to the other.
+    /// What a reload from `old` to `new` changes.
     pub fn between(old: &Config, new: &Config) -> Changes {
         let names =
             |listeners: &[&Listener]| listeners.iter().map(|listener| listener.name.clone()).collect();

@@ -70,7 +70,7 @@ pub(super) struct Serving {
     sockets: Sockets,
     admission: Admission,
     permits: Permits,
-    /// In force.
+    /// Set by a reload, too.
     memory: MemoryLimit,
     held: Permits,
     peers: Peers<Node>,

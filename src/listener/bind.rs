@@ -45,7 +45,7 @@ impl ListeningSocket {
         AsyncFd::with_interest(listener, Interest::READABLE).map(ListeningSocket)
     }
 
-    /// Where it listens.
+    /// Its address, with the port that the system chose for port 0.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.0.get_ref().local_addr()
     }

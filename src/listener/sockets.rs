@@ -45,7 +45,7 @@ const STORE_MAX: usize = 64;
 pub struct Socket {
     /// The configuration's address, whose port may be 0.
     address: SocketAddr,
-    /// Itself.
+    /// Shared with who accepts from it; it is closed when the last has let go.
     pub listener: Arc<ListeningSocket>,
     /// Whether it belongs to a socket unit, and not to us.
     is_units: bool,
@@ -54,9 +54,9 @@ pub struct Socket {
 /// The sockets of each listener, in the order of the configuration, and the admin listener's.
 #[derive(Clone, Debug, Default)]
 pub struct Opened {
-    /// By the listeners' names.
+    /// Each listener's name, and its sockets in the order of its addresses.
     pub listeners: Vec<(String, Vec<Socket>)>,
-    /// If there is one.
+    /// `None` where `admin.listen` is off.
     pub admin: Option<Socket>,
 }
 
@@ -271,7 +271,7 @@ impl fmt::Display for Inherited {
 }
 
 impl Socket {
-    /// Where it listens.
+    /// Its address, with the port that the system chose for port 0. `None` if the system does not tell.
     pub fn local(&self) -> Option<SocketAddr> {
         self.listener.local_addr().ok()
     }
@@ -290,7 +290,6 @@ impl PartialEq for Socket {
 }
 
 impl Opened {
-    /// All sockets.
     fn all(&self) -> impl Iterator<Item = &Socket> {
         self.listeners.iter().flat_map(|(_, sockets)| sockets).chain(&self.admin)
     }

@@ -23,7 +23,7 @@ const DEFAULT_FLOOR_MIB: u64 = 64;
 /// What the edge aims to stay below, and where that comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryLimit {
-    /// In MiB.
+    /// In MiB, as `limits.memory_mib`.
     pub mib: u64,
     /// The reason, for the log.
     pub reason: String,
@@ -56,7 +56,7 @@ impl MemoryLimit {
         MemoryLimit { mib, reason, warning }
     }
 
-    /// In bytes.
+    /// The whole limit, in bytes.
     pub fn bytes(&self) -> u64 {
         self.mib * MIB
     }

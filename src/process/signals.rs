@@ -90,13 +90,13 @@ fn handler(kind: SignalKind) -> io::Result<Signal> {
 /// What became of the connections that were there when a stop began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Drained {
-    /// All of them.
+    /// How many there were.
     pub connections: usize,
     /// Those that waited for their client, or for the mailbox, and were sent away.
     pub dismissed: usize,
     /// Those that were still there when the time was over.
     pub cut: usize,
-    /// How long it took.
+    /// From the signal until none was left.
     pub took: Duration,
 }
 

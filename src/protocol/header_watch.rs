@@ -41,7 +41,7 @@ const ON_THE_HEELS: Duration = Duration::from_secs(5);
 /// What the server's first bytes say about our header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Nothing yet.
+    /// Not enough was heard.
     Undecided,
     /// It was taken for commands: the mailbox does not expect it from us.
     Taken,

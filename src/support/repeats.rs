@@ -27,7 +27,7 @@ const MAX_LINES: u32 = 6000;
 /// Counts lines by their kind.
 #[derive(Debug)]
 pub struct Repeats<K> {
-    /// 0 for no limit.
+    /// Lines of one kind; 0 for no limit.
     per_minute: AtomicU32,
     told: Mutex<AllTold<K>>,
 }
@@ -35,7 +35,7 @@ pub struct Repeats<K> {
 #[derive(Debug)]
 struct AllTold<K> {
     kinds: HashMap<K, Told>,
-    /// Of every kind.
+    /// Lines of all kinds together.
     minute: Minute,
 }
 

@@ -36,7 +36,7 @@ const SYSTEMD_NAME: &str = "ts_authkey";
 /// What to enrol with.
 #[derive(Debug)]
 pub struct Credential {
-    /// What it is.
+    /// Its kind, and the secret itself.
     pub kind: Kind,
     /// The variable or setting that gave it or named its file.
     pub origin: &'static str,
@@ -51,7 +51,7 @@ pub enum Kind {
     OAuthClient {
         /// Its id, which Tailscale reads from the secret too.
         id: Option<String>,
-        /// Its secret.
+        /// `TS_CLIENT_SECRET`.
         secret: Secret,
     },
     /// A workload identity that may make such keys.

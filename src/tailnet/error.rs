@@ -42,7 +42,7 @@ pub enum JoinError {
     /// The credential cannot become an auth key.
     #[error("this node has to enrol on the tailnet, and its credential cannot be used: {reason}; {remedy}")]
     Unusable {
-        /// Why not.
+        /// What the library or the API said of it.
         reason: String,
         /// What to do, which depends on the credential.
         remedy: String,
@@ -98,13 +98,13 @@ pub enum JoinError {
     ControlUnreachable {
         /// The control server.
         control: String,
-        /// The failed step.
+        /// The step that failed, and its error.
         reason: String,
     },
     /// Enrolled, but the tailnet is out of reach; the node goes on trying.
     #[error("not on the tailnet after {} s: {reason}", .after.as_secs())]
     TimedOut {
-        /// How long it was tried.
+        /// The time that this attempt was given.
         after: Duration,
         /// What the node is waiting for.
         reason: String,

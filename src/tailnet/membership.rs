@@ -36,7 +36,7 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 /// A node and what it may enrol with.
 #[derive(Debug)]
 pub struct Membership {
-    /// The node.
+    /// The started node, enrolled or not.
     pub node: Arc<Node>,
     sources: Arc<Sources>,
     settings: config::Tailnet,

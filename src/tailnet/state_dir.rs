@@ -14,7 +14,7 @@ use thiserror::Error;
 /// Why the state directory cannot be used.
 #[derive(Debug, Error)]
 pub enum StateDirError {
-    /// It could not be made.
+    /// It does not exist, and cannot be made.
     #[error("cannot create the state directory {}: {error}; create it for the user that runs the edge, or set state_dir", .path.display())]
     Create {
         /// The directory.
@@ -35,7 +35,7 @@ pub enum StateDirError {
     Exposed {
         /// The directory.
         path: PathBuf,
-        /// Who can.
+        /// Whose it is, or its mode.
         problem: String,
     },
     /// Another process holds the lock.

@@ -31,7 +31,7 @@ impl Reset for TailnetStream {
 
 /// Makes connections to peers.
 pub trait Dial: Send + Sync + 'static {
-    /// A connection.
+    /// What a successful dial gives.
     type Stream: AsyncRead + AsyncWrite + Reset + Unpin + Send;
 
     /// Connects to a port of a peer. Dropping the future gives up and frees

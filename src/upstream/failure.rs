@@ -26,7 +26,7 @@ pub enum Failure {
     /// The attempt was met by silence.
     #[error("no answer within {limit:?}: {silence}")]
     Silent {
-        /// The connect time-out.
+        /// `timeouts.connect`.
         limit: Duration,
         /// What a ping found out afterwards.
         silence: Silence,

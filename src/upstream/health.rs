@@ -47,7 +47,7 @@ pub enum State {
     Unprobed,
     /// It greets as it should.
     Up,
-    /// It does not.
+    /// It cannot be reached, or does not greet as it should.
     Down,
     /// Not enough is known yet; or an edge of another version says what is not known here.
     #[serde(other)]
@@ -61,7 +61,7 @@ pub struct Monitor {
     pub listener: String,
     /// The server's address, as people write it.
     pub upstream: String,
-    /// What is probed.
+    /// What its probes connect to, and expect there.
     pub target: Target,
     seen: Mutex<Seen>,
 }
@@ -69,9 +69,9 @@ pub struct Monitor {
 /// What was found out last.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Seen {
-    /// The verdict.
+    /// Whether it is up.
     pub state: State,
-    /// Since when.
+    /// Since when it is in that state.
     pub since: Timestamp,
     /// When the last probe ended.
     pub probed: Option<Timestamp>,
@@ -94,7 +94,7 @@ pub struct Seen {
 }
 
 impl Default for Seen {
-    /// Nothing.
+    /// Of a server that nobody has probed.
     fn default() -> Seen {
         Seen {
             state: State::Unprobed,

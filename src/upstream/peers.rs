@@ -38,7 +38,7 @@ use crate::upstream::dial::Dial;
 /// How many looks in a row must have found nothing of a peer.
 const LOOKS: u32 = 5;
 
-/// So many looks without an answer are enough also where bytes still come: they may have come before the
+/// This many looks without an answer are enough also where bytes still come: they may have come before the
 /// silence, for a client that takes its time.
 const LOOKS_BESIDE_BYTES: u32 = 3 * LOOKS;
 
@@ -62,11 +62,11 @@ const LEAST_PAUSE: Duration = Duration::from_secs(1);
 /// The path to a peer, as its last answer to a ping came.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Path {
-    /// Which way.
+    /// Direct or over a relay.
     pub route: Route,
-    /// How long the answer took.
+    /// The round trip.
     pub latency: Duration,
-    /// When it came.
+    /// When the answer came.
     pub seen: Instant,
 }
 
@@ -187,7 +187,7 @@ pub struct Peers<D> {
 }
 
 impl<D: Dial> Peers<D> {
-    /// None yet.
+    /// Of no peer yet; `limit` is `timeouts.dead_peer`.
     pub fn new(dialler: Arc<D>, limit: Duration, vitals: Vitals) -> Peers<D> {
         let (known, watching) = (BTreeMap::new(), Vec::new());
         Peers { dialler, limit: watch::Sender::new(limit), known, vitals, watching }

@@ -57,7 +57,7 @@ const SHOWN: usize = 200;
 pub struct Target {
     /// The peer's name or address.
     pub host: String,
-    /// The port on it.
+    /// The port of `upstream_port`.
     pub port: u16,
     /// What should be spoken there.
     pub protocol: Protocol,
@@ -138,7 +138,7 @@ pub enum ProbeError {
         "the mailbox took the PROXY header for something the client said, and answered it with \"{said}\"; make it trust this edge's tailnet addresses for the PROXY protocol on this port, or set proxy_protocol = \"off\" for the listener"
     )]
     HeaderTaken {
-        /// The complaint.
+        /// The beginning of what it answered to the header.
         said: String,
     },
     /// Something else is spoken there.
@@ -146,13 +146,13 @@ pub enum ProbeError {
         "the port speaks something else than it should, it said \"{found}\"; check the listener's protocol and upstream_port"
     )]
     WrongProtocol {
-        /// What it said.
+        /// The beginning of what it said.
         found: String,
     },
     /// The mailbox does not want to serve.
     #[error("the mailbox refuses to serve: \"{greeting}\"; see the mail server's log")]
     Refused {
-        /// Its words.
+        /// The line with which it refused.
         greeting: String,
     },
     /// The handshake failed.
@@ -175,7 +175,7 @@ fn why_closed(header: &bool) -> &'static str {
     }
 }
 
-/// As its text.
+/// As the text that people read.
 impl Serialize for ProbeError {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)

@@ -42,7 +42,7 @@ const DISTRUST_INTERVAL: Duration = Duration::from_secs(600);
 #[derive(Debug)]
 pub struct Server {
     peer: Arc<Peer>,
-    /// The port.
+    /// The port of `upstream_port`, 1 to 65535.
     pub port: u16,
     record: Mutex<Record>,
     /// Told of each failure to connect, so that the probe need not wait for its next turn.
@@ -164,9 +164,8 @@ impl Server {
         self.peer.connected()
     }
 
-    /// The peer.
     #[cfg(test)]
-    pub fn peer(&self) -> &Peer {
+    pub(crate) fn peer(&self) -> &Peer {
         &self.peer
     }
 

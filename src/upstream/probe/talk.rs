@@ -15,7 +15,7 @@ const HEARD: usize = 8192;
 /// A connection to a server that is expected to speak in lines.
 pub(super) struct Talk<S> {
     stream: S,
-    /// Everything heard.
+    /// What the server has said, at most `HEARD` bytes and a chunk.
     heard: Vec<u8>,
     /// How much of it was handed out as lines.
     taken: usize,
@@ -28,7 +28,7 @@ pub(super) enum Stop {
     Ended,
     /// The connection failed.
     Failed(String),
-    /// Not in time.
+    /// The deadline has passed.
     Late,
     /// The server says too much.
     TooMuch,
@@ -65,7 +65,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<S> {
         !self.heard.is_empty()
     }
 
-    /// Reads once.
     async fn more(&mut self, deadline: Instant) -> Result<(), Stop> {
         let mut chunk = [0; 1024];
         match timeout_at(deadline, self.stream.read(&mut chunk)).await {
@@ -81,7 +80,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<S> {
         }
     }
 
-    /// Says something.
+    /// Sends `text` as it is, with the line end that is in it.
     pub(super) async fn say(&mut self, text: &str, deadline: Instant) -> Result<(), Stop> {
         let said = async {
             self.stream.write_all(text.as_bytes()).await?;
