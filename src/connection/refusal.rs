@@ -17,7 +17,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use socket2::SockRef;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy, sink};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -31,7 +31,7 @@ const LINGER_LIMIT: Duration = Duration::from_secs(5);
 
 /// How much of what the client sends is read meanwhile: more than its first window, and a flood is
 /// cut all the same.
-const LINGER_BYTES: usize = 256 * 1024;
+const LINGER_BYTES: u64 = 256 * 1024;
 
 /// A fatal TLS alert, internal_error (RFC 8446 section 6.2), in a record of the version that every
 /// client takes before one is agreed upon (section 5.1). Clients show it as a failure of the server,
@@ -78,7 +78,8 @@ pub async fn refuse(client: &mut TcpStream, protocol: Protocol, name: &PublicNam
         client.shutdown().await
     };
     if let Ok(Ok(())) = timeout(WRITE_LIMIT, told).await {
-        let _ = timeout(LINGER_LIMIT, discard(client)).await;
+        let rest = &mut client.take(LINGER_BYTES);
+        let _ = timeout(LINGER_LIMIT, copy(rest, &mut sink())).await;
     }
 }
 
@@ -87,18 +88,6 @@ pub async fn refuse(client: &mut TcpStream, protocol: Protocol, name: &PublicNam
 pub fn refuse_at_once(client: &TcpStream, protocol: Protocol, name: &PublicName) {
     // Straight to the kernel: the runtime does not know yet that it may be written to.
     let _ = SockRef::from(client).send(&refusal(protocol, &name.of(client.local_addr().ok())));
-}
-
-/// Reads until the client closes its side, or has sent too much.
-async fn discard(client: &mut TcpStream) {
-    let mut bytes = [0; 4096];
-    let mut left = LINGER_BYTES;
-    while let Ok(read @ 1..) = client.read(&mut bytes).await {
-        left = left.saturating_sub(read);
-        if left == 0 {
-            return;
-        }
-    }
 }
 
 /// The bytes that refuse service for now.

@@ -14,6 +14,7 @@ use super::report::{Check, Outcome};
 use crate::config;
 use crate::protocol::advice;
 use crate::protocol::{Protocol, ProxyProtocol};
+use crate::support::text::host_port;
 use crate::support::wall_clock;
 use crate::tailnet::{ConnectError, Node, PingReport, TailnetStream};
 use crate::upstream::dial::Dial;
@@ -46,7 +47,7 @@ impl Visit {
 
     /// The name of a check about it.
     fn check(&self, what: &str) -> String {
-        format!("{what} {} {}:{}", self.listener, self.target.host, self.target.port)
+        format!("{what} {} {}", self.listener, host_port(&self.target.host, self.target.port))
     }
 }
 
@@ -195,6 +196,13 @@ mod tests {
         let silent = Err(ProbeError::Silent { limit: Duration::from_secs(10) });
         let checks = greeting(&listener("smtp"), &silent, &own(), Timestamp::UNIX_EPOCH);
         assert_eq!((&*checks[0].name, checks[0].outcome), ("greeting smtp stalwart:25", Outcome::Fail));
+    }
+
+    #[test]
+    fn the_address_of_a_mailbox_is_told_from_its_port() {
+        let mut visit = listener("smtp");
+        visit.target.host = "fd7a:115c:a1e0::1".into();
+        assert_eq!(visit.check("greeting"), "greeting smtp [fd7a:115c:a1e0::1]:25");
     }
 
     #[test]

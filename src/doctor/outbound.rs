@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use hyper::http::uri::Authority;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -23,7 +23,7 @@ const NAME: &str = "outbound-25";
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// The most that is read of a greeting.
-const GREETING_BYTES: usize = 512;
+const GREETING_BYTES: u64 = 512;
 
 /// Connects to `HOST[:PORT]` and waits for a greeting.
 pub async fn check(server: &str, resolver: &Result<Resolver, String>) -> Check {
@@ -63,14 +63,8 @@ fn blocked(finding: String) -> Check {
 
 async fn greeting(stream: &mut TcpStream) -> std::io::Result<String> {
     let mut line = Vec::new();
-    while !line.contains(&b'\n') && line.len() < GREETING_BYTES {
-        if stream.read_buf(&mut line).await? == 0 {
-            break;
-        }
-    }
-    line.truncate(GREETING_BYTES);
-    let first = line.split(|&byte| byte == b'\n').next().unwrap_or_default();
-    Ok(harmless(&String::from_utf8_lossy(first)))
+    BufReader::new(stream.take(GREETING_BYTES)).read_until(b'\n', &mut line).await?;
+    Ok(harmless(&String::from_utf8_lossy(&line)))
 }
 
 /// `HOST[:PORT]`, an IPv6 address with a port in brackets. What has no good port is a host as a whole.

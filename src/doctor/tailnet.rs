@@ -16,8 +16,8 @@ use hyper::StatusCode;
 use jiff::Timestamp;
 use serde::Deserialize;
 use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
+use tokio_util::task::JoinQueue;
 
 use super::local::{Place, Running, is_enrolled};
 use super::mailbox::{self, Visit};
@@ -144,13 +144,11 @@ fn targets(config: &Config) -> impl Iterator<Item = (&config::Listener, &str, u1
 async fn in_order<T: Send + 'static>(
     futures: impl Iterator<Item = impl Future<Output = T> + Send + 'static>,
 ) -> Vec<T> {
-    let mut running = JoinSet::new();
-    for (index, future) in futures.enumerate() {
-        running.spawn(async move { (index, future.await) });
+    let mut running = JoinQueue::new();
+    for future in futures {
+        running.spawn(future);
     }
-    let mut results = running.join_all().await;
-    results.sort_by_key(|(index, _)| *index);
-    results.into_iter().map(|(_, result)| result).collect()
+    running.join_all().await
 }
 
 /// What the node says of itself.
@@ -310,11 +308,7 @@ struct Answer {
 async fn through_the_edge(admin: SocketAddr) -> Vec<Check> {
     const NAME: &str = "tailnet";
     const RETRY: &str = "run the doctor again in a moment";
-    let failed = |finding: String| {
-        let remedy =
-            "check that admin.listen is what the edge was started with, and its log; restart it if it hangs";
-        vec![Check::fail(NAME, finding, remedy)]
-    };
+    let failed = |finding: String| vec![Check::fail(NAME, finding, NO_ANSWER)];
     let asked = match timeout(ADMIN_LIMIT, get_from(admin, PATH)).await {
         Ok(asked) => asked,
         Err(_) => Err(format!("no answer within {} s", ADMIN_LIMIT.as_secs())),

@@ -11,6 +11,7 @@ use std::fs;
 use std::path::Path;
 
 use procfs::process::Process;
+use procfs::{ProcessCGroup, ProcessCGroups};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -92,8 +93,8 @@ impl Machine {
     fn look() -> Machine {
         let system = rustix::system::sysinfo();
         let machine = system.totalram * u64::from(system.mem_unit);
-        let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        match group_limit(&groups, Path::new("/sys/fs/cgroup")) {
+        let groups = Process::myself().and_then(|process| process.cgroups()).ok();
+        match groups.and_then(|groups| group_limit(&groups, Path::new("/sys/fs/cgroup"))) {
             Some(bytes) if bytes < machine => Machine { bytes, whose: "of its control group" },
             _ => Machine { bytes: machine, whose: "of this machine" },
         }
@@ -101,18 +102,15 @@ impl Machine {
 }
 
 /// The lowest limit of the control groups that the process is in, of either version of cgroups.
-/// `groups` is what `/proc/self/cgroup` says.
-fn group_limit(groups: &str, root: &Path) -> Option<u64> {
-    let lines = groups.lines().filter_map(|line| {
-        let mut fields = line.splitn(3, ':').skip(1);
-        Some((fields.next()?, fields.next()?))
-    });
-    let limits = lines.flat_map(|(controllers, group)| match controllers {
-        "" => lowest(root, group, &["memory.max", "memory.high"]),
-        _ if controllers.split(',').any(|controller| controller == "memory") => {
-            lowest(&root.join("memory"), group, &["memory.limit_in_bytes"])
+fn group_limit(groups: &ProcessCGroups, root: &Path) -> Option<u64> {
+    let limits = groups.into_iter().flat_map(|ProcessCGroup { controllers, pathname, .. }| {
+        if controllers.is_empty() {
+            lowest(root, pathname, &["memory.max", "memory.high"])
+        } else if controllers.iter().any(|controller| controller == "memory") {
+            lowest(&root.join("memory"), pathname, &["memory.limit_in_bytes"])
+        } else {
+            None
         }
-        _ => None,
     });
     limits.min()
 }
@@ -128,6 +126,8 @@ fn lowest(root: &Path, group: &str, files: &[&str]) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use procfs::FromBufRead;
+
     use super::*;
 
     #[test]
@@ -166,7 +166,9 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text).unwrap();
         };
-        let limit = |groups| group_limit(groups, dir.path());
+        let limit = |groups: &str| {
+            group_limit(&ProcessCGroups::from_buf_read(groups.as_bytes()).unwrap(), dir.path())
+        };
         assert_eq!(limit("0::/system.slice/edge.service\n"), None);
         write("system.slice/edge.service/memory.max", "max\n");
         assert_eq!(limit("0::/system.slice/edge.service\n"), None);

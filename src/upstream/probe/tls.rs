@@ -8,19 +8,18 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::task::{Context, Poll};
 
 use jiff::Timestamp;
 use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{AlertDescription, ClientConfig, DigitallySignedStruct, SignatureScheme};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+use tokio_util::io::InspectReader;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use super::{Certificate, Clock, LOOK, ProbeError, Target, harmless, harmless_error};
@@ -36,12 +35,13 @@ pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
     mut stream: S,
     target: &Target,
     clock: Clock,
-) -> Result<(TlsStream<Noted<S>>, Certificate), ProbeError> {
+) -> Result<(TlsStream<impl AsyncRead + AsyncWrite + Unpin>, Certificate), ProbeError> {
     if target.header {
         look_for_complaints(&mut stream, clock).await?;
     }
     let said = Said::default();
-    let stream = Noted { stream, said: said.clone() };
+    let noting = said.clone();
+    let stream = InspectReader::new(stream, move |bytes: &[u8]| noting.note(bytes));
     let connecting = TlsConnector::from(config()).connect(server_name(&target.host), stream);
     match timeout_at(clock.deadline, connecting).await {
         Ok(Ok(tls)) => {
@@ -237,39 +237,6 @@ impl Said {
         let mut noted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let room = NOTED - noted.len();
         noted.extend_from_slice(&more[..more.len().min(room)]);
-    }
-}
-
-/// A stream whose first bytes are noted as they are read.
-pub(super) struct Noted<S> {
-    stream: S,
-    said: Said,
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Noted<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
-        self.said.note(&buf.filled()[before..]);
-        read
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Noted<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 
