@@ -18,12 +18,14 @@
 mod client;
 pub(crate) mod counters;
 pub mod end_state;
+pub(crate) mod ended;
 mod hold;
 pub(crate) mod limits;
 pub(crate) mod open;
 pub(crate) mod refusal;
 pub(crate) mod relay;
 mod service;
+pub(crate) mod view;
 
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -37,7 +39,8 @@ use hold::{Refusal, Waiting};
 pub use service::{Hold, Service};
 
 use crate::connection::end_state::EndState;
-use crate::connection::open::{Connection, Ended};
+use crate::connection::ended::Ended;
+use crate::connection::open::Connection;
 use crate::connection::relay::{End, FirstWords, Outcome, Side, relay};
 use crate::protocol::ProxyProtocol;
 use crate::protocol::header_watch::HeaderWatch;

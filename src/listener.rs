@@ -31,8 +31,8 @@ use tracing::{debug, info, warn};
 use bind::BACKLOG;
 pub use bind::{BindError, ListeningSocket, bind};
 
+use crate::connection::ended::Ended;
 use crate::connection::limits::{ClientLimit, ClientLimitReached};
-use crate::connection::open::Ended;
 use crate::connection::refusal;
 use crate::connection::{self, Service};
 use crate::upstream::dial::Dial;

@@ -218,7 +218,7 @@ fn clients(connections: &[Open]) -> Vec<ClientView> {
 mod tests {
     use super::*;
     use crate::connection::end_state::EndState;
-    use crate::connection::open::Ended;
+    use crate::connection::ended::Ended;
     use crate::tailnet::Trouble;
     use crate::test_support::overview;
 

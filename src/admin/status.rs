@@ -11,7 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::connection::open::{ConnectionView, Failure};
+use crate::connection::view::{ConnectionView, FailureView};
 use crate::support::text::{bytes, lasting, table};
 use crate::upstream::health::{Seen, State};
 
@@ -65,7 +65,7 @@ pub struct Status {
     pub connections: Vec<ConnectionView>,
     /// The last failures, the latest first.
     #[serde(default)]
-    pub failures: Vec<Failure>,
+    pub failures: Vec<FailureView>,
 }
 
 /// The node of an edge. Its login address is left out: whoever opens it first owns the node.
@@ -235,7 +235,7 @@ impl Status {
 
     fn failures(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let rows = self.failures.iter().take(SHOWN).map(|failure| {
-            let Failure { last, count, listener, client, end, why, .. } = failure;
+            let FailureView { last, count, listener, client, end, why, .. } = failure;
             vec![
                 format!("{last:.0}"),
                 count.to_string(),

@@ -1,37 +1,21 @@
-//! The open connections, and what became of those that ended.
+//! The open connections. Each begins with [`ListenerConnections::enter`] and ends with [`Connection::end`], or
+//! when it is dropped; in between anybody may look.
 //!
-//! Every accepted connection begins with [`ListenerConnections::enter`] and ends with its [`EndState`], which
-//! is one log line and one count in the metrics. In between anybody may look.
-//!
-//! Invariants
-//! - A connection is told and counted once, however it ends: one whose task is dropped, too.
-//! - Log lines that repeat each other are held back and then counted: soon about connections that came
-//!   to nothing, and late about sessions in which the mailbox has heard the client.
-//! - Nothing here grows without bound: failures of a kind are one, and the last few kinds are kept.
-//!
-//! Deliberately not here: deciding how a connection ended (see `connection.rs`), and showing any of it
-//! (see `admin.rs`).
+//! Deliberately not here: what is told of an end (see `ended.rs`), and how a connection is shown (see `view.rs`).
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
-use tracing::info;
 
 use crate::connection::counters::{Counters, ListenerCounters};
-use crate::connection::end_state::EndState;
-use crate::connection::limits::network_of;
+use crate::connection::ended::{Ended, LineKind, cut};
+use crate::connection::view::FailureView;
 use crate::support::repeats::Repeats;
-use crate::support::wall_clock;
 use crate::upstream::Server;
-
-/// Kinds of failures that are kept to be shown.
-const FAILURES: usize = 30;
 
 /// How many times as many lines a minute a client's sessions have as what came to nothing: who has a
 /// session has cost the mailbox something too, and is worth a line; but one byte must not be enough to
@@ -44,46 +28,46 @@ const TELL_INTERVAL: Duration = Duration::from_secs(5);
 /// Every connection of this edge.
 #[derive(Debug)]
 pub struct Connections {
-    ids: AtomicU64,
-    open: Mutex<BTreeMap<u64, Open>>,
-    failures: Mutex<VecDeque<Failure>>,
-    dismissed: AtomicUsize,
+    pub(super) ids: AtomicU64,
+    pub(super) open: Mutex<BTreeMap<u64, Open>>,
+    pub(super) failures: Mutex<VecDeque<FailureView>>,
+    pub(super) dismissed: AtomicUsize,
     /// Counts since the start of the process, of every listener.
     pub counters: Counters,
     /// What is held back of the log: of connections that came to nothing, and of sessions, in which the
     /// mailbox has heard the client. The one cannot use up the other's lines.
-    repeats: Repeats<Kind>,
-    session_repeats: Repeats<Kind>,
+    pub(super) repeats: Repeats<LineKind>,
+    pub(super) session_repeats: Repeats<LineKind>,
 }
 
 /// A connection that is open.
 #[derive(Clone, Debug)]
-pub struct Open(Arc<Entry>);
+pub struct Open(pub(super) Arc<Entry>);
 
 /// The connections of one listener.
 #[derive(Debug)]
 pub struct ListenerConnections {
-    all: Arc<Connections>,
-    listener: Arc<str>,
+    pub(super) all: Arc<Connections>,
+    pub(super) listener: Arc<str>,
     /// All its servers, for those who have met none.
-    upstream: String,
-    counters: ListenerCounters,
+    pub(super) upstream: String,
+    pub(super) counters: ListenerCounters,
 }
 
 #[derive(Debug)]
-struct Entry {
-    id: u64,
-    of_listener: Arc<ListenerConnections>,
-    client: SocketAddr,
-    accepted: Instant,
+pub(super) struct Entry {
+    pub(super) id: u64,
+    pub(super) of_listener: Arc<ListenerConnections>,
+    pub(super) client: SocketAddr,
+    pub(super) accepted: Instant,
     /// Bytes to the mailbox.
-    sent: AtomicU64,
+    pub(super) sent: AtomicU64,
     /// Bytes to the client.
-    received: AtomicU64,
-    stage: Mutex<Stage>,
+    pub(super) received: AtomicU64,
+    pub(super) stage: Mutex<Stage>,
     /// When the mailbox's first byte came.
-    first_byte: OnceLock<Instant>,
-    ended: AtomicBool,
+    pub(super) first_byte: OnceLock<Instant>,
+    pub(super) ended: AtomicBool,
 }
 
 /// How far a connection can have come, in words.
@@ -91,7 +75,7 @@ pub const STAGES: [&str; 3] = ["connecting", "held", "relaying"];
 
 /// How far a connection has come.
 #[derive(Clone, Debug)]
-enum Stage {
+pub(super) enum Stage {
     Connecting,
     Held,
     Relaying { server: Arc<Server>, connected: Duration },
@@ -101,83 +85,6 @@ enum Stage {
 #[derive(Debug)]
 pub struct Connection {
     entry: Arc<Entry>,
-}
-
-/// How a connection ended.
-#[derive(Debug)]
-pub struct Ended {
-    /// In two letters.
-    pub state: EndState,
-    /// In words, without what to do about it.
-    pub why: String,
-}
-
-impl Ended {
-    /// Of a client that has as many connections as it may.
-    pub fn client_limit() -> Ended {
-        let why = "refused: this client has as many connections as max_connections_per_client allows";
-        Ended { state: EndState::ClientLimit, why: why.to_owned() }
-    }
-}
-
-/// What log lines have in common that repeat each other.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Kind {
-    listener: Arc<str>,
-    state: EndState,
-    /// Whose they are, unless many have the same reason.
-    client: Option<IpAddr>,
-}
-
-/// A connection to be shown.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct ConnectionView {
-    /// Its number in the log.
-    pub id: u64,
-    /// The listener's name.
-    pub listener: String,
-    /// Who connected.
-    pub client: SocketAddr,
-    /// `connecting`, `held` or `relaying`.
-    #[serde(default)]
-    pub stage: String,
-    /// The server it goes to, once that is known.
-    pub upstream: Option<String>,
-    /// The path that its packets take inside the tailnet, once that is known.
-    pub path: Option<String>,
-    /// Bytes to the mailbox.
-    #[serde(default)]
-    pub sent: u64,
-    /// Bytes to the client.
-    #[serde(default)]
-    pub received: u64,
-    /// How long it has lasted.
-    #[serde(default)]
-    pub seconds: u64,
-}
-
-/// Failures of a kind, to be shown.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Failure {
-    /// When the last one was.
-    pub last: Timestamp,
-    /// How many there were in a row.
-    #[serde(default)]
-    pub count: u64,
-    /// The listener's name.
-    #[serde(default)]
-    pub listener: String,
-    /// Where the client was to go.
-    #[serde(default)]
-    pub upstream: String,
-    /// The last one's client.
-    pub client: SocketAddr,
-    /// In two letters.
-    #[serde(default)]
-    pub end: String,
-    /// In words.
-    #[serde(default)]
-    pub why: String,
 }
 
 impl Connections {
@@ -218,7 +125,7 @@ impl Connections {
     }
 
     /// The last failures, the latest first.
-    pub fn failures(&self) -> Vec<Failure> {
+    pub fn failures(&self) -> Vec<FailureView> {
         self.failures.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 
@@ -240,34 +147,6 @@ impl Connections {
         self.tell_repeats(true);
         open.len()
     }
-
-    fn tell_repeats(&self, all: bool) {
-        let of_sessions = self.session_repeats.take_over(all);
-        for (kind, repeats) in self.repeats.take_over(all).into_iter().chain(of_sessions) {
-            let Kind { listener, state: end, client } = kind;
-            let client = client.map(tracing::field::display);
-            info!(listener = &*listener, client, %end, repeats, "similar connections not logged: {}", end.meaning());
-        }
-    }
-
-    fn note_failure(&self, failure: Failure) {
-        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_like = |old: &Failure| {
-            (&old.listener, &old.end, &old.why) == (&failure.listener, &failure.end, &failure.why)
-        };
-        let before = failures.iter().position(is_like).and_then(|at| failures.remove(at));
-        let count = failure.count + before.map_or(0, |before| before.count);
-        failures.push_front(Failure { count, ..failure });
-        failures.truncate(FAILURES);
-    }
-}
-
-fn cut() -> Ended {
-    let (state, why) = match std::thread::panicking() {
-        true => (EndState::Internal, "error inside the edge"),
-        false => (EndState::StoppedCut, "cut because the edge is stopping"),
-    };
-    Ended { state, why: why.to_owned() }
 }
 
 impl ListenerConnections {
@@ -292,71 +171,6 @@ impl ListenerConnections {
         let mut open = self.all.open.lock().unwrap_or_else(PoisonError::into_inner);
         open.insert(entry.id, Open(Arc::clone(&entry)));
         Connection { entry }
-    }
-
-    fn end(&self, entry: &Entry, ended: &Ended) {
-        if entry.ended.swap(true, Ordering::Relaxed) {
-            return;
-        }
-        let all = &self.all;
-        all.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&entry.id);
-        if matches!(ended.state, EndState::StoppedQuiet | EndState::StoppedWaiting) {
-            all.dismissed.fetch_add(1, Ordering::Relaxed);
-        }
-        let first_byte = entry.first_byte.get().map(|at| *at - entry.accepted);
-        all.counters.ended(&self.listener, ended.state);
-        first_byte.inspect(|after| self.counters.first_byte.observe(after.as_secs_f64()));
-        let (stage, upstream) = (entry.stage(), self.upstream_of(entry));
-        if ended.state.is_failure() {
-            all.note_failure(Failure {
-                last: wall_clock::now(),
-                count: 1,
-                listener: self.listener.to_string(),
-                upstream: upstream.clone(),
-                client: entry.client,
-                end: ended.state.to_string(),
-                why: ended.why.clone(),
-            });
-        }
-        let Some(repeats) = self.may_tell(entry, ended.state) else { return };
-        let (connected, path) = match stage {
-            Stage::Relaying { connected, server } => (Some(connected), server.path()),
-            Stage::Connecting | Stage::Held => (None, None),
-        };
-        info!(
-            id = entry.id,
-            listener = &*self.listener,
-            client = %entry.client,
-            %upstream,
-            path = path.map(|path| path.route.to_string()),
-            sent = entry.sent.load(Ordering::Relaxed),
-            received = entry.received.load(Ordering::Relaxed),
-            connect_ms = connected.map(millis),
-            first_byte_ms = first_byte.map(millis),
-            total_ms = millis(entry.accepted.elapsed()),
-            end = %ended.state,
-            why = ended.why,
-            repeats = (repeats > 0).then_some(repeats),
-            "connection"
-        );
-    }
-
-    /// Not when it repeats others. How many were held back before is told with it.
-    fn may_tell(&self, entry: &Entry, state: EndState) -> Option<u64> {
-        let of_many = Kind { listener: Arc::clone(&self.listener), state, client: None };
-        let of_client = || Kind { client: Some(network_of(entry.client.ip())), ..of_many.clone() };
-        if entry.sent.load(Ordering::Relaxed) > 0 {
-            return self.all.session_repeats.may_tell(of_client(), of_many);
-        }
-        let kind = if state.is_failure() { of_many.clone() } else { of_client() };
-        self.all.repeats.may_tell(kind, of_many)
-    }
-
-    fn upstream_of(&self, entry: &Entry) -> String {
-        match entry.stage() {
-            Stage::Relaying { server, .. } => server.to_string(),
-            Stage::Connecting | Stage::Held => self.upstream.clone(),
-        }
     }
 }
 
@@ -424,7 +238,7 @@ impl Drop for Connection {
 }
 
 impl Entry {
-    fn stage(&self) -> Stage {
+    pub(super) fn stage(&self) -> Stage {
         self.stage.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -434,7 +248,7 @@ impl Entry {
 }
 
 impl Stage {
-    fn name(&self) -> &'static str {
+    pub(super) fn name(&self) -> &'static str {
         let [connecting, held, relaying] = STAGES;
         match self {
             Stage::Connecting => connecting,
@@ -469,37 +283,13 @@ impl Open {
     pub fn bytes(&self) -> (u64, u64) {
         (self.0.sent.load(Ordering::Relaxed), self.0.received.load(Ordering::Relaxed))
     }
-
-    /// As it is to be shown.
-    pub fn view(&self) -> ConnectionView {
-        let (stage, (sent, received)) = (self.0.stage(), self.bytes());
-        let name = stage.name().to_owned();
-        let server = match stage {
-            Stage::Relaying { server, .. } => Some(server),
-            Stage::Connecting | Stage::Held => None,
-        };
-        ConnectionView {
-            id: self.0.id,
-            listener: self.listener().to_owned(),
-            client: self.client(),
-            stage: name,
-            path: server.as_ref().and_then(|server| server.path()).map(|path| path.route.to_string()),
-            upstream: server.map(|server| server.to_string()),
-            sent,
-            received,
-            seconds: self.0.accepted.elapsed().as_secs(),
-        }
-    }
-}
-
-/// Milliseconds with three digits, for people.
-fn millis(duration: Duration) -> f64 {
-    (duration.as_secs_f64() * 1e6).round() / 1e3
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::connection::end_state::EndState;
+    use crate::connection::ended::FAILURES;
 
     fn connection(connections: &Arc<Connections>, client: &str) -> Connection {
         connections.of_listener("smtp", "stalwart:25".into()).enter(client.parse().unwrap())

@@ -19,38 +19,23 @@
 //! upstream that had already ended its own direction is noticed with the next
 //! byte for it, or by the half-close time-out.
 
-use std::cell::RefCell;
+mod direction;
+mod timer;
+
 use std::future::{Future, poll_fn};
 use std::io;
-use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll, ready};
+use std::pin::pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::{Instant, Sleep};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::Instant;
 
-use crate::protocol::header_watch::{HeaderWatch, Verdict};
+use crate::protocol::header_watch::HeaderWatch;
+use direction::{Direction, DirectionState, Fault};
+use timer::Timer;
 
-/// Bytes moved per read. With 64 KiB a wake of the network stack (about
-/// 60 kB) is taken in one read; smaller ones cost a call into Go each.
-const BUFFER_BYTES: usize = 64 * 1024;
-
-/// Reads per direction before other tasks of the worker get their turn: 1 MiB.
-const READS_PER_TURN: usize = 16;
-
-/// What all connections together may keep before reads become short; see [`set_kept_most`].
-static KEPT_MOST: AtomicUsize = AtomicUsize::new(8 * 1024 * 1024);
-
-/// A read is never shorter than this: what thousands of stalled connections keep each.
-const READ_LEAST: usize = 1024;
-
-/// What all connections keep at this moment.
-static KEPT_BYTES: AtomicUsize = AtomicUsize::new(0);
-
-thread_local! {
-    static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER_BYTES].into_boxed_slice());
-}
+pub use direction::set_kept_most;
 
 /// One of the two parties of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -242,7 +227,7 @@ impl Relay {
         U: AsyncRead + AsyncWrite + Unpin,
     {
         self.received.keeps_its_end = self.awaits_first_word();
-        if self.sent.first_byte.is_some() || self.sent.state != State::Open {
+        if self.sent.first_byte.is_some() || self.sent.state != DirectionState::Open {
             self.received.watch = None; // what comes now may be the answer to it
         }
         // The upstream first: what it says in this turn is then no answer to what the client says in it,
@@ -286,221 +271,6 @@ fn cause(error: io::Error) -> io::Error {
             io::ErrorKind::ConnectionReset.into()
         }
         _ => error,
-    }
-}
-
-/// Which end of a direction failed.
-enum Fault {
-    Source(io::Error),
-    Sink(io::Error),
-}
-
-/// One direction: bytes go from a source to a sink.
-#[derive(Default)]
-struct Direction {
-    /// What the sink took.
-    bytes: u64,
-    first_byte: Option<Instant>,
-    kept: Kept,
-    state: State,
-    /// Whether an end of stream is a failure of the source, not to be passed on.
-    keeps_its_end: bool,
-    /// Looks at what comes, until it has decided or the other direction has
-    /// begun.
-    watch: Option<Box<HeaderWatch>>,
-    header_taken: bool,
-}
-
-#[derive(Default, PartialEq, Eq)]
-enum State {
-    #[default]
-    Open,
-    /// The source has ended; its last bytes or the FIN are still to be passed.
-    Ending,
-    Ended,
-}
-
-impl Direction {
-    fn ended(&self) -> bool {
-        self.state == State::Ended
-    }
-
-    /// Whether the sink has all that the source gave.
-    fn is_settled(&self) -> bool {
-        self.kept.rest().is_empty() && self.state != State::Ending
-    }
-
-    /// Moves what can be moved. Ready once the sink has had everything and the
-    /// FIN.
-    fn poll<R, W>(&mut self, cx: &mut Context<'_>, source: &mut R, sink: &mut W) -> Poll<Result<(), Fault>>
-    where
-        R: AsyncRead + Unpin,
-        W: AsyncWrite + Unpin,
-    {
-        for _ in 0..READS_PER_TURN {
-            ready!(self.poll_flush(cx, sink)).map_err(Fault::Sink)?;
-            match self.state {
-                State::Open => {}
-                State::Ending => {
-                    ready!(Pin::new(&mut *sink).poll_shutdown(cx)).map_err(Fault::Sink)?;
-                    self.state = State::Ended;
-                    return Poll::Ready(Ok(()));
-                }
-                State::Ended => return Poll::Ready(Ok(())),
-            }
-            ready!(self.poll_pass(cx, source, sink))?;
-        }
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    }
-
-    /// Writes what was kept and gives its memory back.
-    fn poll_flush<W: AsyncWrite + Unpin>(
-        &mut self,
-        cx: &mut Context<'_>,
-        sink: &mut W,
-    ) -> Poll<io::Result<()>> {
-        while !self.kept.rest().is_empty() {
-            let written = ready!(poll_write(cx, sink, self.kept.rest()))?;
-            self.bytes += written as u64;
-            self.kept.from += written;
-        }
-        if !self.kept.bytes.is_empty() {
-            self.kept = Kept::default();
-        }
-        Poll::Ready(Ok(()))
-    }
-
-    /// Reads once and writes that; what the sink does not take is kept.
-    fn poll_pass<R, W>(
-        &mut self,
-        cx: &mut Context<'_>,
-        source: &mut R,
-        sink: &mut W,
-    ) -> Poll<Result<(), Fault>>
-    where
-        R: AsyncRead + Unpin,
-        W: AsyncWrite + Unpin,
-    {
-        BUFFER.with_borrow_mut(|buffer| {
-            let mut read = ReadBuf::new(&mut buffer[..read_bytes()]);
-            ready!(Pin::new(source).poll_read(cx, &mut read)).map_err(Fault::Source)?;
-            let mut rest = read.filled();
-            if rest.is_empty() {
-                if self.keeps_its_end && self.first_byte.is_none() {
-                    return Poll::Ready(Err(Fault::Source(io::ErrorKind::UnexpectedEof.into())));
-                }
-                self.state = State::Ending;
-                return Poll::Ready(Ok(()));
-            }
-            self.first_byte.get_or_insert_with(Instant::now);
-            if let Some(verdict) = self.watch.as_mut().map(|watch| watch.server_said(rest))
-                && verdict != Verdict::Undecided
-            {
-                self.header_taken = verdict == Verdict::Taken;
-                self.watch = None;
-            }
-            while !rest.is_empty() {
-                match poll_write(cx, sink, rest) {
-                    Poll::Ready(written) => {
-                        let written = written.map_err(Fault::Sink)?;
-                        self.bytes += written as u64;
-                        rest = &rest[written..];
-                    }
-                    Poll::Pending => {
-                        self.kept = Kept::of(rest);
-                        return Poll::Pending;
-                    }
-                }
-            }
-            Poll::Ready(Ok(()))
-        })
-    }
-}
-
-/// Sets how many bytes all connections together may keep that their sinks do not take.
-pub fn set_kept_most(bytes: usize) {
-    KEPT_MOST.store(bytes, Ordering::Relaxed);
-}
-
-/// How much is read at once.
-fn read_bytes() -> usize {
-    let left = KEPT_MOST.load(Ordering::Relaxed).saturating_sub(KEPT_BYTES.load(Ordering::Relaxed));
-    (left / 8).clamp(READ_LEAST, BUFFER_BYTES)
-}
-
-/// Bytes read that the sink would not take yet, counted among those of all connections.
-#[derive(Default)]
-struct Kept {
-    bytes: Vec<u8>,
-    from: usize,
-}
-
-impl Kept {
-    fn of(bytes: &[u8]) -> Kept {
-        KEPT_BYTES.fetch_add(bytes.len(), Ordering::Relaxed);
-        Kept { bytes: bytes.to_vec(), from: 0 }
-    }
-
-    fn rest(&self) -> &[u8] {
-        &self.bytes[self.from..]
-    }
-}
-
-impl Drop for Kept {
-    fn drop(&mut self) {
-        if !self.bytes.is_empty() {
-            KEPT_BYTES.fetch_sub(self.bytes.len(), Ordering::Relaxed);
-        }
-    }
-}
-
-fn poll_write<W: AsyncWrite + Unpin>(
-    cx: &mut Context<'_>,
-    sink: &mut W,
-    bytes: &[u8],
-) -> Poll<io::Result<usize>> {
-    match ready!(Pin::new(sink).poll_write(cx, bytes))? {
-        0 => Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-        written => Poll::Ready(Ok(written)),
-    }
-}
-
-pin_project_lite::pin_project! {
-    /// Fires when there was no progress for the limit. The timer is moved only
-    /// when it fires or the limit changes, not with every byte.
-    struct Timer {
-        #[pin]
-        sleep: Sleep,
-        limit: Duration,
-        last_progress: Instant,
-    }
-}
-
-impl Timer {
-    fn start(limit: Duration) -> Timer {
-        let now = Instant::now();
-        Timer { sleep: tokio::time::sleep_until(now + limit), limit, last_progress: now }
-    }
-
-    fn progressed(self: Pin<&mut Self>) {
-        *self.project().last_progress = Instant::now();
-    }
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>, limit: Duration) -> Poll<()> {
-        let mut timer = self.project();
-        let deadline = *timer.last_progress + limit;
-        if *timer.limit != limit {
-            *timer.limit = limit;
-            timer.sleep.as_mut().reset(deadline);
-        }
-        while timer.sleep.as_mut().poll(cx).is_ready() {
-            if timer.sleep.deadline() >= deadline {
-                return Poll::Ready(());
-            }
-            timer.sleep.as_mut().reset(deadline);
-        }
-        Poll::Pending
     }
 }
 

@@ -1,7 +1,7 @@
 use std::future::pending;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, Interest, SimplexStream, duplex};
 use tokio::net::{TcpListener, TcpStream};

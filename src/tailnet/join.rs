@@ -1,0 +1,196 @@
+//! Getting the node onto the tailnet: with what it has on disk, or with a credential.
+//!
+//! Invariants: a node serves only once every configured tag was found; a credential that was offered is taken
+//! back; every error says what to do.
+//!
+//! Deliberately not here: when to try, and again (see `membership.rs`).
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use super::credential::{Credential, Kind};
+use super::node::failure;
+use super::{Code, JoinError, Node};
+use crate::ffi::libtailscale::Setting;
+
+impl Node {
+    /// Joins the tailnet within `limit`, with what the node has on disk, and checks that every
+    /// configured tag is held. After [`JoinError::TimedOut`] the node goes on trying and this may be
+    /// called again; after [`JoinError::NotEnrolled`] and [`JoinError::EnrolmentEnded`],
+    /// [`Node::enrol`] may help; other errors need a person.
+    ///
+    /// Cancelling the future leaves the attempt going on until `limit`.
+    pub async fn up(&self, limit: Duration) -> Result<(), JoinError> {
+        let handle = Arc::clone(&self.handle);
+        let joined =
+            tokio::task::spawn_blocking(move || handle.up(limit).map_err(|c| (c, failure(&handle, c))));
+        match joined.await {
+            Ok(Ok(())) => self.check_tags(),
+            Ok(Err((code, reason))) => Err(self.join_error(code, reason, limit)),
+            Err(panic) => Err(JoinError::Start(panic.to_string())),
+        }
+    }
+
+    /// As [`Node::up`], and enrols with the credential if the control server asks for one. A
+    /// credential that was refused is forgotten; one that was good stays with Tailscale's control
+    /// client until the next login.
+    pub async fn enrol(&self, credential: &Credential, limit: Duration) -> Result<(), JoinError> {
+        let offered = self.offer(Some(&credential.kind));
+        // Also for a later attempt to join, which may find the node enrolled by this one.
+        *self.offered.lock().unwrap_or_else(PoisonError::into_inner) = Some(credential.to_string());
+        let outcome = match offered {
+            Ok(()) => self.up(limit).await,
+            refused => refused,
+        };
+        let taken_back = self.offer(None);
+        match outcome {
+            Err(JoinError::Refused { control, reason, .. }) => {
+                Err(JoinError::Refused { control, reason, remedy: self.remedy(credential) })
+            }
+            Err(JoinError::TagsRefused { control, reason, .. }) => {
+                Err(JoinError::TagsRefused { control, reason, remedy: self.tags_remedy(Some(credential)) })
+            }
+            Err(JoinError::Unusable { reason, .. }) => {
+                Err(JoinError::Unusable { reason, remedy: self.remedy(credential) })
+            }
+            outcome => outcome.and(taken_back),
+        }
+    }
+
+    /// What to do about a credential that was refused.
+    fn remedy(&self, credential: &Credential) -> String {
+        let tags = self.tags.join(", ");
+        match credential.kind {
+            Kind::AuthKey(_) => {
+                format!(
+                    "if that is about the key, create a new one that carries {tags}, in place of {credential}"
+                )
+            }
+            Kind::OAuthClient { .. } => format!(
+                "check {credential}: it needs the scope Auth Keys: Write and all of {tags}, and its secret as it was shown once"
+            ),
+            Kind::FederatedIdentity { .. } => format!(
+                "check {credential}: its id, its issuer, subject and audience, the scope Auth Keys: Write, and all of {tags}"
+            ),
+        }
+    }
+
+    /// What to do where the tags were refused. Without a credential a person has logged in.
+    fn tags_remedy(&self, credential: Option<&Credential>) -> String {
+        let tags = self.tags.join(", ");
+        let owned = |owner: &str| format!("name {owner} as an owner of {tags} in the policy's tagOwners");
+        match credential {
+            None => owned("the person who logs in"),
+            Some(Credential { kind: Kind::AuthKey(_), .. }) => {
+                format!("{}, and use a key that carries {tags}", owned("whoever creates the key"))
+            }
+            Some(credential) => {
+                format!("{}, and give {credential} {tags}", owned(&format!("the tags of {credential}")))
+            }
+        }
+    }
+
+    /// As [`Node::up`], and waits for a person to visit the login URL of [`NodeStatus`] if the
+    /// control server asks for a login. While there is one, `limit` does not run.
+    pub(crate) async fn up_with_person(&self, limit: Duration) -> Result<(), JoinError> {
+        let interactive = |on| {
+            self.handle.set_interactive(on).map_err(|code| JoinError::Start(failure(&self.handle, code)))
+        };
+        interactive(true)?;
+        let outcome = self.up(limit).await;
+        let ended = interactive(false);
+        outcome.and(ended)
+    }
+
+    /// Sets all that makes a credential, so that nothing is left of an earlier one.
+    fn offer(&self, kind: Option<&Kind>) -> Result<(), JoinError> {
+        let [key, id, secret, token] = match kind {
+            None => ["", "", "", ""],
+            Some(Kind::AuthKey(key)) => [key.expose(), "", "", ""],
+            Some(Kind::OAuthClient { id, secret }) => {
+                ["", id.as_deref().unwrap_or_default(), secret.expose(), ""]
+            }
+            Some(Kind::FederatedIdentity { client_id, token }) => ["", client_id, "", token.expose()],
+        };
+        let settings = [
+            (Setting::AuthKey, key),
+            (Setting::ClientId, id),
+            (Setting::ClientSecret, secret),
+            (Setting::IdToken, token),
+        ];
+        for (setting, value) in settings {
+            self.handle.set(setting, value).map_err(|code| JoinError::Start(failure(&self.handle, code)))?;
+        }
+        Ok(())
+    }
+
+    /// What a node without a credential is told, be it new or not any more on the tailnet.
+    pub fn not_enrolled(&self) -> JoinError {
+        let tags = self.tags.join(", ");
+        match self.status().borrow().enrolled {
+            true => JoinError::EnrolmentEnded { tags },
+            false => JoinError::NotEnrolled { tags },
+        }
+    }
+
+    fn join_error(&self, code: Code, reason: String, after: Duration) -> JoinError {
+        let control = self.control.clone();
+        match code {
+            Code::NeedsLogin => self.not_enrolled(),
+            Code::AuthRefused => {
+                let remedy = "check this node in the admin console".to_owned();
+                JoinError::Refused { control, reason, remedy }
+            }
+            Code::BadCredential => JoinError::Unusable { reason, remedy: String::new() },
+            Code::TagsRefused => JoinError::TagsRefused { control, reason, remedy: self.tags_remedy(None) },
+            Code::NeedsApproval => JoinError::NeedsApproval,
+            Code::NeedsLogUpload => JoinError::NeedsLogUpload,
+            Code::ClockWrong => JoinError::ClockWrong { control, reason },
+            Code::KeyExpired => JoinError::KeyExpired { control },
+            Code::UpgradeBlocked => JoinError::UpgradeBlocked { control, reason },
+            Code::UpTimedOut => JoinError::TimedOut { after, reason },
+            code => start_error(&control, code, reason),
+        }
+    }
+
+    /// What to do about tags that the node does not hold.
+    fn missing_tags_remedy(&self) -> String {
+        match &*self.offered.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(credential) => format!(
+                "a node gets the tags of its key, so {credential} does not carry them all: create one that does, remove the files in {} (they are of a node without these tags) and the node from the tailnet, and start again; or give the node the tag (Headscale: headscale nodes tag; Tailscale: edit ACL tags in the admin console)",
+                self.state_dir.display()
+            ),
+            None => "a node keeps the tags it was enrolled with: give it the tag (Tailscale: edit ACL tags in the admin console; Headscale: headscale nodes tag)".to_owned(),
+        }
+    }
+
+    /// The tag is a promise: access rules and the node's key expiry depend on
+    /// it. The state is asked for anew, since the last line of it may be older
+    /// than the join.
+    fn check_tags(&self) -> Result<(), JoinError> {
+        let status = self.look()?;
+        if !status.is_running() {
+            let reason =
+                "it is not running any more, or the library said so in a way that cannot be read".to_owned();
+            return Err(JoinError::TimedOut { after: Duration::ZERO, reason });
+        }
+        let missing: Vec<&str> =
+            self.tags.iter().filter(|tag| !status.tags.contains(tag)).map(String::as_str).collect();
+        if missing.is_empty() {
+            self.tagged.store(true, Ordering::Relaxed);
+            return Ok(());
+        }
+        let held = if status.tags.is_empty() { "no tag".to_owned() } else { status.tags.join(", ") };
+        Err(JoinError::WrongTags { held, missing: missing.join(", "), remedy: self.missing_tags_remedy() })
+    }
+}
+
+pub(super) fn start_error(control: &str, code: Code, reason: String) -> JoinError {
+    match code {
+        Code::BadStateFile => JoinError::BadStateFile(reason),
+        Code::OtherControl => JoinError::OtherControl(reason),
+        Code::ControlUnreachable => JoinError::ControlUnreachable { control: control.to_owned(), reason },
+        _ => JoinError::Start(reason),
+    }
+}
