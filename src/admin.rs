@@ -79,7 +79,7 @@ const PEER_CONNECTION_LIMIT: Duration = Duration::from_secs(10);
 
 /// Answers requests for as long as the edge lives.
 pub async fn serve(listener: Arc<ListeningSocket>, overview: Arc<Overview>, examiner: Arc<Examiner>) {
-    let places = Places::new(PLACES, CROWDED_HEAD_LIMIT);
+    let places = Slots::new(PLACES, CROWDED_HEAD_LIMIT);
     loop {
         let place = places.take().await;
         match listener.accept().await {
@@ -102,7 +102,7 @@ pub async fn serve(listener: Arc<ListeningSocket>, overview: Arc<Overview>, exam
 pub async fn serve_tailnet(node: Arc<Node>, port: u16, overview: Arc<Overview>) {
     let mut listener = listen(port, || node.listen(port, PEER_BACKLOG)).await;
     info!(port, "the admin listener serves the tailnet");
-    let places = Places::new(PEER_PLACES, CROWDED_PEER_HEAD_LIMIT);
+    let places = Slots::new(PEER_PLACES, CROWDED_PEER_HEAD_LIMIT);
     let leaving = Arc::new(Semaphore::new(PEER_LEAVING));
     loop {
         let place = places.take().await;
@@ -136,7 +136,7 @@ async fn listen<L>(port: u16, try_to: impl Fn() -> Result<L, Code>) -> L {
 /// Answers a peer and waits, as one of those who are `leaving`, for it to have the answer and to end. One
 /// that does not, or for which there is no room, is reset: what a peer leaves unread would stay with the
 /// stack, if the connection were only closed, for as long as that peer lives.
-async fn serve_peer<S>(mut stream: S, place: Place, overview: &Overview, leaving: &Semaphore)
+async fn serve_peer<S>(mut stream: S, place: Slot, overview: &Overview, leaving: &Semaphore)
 where
     S: AsyncRead + AsyncWrite + Reset + Unpin,
 {
@@ -153,28 +153,28 @@ where
 }
 
 /// The places of one listener, for a connection each.
-struct Places {
+struct Slots {
     free: Arc<Semaphore>,
     all: usize,
     crowded_head_limit: Duration,
 }
 
 /// A place that is taken until it is dropped, and how long its request's head may take.
-struct Place {
+struct Slot {
     _permit: Option<OwnedSemaphorePermit>,
     head_limit: Duration,
 }
 
-impl Places {
-    fn new(all: usize, crowded_head_limit: Duration) -> Places {
-        Places { free: Arc::new(Semaphore::new(all)), all, crowded_head_limit }
+impl Slots {
+    fn new(all: usize, crowded_head_limit: Duration) -> Slots {
+        Slots { free: Arc::new(Semaphore::new(all)), all, crowded_head_limit }
     }
 
-    async fn take(&self) -> Place {
+    async fn take(&self) -> Slot {
         let permit = Arc::clone(&self.free).acquire_owned().await.ok(); // never closed
         let is_crowded = self.free.available_permits() < self.all / 2;
         let head_limit = if is_crowded { self.crowded_head_limit } else { HEAD_LIMIT };
-        Place { _permit: permit, head_limit }
+        Slot { _permit: permit, head_limit }
     }
 }
 
@@ -182,7 +182,7 @@ impl Places {
 /// Whether it was answered, and our side has ended.
 async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
-    place: Place,
+    place: Slot,
     overview: &Overview,
     examiner: Option<&Examiner>,
 ) -> bool {
@@ -293,7 +293,7 @@ mod tests {
 
     #[tokio::test]
     async fn when_half_of_the_places_are_taken_the_rest_is_for_those_who_ask_at_once() {
-        let places = Places::new(4, CROWDED_HEAD_LIMIT);
+        let places = Slots::new(4, CROWDED_HEAD_LIMIT);
         let mut taken = Vec::new();
         for limit in [HEAD_LIMIT, HEAD_LIMIT, CROWDED_HEAD_LIMIT, CROWDED_HEAD_LIMIT] {
             taken.push(places.take().await);
@@ -306,7 +306,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn half_a_request_has_its_place_until_its_time_is_over() {
-        let places = Places::new(1, CROWDED_HEAD_LIMIT);
+        let places = Slots::new(1, CROWDED_HEAD_LIMIT);
         let (mut client, stream) = tokio::io::duplex(1024);
         client.write_all(b"GET /livez HTTP/1.1\r\nHost:").await.unwrap();
         let place = places.take().await;
@@ -354,7 +354,7 @@ mod tests {
     async fn answer_to(request: &str) -> String {
         let (mut client, stream) = tokio::io::duplex(4096);
         client.write_all(format!("{request}\r\nHost: localhost\r\n\r\n").as_bytes()).await.unwrap();
-        let place = Places::new(1, CROWDED_HEAD_LIMIT).take().await;
+        let place = Slots::new(1, CROWDED_HEAD_LIMIT).take().await;
         connection(stream, place, &overview(None, false, None), None).await;
         let mut answer = String::new();
         client.read_to_string(&mut answer).await.unwrap();

@@ -25,11 +25,11 @@ use std::sync::Arc;
 
 use crate::config::{Config, ConfigError};
 use crate::tailnet::credential::Sources;
-use local::{Addresses, Place, Running};
+use local::{Addresses, Running, StateDirUse};
 use resolver::Resolver;
 
 pub use outbound::DEFAULT_SERVER;
-pub use report::{Check, Outcome, Report};
+pub use report::{Check, Grade, Report};
 pub use tailnet::{Examiner, NoLook, PATH};
 
 /// What to look at.
@@ -64,9 +64,7 @@ async fn all(config: &Config, patient: &Patient) -> Vec<Check> {
     let mut checks = local::ports(config, running);
     // What this user may not look at, the running edge has looked at.
     checks.push(match (running, state.outcome) {
-        (Running::Yes, Outcome::Fail) => {
-            Check::pass(state.name, "in use by the running edge, as another user")
-        }
+        (Running::Yes, Grade::Fail) => Check::pass(state.name, "in use by the running edge, as another user"),
         _ => state,
     });
     let (credential, can_enrol) = local::credential(&patient.sources, &config.tailnet, running).await;
@@ -87,15 +85,15 @@ async fn all(config: &Config, patient: &Patient) -> Vec<Check> {
 
 /// Whether an edge runs. The lock on the state directory tells for sure; where there is no lock to
 /// look at, the admin address tells.
-async fn running(place: &Place, admin: Option<SocketAddr>) -> Running {
+async fn running(place: &StateDirUse, admin: Option<SocketAddr>) -> Running {
     let live = match (place, admin) {
-        (Place::Free(_), _) => return Running::No,
+        (StateDirUse::Free(_), _) => return Running::No,
         (_, Some(admin)) => Some(tailnet::is_live(admin).await),
         (_, None) => None,
     };
     match (place, live) {
-        (_, Some(true)) | (Place::Taken, None) => Running::Yes,
-        (Place::Taken, Some(false)) => Running::Unwell,
+        (_, Some(true)) | (StateDirUse::Taken, None) => Running::Yes,
+        (StateDirUse::Taken, Some(false)) => Running::Unwell,
         _ => Running::No,
     }
 }

@@ -69,7 +69,7 @@ pub struct Admission {
 /// Accepts connections for as long as it is not dropped, each served in a task
 /// of its own.
 pub async fn accept<D: Dial>(listener: Arc<ListeningSocket>, service: Arc<Service<D>>, admission: Admission) {
-    let mut trouble = Trouble { backoff: BACKOFF_FIRST, last: None, lost: 0 };
+    let mut trouble = AcceptErrors { backoff: BACKOFF_FIRST, last: None, lost: 0 };
     loop {
         let Ok(mut somebody) = listener.somebody().await else { return }; // only without a runtime
         let Ok(permit) = Arc::clone(&admission.permits).acquire_owned().await else { return }; // never closed
@@ -115,14 +115,14 @@ fn is_shortage(error: &io::Error) -> bool {
 /// The errors of one listener. One line tells when they begin and one when they
 /// are over, however many come: at the descriptor limit every connection that
 /// ends lets another one in, and the next is an error again.
-struct Trouble {
+struct AcceptErrors {
     backoff: Duration,
     last: Option<Instant>,
     /// Clients that were lost one after the other.
     lost: u32,
 }
 
-impl Trouble {
+impl AcceptErrors {
     /// Notes an error; returns how long to pause.
     fn with(&mut self, listener: &str, error: &io::Error) -> Duration {
         if self.last.replace(Instant::now()).is_none() {

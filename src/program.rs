@@ -28,7 +28,7 @@ use tokio::runtime::Runtime;
 const EXIT_CONFIG: u8 = 2;
 
 /// The exit code of a command; as an error that of one that got no further, which has said why.
-type Outcome = Result<ExitCode, ExitCode>;
+type Exit = Result<ExitCode, ExitCode>;
 
 /// Does what the command line asks for.
 pub fn main() -> ExitCode {
@@ -79,7 +79,7 @@ fn start_runtime() -> Result<Runtime, ExitCode> {
     runtime.map_err(|error| failure(format!("cannot start the runtime: {error}")))
 }
 
-fn check(args: &ConfigArgs) -> Outcome {
+fn check(args: &ConfigArgs) -> Exit {
     let config = load(args).map_err(config_mistakes)?;
     for warning in &config.warnings {
         output::complain(format!("warning: {warning}"));
@@ -92,7 +92,7 @@ fn check(args: &ConfigArgs) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-fn run(args: &ConfigArgs) -> Outcome {
+fn run(args: &ConfigArgs) -> Exit {
     let installed = expect_signals();
     installed.map_err(|error| failure(format!("cannot install signal handlers: {error}")))?;
     let config = load(args).map_err(config_mistakes)?;
@@ -111,7 +111,7 @@ fn run(args: &ConfigArgs) -> Outcome {
     run_edge(Start { config, source, credentials, supervisor, handed, logging })
 }
 
-fn run_edge(start: Start) -> Outcome {
+fn run_edge(start: Start) -> Exit {
     let runtime = start_runtime()?;
     // To the end: what waits to be written is written when the last one drops it.
     let _logging = Arc::clone(&start.logging);
@@ -125,7 +125,7 @@ fn run_edge(start: Start) -> Outcome {
 }
 
 /// A wrong configuration is a finding here, and no reason to say nothing else.
-fn doctor(args: DoctorArgs) -> Outcome {
+fn doctor(args: DoctorArgs) -> Exit {
     let config = load(&args.config);
     let tailnet = config.as_ref().ok().map(|config| &config.tailnet);
     let sources = Sources::capture(&environment, tailnet.and_then(|tailnet| tailnet.auth_key_file.clone()));
@@ -153,13 +153,13 @@ fn admin_address(args: &EdgeArgs) -> Result<SocketAddr, ExitCode> {
     admin.ok_or_else(|| failure("the edge has no admin address to ask at: admin.listen is \"off\""))
 }
 
-fn check_health(args: &HealthcheckArgs) -> Outcome {
+fn check_health(args: &HealthcheckArgs) -> Exit {
     let admin = admin_address(&args.edge)?;
     let asked = start_runtime()?.block_on(healthcheck::ask(admin, args.live));
     asked.map(|()| ExitCode::SUCCESS).map_err(failure)
 }
 
-fn show_status(args: &StatusArgs) -> Outcome {
+fn show_status(args: &StatusArgs) -> Exit {
     let admin = admin_address(&args.edge)?;
     let runtime = start_runtime()?;
     if args.watch {
@@ -173,7 +173,7 @@ fn show_status(args: &StatusArgs) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-fn completions(shell: Shell) -> Outcome {
+fn completions(shell: Shell) -> Exit {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), env!("CARGO_PKG_NAME"), &mut script);
     // Not straight to the terminal: generate panics when the reader has gone.

@@ -34,7 +34,7 @@ pub struct Outlook {
 
 /// Whether a listener can serve its clients.
 #[derive(Debug, PartialEq, Eq)]
-enum Verdict {
+enum CanServe {
     Yes,
     /// Nobody has tried, and nobody probes.
     Untried,
@@ -57,28 +57,28 @@ impl Outlook {
         }
     }
 
-    fn verdict(&self) -> Verdict {
+    fn verdict(&self) -> CanServe {
         if self.monitors.is_empty() {
             return match &*self.away.borrow() {
-                Some(error) if error.blames_a_server() => Verdict::No(error.to_string()),
-                None if self.successes.load(Ordering::Relaxed) > 0 => Verdict::Yes,
-                _ => Verdict::Untried,
+                Some(error) if error.blames_a_server() => CanServe::No(error.to_string()),
+                None if self.successes.load(Ordering::Relaxed) > 0 => CanServe::Yes,
+                _ => CanServe::Untried,
             };
         }
         let seen: Vec<(&Monitor, Seen)> =
             self.monitors.iter().map(|monitor| (&**monitor, monitor.seen())).collect();
         let is_any = |state| seen.iter().any(|(_, seen)| seen.state == state);
         if is_any(State::Up) {
-            return Verdict::Yes;
+            return CanServe::Yes;
         }
         if is_any(State::Unknown) {
-            return Verdict::NotYetKnown;
+            return CanServe::NotYetKnown;
         }
         let problems = seen.iter().map(|(monitor, seen)| {
             let problem = seen.problem.as_deref().unwrap_or("recovering: its last probe passed");
             format!("{}: {problem}", monitor.upstream)
         });
-        Verdict::No(problems.collect::<Vec<_>>().join("; "))
+        CanServe::No(problems.collect::<Vec<_>>().join("; "))
     }
 }
 
@@ -151,11 +151,11 @@ impl Board {
         let any_mail = self.outlooks.iter().any(|outlook| outlook.is_mail);
         let (counting, others): (Vec<&Outlook>, Vec<&Outlook>) =
             self.outlooks.iter().partition(|outlook| outlook.is_mail || !any_mail);
-        let verdicts: Vec<Verdict> = counting.iter().map(|outlook| outlook.verdict()).collect();
+        let verdicts: Vec<CanServe> = counting.iter().map(|outlook| outlook.verdict()).collect();
         let mut judgement = Judgement { reasons: complaints(&counting), warnings: complaints(&others) };
-        if verdicts.contains(&Verdict::Yes) {
+        if verdicts.contains(&CanServe::Yes) {
             judgement.warnings.splice(0..0, std::mem::take(&mut judgement.reasons));
-        } else if verdicts.contains(&Verdict::NotYetKnown) {
+        } else if verdicts.contains(&CanServe::NotYetKnown) {
             judgement.reasons.insert(0, NOT_REACHED_YET.to_owned());
         }
         judgement
@@ -164,7 +164,7 @@ impl Board {
 
 fn complaints(outlooks: &[&Outlook]) -> Vec<String> {
     let complaint = |outlook: &&Outlook| match outlook.verdict() {
-        Verdict::No(why) => Some(format!("listener {}: no upstream answers: {why}", outlook.listener)),
+        CanServe::No(why) => Some(format!("listener {}: no upstream answers: {why}", outlook.listener)),
         _ => None,
     };
     outlooks.iter().filter_map(complaint).collect()

@@ -29,7 +29,7 @@ pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// What is looked at when the metrics are asked for.
 #[derive(Debug)]
-pub struct Sources<'a> {
+pub struct Scrape<'a> {
     /// The node's state.
     pub node: &'a NodeStatus,
     /// What is known of the mailbox, once it is looked for.
@@ -47,7 +47,7 @@ pub struct Sources<'a> {
 }
 
 /// The metrics of this moment.
-pub fn text(sources: &Sources) -> String {
+pub fn text(sources: &Scrape) -> String {
     let listeners = sources.board.map_or(&[][..], |board| &board.listeners);
     let mut families = sources.connections.counters.registry.gather();
     families.extend(edge_metrics(sources));
@@ -61,7 +61,7 @@ pub fn text(sources: &Sources) -> String {
     TextEncoder.encode_to_string(&families).expect("each family has a name and a value")
 }
 
-fn edge_metrics(sources: &Sources) -> [MetricFamily; 4] {
+fn edge_metrics(sources: &Scrape) -> [MetricFamily; 4] {
     let build = [env!("CARGO_PKG_VERSION"), linked_version()];
     let (limit, lost) = (sources.memory_limit_bytes as f64, sources.lost_lines as f64);
     let lost_help = "Log lines that were lost because nobody read them.";
@@ -249,7 +249,7 @@ mod tests {
     use crate::connection::end_state::EndState;
 
     fn text_of(node: &NodeStatus, connections: &Connections) -> String {
-        let sources = Sources {
+        let sources = Scrape {
             node,
             board: None,
             connections,
@@ -309,7 +309,7 @@ mod tests {
             connections.of_listener("smtp", "stalwart:25".into()).enter("192.0.2.7:1".parse().unwrap());
         connection.held();
         let board = Some(&board);
-        let sources = Sources {
+        let sources = Scrape {
             node: &node,
             board,
             connections: &connections,

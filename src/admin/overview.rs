@@ -95,7 +95,7 @@ impl Overview {
     /// The metrics of this moment.
     pub fn metrics(&self) -> String {
         let board = self.board.borrow().clone();
-        let sources = metrics::Sources {
+        let sources = metrics::Scrape {
             node: &self.node_status(),
             board: board.as_deref(),
             connections: &self.connections,

@@ -16,7 +16,7 @@ use hyper::header::{
 use jiff::Timestamp;
 use maud::{DOCTYPE, Markup, PreEscaped, Render, html};
 
-use crate::admin::status::{Details, Line, Status};
+use crate::admin::status::{Details, ProbeLine, Status};
 use crate::support::text::{bytes, lasting};
 use crate::upstream::health::{Seen, State};
 
@@ -212,12 +212,12 @@ fn upstreams(status: &Status) -> Markup {
     section("upstreams", "Mailbox", ["upstream", "listener", "path", "#round trip", "probe"], rows)
 }
 
-/// As [`Line`], with how long it has been so.
+/// As [`ProbeLine`], with how long it has been so.
 fn probe(now: Timestamp, seen: &Seen) -> Markup {
     let word = match seen.state {
         State::Up => "up",
         State::Down => "DOWN",
-        State::Unknown | State::Unprobed => return Line(seen).to_string().render(),
+        State::Unknown | State::Unprobed => return ProbeLine(seen).to_string().render(),
     };
     html! { (word) " for " (age(now, seen.since)) (Details(seen).to_string()) }
 }

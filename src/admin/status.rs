@@ -220,7 +220,7 @@ impl Status {
             let UpstreamView { listener, upstream, path, latency_ms, probe, .. } = upstream;
             let latency = latency_ms.map(|ms| format!(", {ms:.1} ms")).unwrap_or_default();
             let path = path.as_ref().map_or_else(|| "-".to_owned(), |path| format!("{path}{latency}"));
-            vec![listener.clone(), upstream.clone(), path, Line(probe).to_string()]
+            vec![listener.clone(), upstream.clone(), path, ProbeLine(probe).to_string()]
         });
         table(f, &["LISTENER", "UPSTREAM", "PATH", "PROBE"], rows)
     }
@@ -262,9 +262,9 @@ impl fmt::Display for NodeView {
 }
 
 /// What a probe has found, in a line.
-pub struct Line<'a>(pub &'a Seen);
+pub struct ProbeLine<'a>(pub &'a Seen);
 
-impl fmt::Display for Line<'_> {
+impl fmt::Display for ProbeLine<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let since = self.0.since;
         match self.0.state {
@@ -411,7 +411,7 @@ LAST FAILURES         TIMES  LISTENER  LAST CLIENT  END  WHY
         let seen = |state: &str| {
             let since = "2026-01-02T03:04:05Z";
             let seen = serde_json::json!({"state": state, "since": since, "probed": null});
-            Line(&serde_json::from_value(seen).unwrap()).to_string()
+            ProbeLine(&serde_json::from_value(seen).unwrap()).to_string()
         };
         assert_eq!([seen("unprobed"), seen("unknown")], ["not probed", "not known yet"]);
     }

@@ -20,7 +20,7 @@ const LIMIT: Duration = Duration::from_secs(3);
 /// What `/readyz` or `/livez` says: that tells an edge from another program at that port.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Answer {
+enum Health {
     Ready { ready: bool, reasons: Vec<String> },
     Live { live: bool },
 }
@@ -34,9 +34,9 @@ pub async fn ask(admin: SocketAddr, live: bool) -> Result<(), String> {
 
 fn judge(answer: &Response<Bytes>) -> Result<(), String> {
     match serde_json::from_slice(answer.body()) {
-        Ok(Answer::Ready { ready: true, .. } | Answer::Live { live: true }) => Ok(()),
-        Ok(Answer::Ready { reasons, .. }) => Err(format!("not ready: {}", reasons.join("; "))),
-        Ok(Answer::Live { live: false }) | Err(_) => {
+        Ok(Health::Ready { ready: true, .. } | Health::Live { live: true }) => Ok(()),
+        Ok(Health::Ready { reasons, .. }) => Err(format!("not ready: {}", reasons.join("; "))),
+        Ok(Health::Live { live: false }) | Err(_) => {
             Err(format!("what answers is not an edge ({})", answer.status()))
         }
     }

@@ -57,7 +57,7 @@ fn read_bytes(path: &Path, limit: Duration) -> Result<Vec<u8>, String> {
     }
     // The length of a pipe or a device is not known beforehand, so reading is bounded as well.
     let mut bytes = Vec::new();
-    let patient = Patient { file: &file, until: Instant::now() + limit };
+    let patient = SlowFile { file: &file, until: Instant::now() + limit };
     patient.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|error| match error.kind() {
         ErrorKind::TimedOut => format!(
             "is not a regular file, and did not come to its end within {limit:?}; \
@@ -72,12 +72,12 @@ fn read_bytes(path: &Path, limit: Duration) -> Result<Vec<u8>, String> {
 }
 
 /// A file that may be a pipe, and is waited for until then.
-struct Patient<'a> {
+struct SlowFile<'a> {
     file: &'a File,
     until: Instant,
 }
 
-impl Read for Patient<'_> {
+impl Read for SlowFile<'_> {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         loop {
             // A pipe that nobody has written to yet is not readable; it would read as if it were at its end.

@@ -107,7 +107,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::doctor::report::Outcome;
+    use crate::doctor::report::Grade;
     use crate::doctor::test_dns::Zone;
 
     /// Answers one request with this `Date`, over TLS if there is a certificate.
@@ -144,7 +144,7 @@ mod tests {
         let old = "Date: Sun, 06 Nov 1994 08:49:37 GMT";
         let port = server(old, None).port();
         let check = look(&format!("http://control.example.com:{port}")).await;
-        assert_eq!(check.outcome, Outcome::Fail, "{check:?}");
+        assert_eq!(check.outcome, Grade::Fail, "{check:?}");
         assert!(check.finding.contains(" s fast by the clock of http://control.example.com"), "{check:?}");
     }
 
@@ -165,7 +165,7 @@ mod tests {
             .unwrap();
         let date: &'static str = format!("Date: {now}").leak();
         let check = look(&format!("https://{}", server(date, Some(tls)))).await;
-        assert_eq!(check.outcome, Outcome::Pass, "{check:?}");
+        assert_eq!(check.outcome, Grade::Pass, "{check:?}");
     }
 
     #[tokio::test]
@@ -178,7 +178,7 @@ mod tests {
             (format!("http://{}", server("Date: soon", None)), "no good Date: soon"),
         ] {
             let check = look(&url).await;
-            assert_eq!(check.outcome, Outcome::Warn, "{check:?}");
+            assert_eq!(check.outcome, Grade::Warn, "{check:?}");
             assert!(check.finding.contains(words), "{words} is missing from {check:?}");
         }
     }
@@ -187,18 +187,18 @@ mod tests {
     fn a_small_difference_is_none() {
         let now = wall_clock::now();
         for (seconds, outcome) in [
-            (0, Outcome::Pass),
-            (59, Outcome::Pass),
-            (-59, Outcome::Pass),
-            (61, Outcome::Warn),
-            (-61, Outcome::Warn),
-            (601, Outcome::Fail),
-            (-601, Outcome::Fail),
+            (0, Grade::Pass),
+            (59, Grade::Pass),
+            (-59, Grade::Pass),
+            (61, Grade::Warn),
+            (-61, Grade::Warn),
+            (601, Grade::Fail),
+            (-601, Grade::Fail),
         ] {
             let check = judge("x", now - SignedDuration::from_secs(seconds), now);
             assert_eq!(check.outcome, outcome, "{check:?}");
             let direction = if seconds < 0 { "slow" } else { "fast" };
-            assert!(outcome == Outcome::Pass || check.finding.contains(direction), "{check:?}");
+            assert!(outcome == Grade::Pass || check.finding.contains(direction), "{check:?}");
         }
     }
 }

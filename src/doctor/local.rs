@@ -18,7 +18,7 @@ use if_addrs::Interface;
 use rustix::fs::Access;
 use tokio::time::timeout;
 
-use super::report::{Check, Outcome};
+use super::report::{Check, Grade};
 use crate::config::{self, ADMIN, Config, ConfigError, default_admin};
 use crate::listener;
 use crate::tailnet::credential::{Credential, CredentialError, Sources};
@@ -41,13 +41,13 @@ pub fn config(config: &Result<Config, ConfigError>) -> Vec<Check> {
         Ok(config) if config.warnings.is_empty() => {
             vec![Check::pass("config", format!("no mistakes, listeners: {}", config.listeners.len()))]
         }
-        Ok(config) => config.warnings.iter().map(|text| Check::told("config", Outcome::Warn, text)).collect(),
+        Ok(config) => config.warnings.iter().map(|text| Check::told("config", Grade::Warn, text)).collect(),
     }
 }
 
 /// Who has the state directory.
 #[derive(Debug)]
-pub enum Place {
+pub enum StateDirUse {
     /// No edge runs on it; none can start while this is held.
     Free(StateDir),
     /// A running edge has it.
@@ -57,26 +57,28 @@ pub enum Place {
 }
 
 /// The state directory: usable or not, and whether a running edge has it.
-pub fn state_dir(settings: &config::Tailnet) -> (Place, Check) {
+pub fn state_dir(settings: &config::Tailnet) -> (StateDirUse, Check) {
     const NAME: &str = "state";
     let dir = settings.state_dir.display();
     if settings.ephemeral {
-        return (Place::Unknown, Check::pass(NAME, "not needed (tailnet.ephemeral = true)"));
+        return (StateDirUse::Unknown, Check::pass(NAME, "not needed (tailnet.ephemeral = true)"));
     }
     if !is_there(&settings.state_dir) {
-        return (Place::Unknown, missing(NAME, &settings.state_dir));
+        return (StateDirUse::Unknown, missing(NAME, &settings.state_dir));
     }
     match state_dir::lock(&settings.state_dir) {
-        Ok(held) => (Place::Free(held), Check::pass(NAME, format!("{dir} is private and can be written to"))),
+        Ok(held) => {
+            (StateDirUse::Free(held), Check::pass(NAME, format!("{dir} is private and can be written to")))
+        }
         Err(StateDirError::InUse { .. }) => {
-            (Place::Taken, Check::pass(NAME, format!("{dir} is in use by the running edge")))
+            (StateDirUse::Taken, Check::pass(NAME, format!("{dir} is in use by the running edge")))
         }
         Err(error) => {
-            let mut check = Check::told(NAME, Outcome::Fail, &error);
+            let mut check = Check::told(NAME, Grade::Fail, &error);
             check.remedy = check.remedy.map(|remedy| {
                 format!("if another user runs the edge, run the doctor as that user; else: {remedy}")
             });
-            (Place::Unknown, check)
+            (StateDirUse::Unknown, check)
         }
     }
 }
@@ -164,7 +166,7 @@ fn judge_credential(enrolled: bool, read: Result<Option<Credential>, CredentialE
         (true, Ok(Some(credential))) => {
             Check::pass(NAME, format!("{credential}, not needed: the node has its identity"))
         }
-        (true, Err(error)) => Check::told(NAME, Outcome::Warn, &error),
+        (true, Err(error)) => Check::told(NAME, Grade::Warn, &error),
         (false, Ok(Some(credential))) => {
             Check::pass(NAME, format!("not enrolled yet, and {credential} is there to enrol with"))
         }
@@ -175,7 +177,7 @@ fn judge_credential(enrolled: bool, read: Result<Option<Credential>, CredentialE
                 "set TS_AUTHKEY, TS_AUTHKEY_FILE or tailnet.auth_key_file to a key that may use {tags}; if the edge gets its key elsewhere (systemd, a container), run the doctor there"
             ),
         ),
-        (false, Err(error)) => Check::told(NAME, Outcome::Fail, &error),
+        (false, Err(error)) => Check::told(NAME, Grade::Fail, &error),
     }
 }
 
@@ -220,8 +222,8 @@ fn port(listener: &str, address: SocketAddr, configured: bool, running: Running)
             let remedy = "nothing, if no AAAA record names this machine; else enable IPv6";
             Check::warn(name, "this machine has no IPv6, so only IPv4 is served", remedy)
         }
-        Err(error) if !configured && listener == ADMIN => Check::told(name, Outcome::Warn, &error.reason),
-        Err(error) => Check::told(name, Outcome::Fail, &error.reason),
+        Err(error) if !configured && listener == ADMIN => Check::told(name, Grade::Warn, &error.reason),
+        Err(error) => Check::told(name, Grade::Fail, &error.reason),
     }
 }
 
@@ -301,11 +303,11 @@ mod tests {
     fn every_mistake_of_the_configuration_is_a_failure() {
         let checks = config(&parsed("[tailnet]\nhostnam = 'x'\n[limits]\nmax_connections = 'many'"));
         assert_eq!(checks.len(), 2, "{checks:?}");
-        assert!(checks.iter().all(|check| check.outcome == Outcome::Fail));
+        assert!(checks.iter().all(|check| check.outcome == Grade::Fail));
         assert!(checks[0].finding.contains("hostnam") && checks[1].finding.contains("max_connections"));
-        assert_eq!(config(&parsed(""))[0].outcome, Outcome::Pass);
+        assert_eq!(config(&parsed(""))[0].outcome, Grade::Pass);
         let doubtful = "[[listener]]\nprotocol = 'smtp'\nproxy_protocol = 'off'";
-        assert_eq!(config(&parsed(doubtful))[0].outcome, Outcome::Warn);
+        assert_eq!(config(&parsed(doubtful))[0].outcome, Grade::Warn);
     }
 
     #[tokio::test]
@@ -315,27 +317,27 @@ mod tests {
         let look = |running| ports(&listening(&address.to_string()), running).remove(0);
         for running in [Running::Yes, Running::Unwell] {
             let ours = look(running);
-            assert_eq!((ours.outcome, &*ours.finding), (Outcome::Pass, "in use by the running edge"));
+            assert_eq!((ours.outcome, &*ours.finding), (Grade::Pass, "in use by the running edge"));
         }
         let taken = look(Running::No);
-        assert_eq!(taken.outcome, Outcome::Fail);
+        assert_eq!(taken.outcome, Grade::Fail);
         let said = format!("{} {:?}", taken.finding, taken.remedy);
         assert!(said.contains("another program listens there (`ss -ltnp"), "{said}");
         drop(other);
-        assert_eq!((look(Running::No).outcome, &*look(Running::No).finding), (Outcome::Pass, "free"));
-        assert_eq!(look(Running::Yes).outcome, Outcome::Warn, "the edge runs and does not listen there");
+        assert_eq!((look(Running::No).outcome, &*look(Running::No).finding), (Grade::Pass, "free"));
+        assert_eq!(look(Running::Yes).outcome, Grade::Warn, "the edge runs and does not listen there");
     }
 
     #[tokio::test]
     async fn an_address_of_another_machine_is_a_failure() {
         let check = ports(&listening("192.0.2.77:0"), Running::No).remove(0);
-        assert_eq!(check.outcome, Outcome::Fail);
+        assert_eq!(check.outcome, Grade::Fail);
         assert!(check.remedy.unwrap().contains("ip address"));
         // Only a default may be missing.
         let default = port("smtp", "[2001:db8::77]:0".parse().unwrap(), false, Running::No);
-        assert_eq!(default.outcome, Outcome::Warn, "{default:?}");
+        assert_eq!(default.outcome, Grade::Warn, "{default:?}");
         let configured = port("smtp", "[2001:db8::77]:0".parse().unwrap(), true, Running::No);
-        assert_eq!(configured.outcome, Outcome::Fail);
+        assert_eq!(configured.outcome, Grade::Fail);
     }
 
     #[test]
@@ -343,21 +345,21 @@ mod tests {
         let dir = private_dir();
         let missing = settings(&dir.path().join("a/b"));
         let (place, check) = state_dir(&missing);
-        assert!(matches!(place, Place::Unknown) && check.outcome == Outcome::Pass, "{check:?}");
+        assert!(matches!(place, StateDirUse::Unknown) && check.outcome == Grade::Pass, "{check:?}");
         assert!(!dir.path().join("a").exists());
         let (place, check) = state_dir(&settings(dir.path()));
-        assert!(matches!(place, Place::Free(_)) && check.outcome == Outcome::Pass, "{check:?}");
+        assert!(matches!(place, StateDirUse::Free(_)) && check.outcome == Grade::Pass, "{check:?}");
         // While it is held, it looks as if an edge ran.
         let (taken, check) = state_dir(&settings(dir.path()));
-        assert!(matches!(taken, Place::Taken) && check.outcome == Outcome::Pass, "{check:?}");
+        assert!(matches!(taken, StateDirUse::Taken) && check.outcome == Grade::Pass, "{check:?}");
         drop(place);
         std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
         let (place, check) = state_dir(&settings(dir.path()));
-        assert!(matches!(place, Place::Unknown) && check.outcome == Outcome::Fail, "{check:?}");
+        assert!(matches!(place, StateDirUse::Unknown) && check.outcome == Grade::Fail, "{check:?}");
         let below_a_file = dir.path().join("file");
         std::fs::write(&below_a_file, "").unwrap();
         let (_, check) = state_dir(&settings(&below_a_file.join("dir")));
-        assert_eq!(check.outcome, Outcome::Fail, "{check:?}");
+        assert_eq!(check.outcome, Grade::Fail, "{check:?}");
     }
 
     #[tokio::test]
@@ -365,12 +367,12 @@ mod tests {
         let dir = private_dir();
         let settings = settings(dir.path());
         let none = credential(&sources(None), &settings, Running::No).await.0;
-        assert_eq!(none.outcome, Outcome::Fail, "{none:?}");
+        assert_eq!(none.outcome, Grade::Fail, "{none:?}");
         let key = credential(&sources(Some("tskey-auth-s3cret")), &settings, Running::No).await.0;
-        assert_eq!(key.outcome, Outcome::Pass, "{key:?}");
+        assert_eq!(key.outcome, Grade::Pass, "{key:?}");
         assert!(!format!("{key:?}").contains("s3cret"));
         let bad = credential(&sources(Some("tskey-auth-s3cret and more")), &settings, Running::No).await.0;
-        assert!(bad.outcome == Outcome::Fail && !format!("{bad:?}").contains("s3cret"), "{bad:?}");
+        assert!(bad.outcome == Grade::Fail && !format!("{bad:?}").contains("s3cret"), "{bad:?}");
         let identity = |text| std::fs::write(dir.path().join(IDENTITY), text).unwrap();
         for never_enrolled in [
             "{}",
@@ -379,12 +381,12 @@ mod tests {
         ] {
             identity(never_enrolled);
             let check = credential(&sources(None), &settings, Running::No).await.0;
-            assert_eq!(check.outcome, Outcome::Fail, "{never_enrolled}: {check:?}");
+            assert_eq!(check.outcome, Grade::Fail, "{never_enrolled}: {check:?}");
         }
         identity(r#"{"_current-profile": "cHJvZmlsZS0xMjM0", "profile-1234": "e30="}"#);
-        assert_eq!(credential(&sources(None), &settings, Running::No).await.0.outcome, Outcome::Pass);
+        assert_eq!(credential(&sources(None), &settings, Running::No).await.0.outcome, Grade::Pass);
         let bad = credential(&sources(Some("tskey-auth-s3cret and more")), &settings, Running::No).await.0;
-        assert_eq!(bad.outcome, Outcome::Warn);
+        assert_eq!(bad.outcome, Grade::Warn);
     }
 
     #[test]

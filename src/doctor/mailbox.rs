@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
-use super::report::{Check, Outcome};
+use super::report::{Check, Grade};
 use crate::config;
 use crate::protocol::advice;
 use crate::protocol::{Protocol, ProxyProtocol};
@@ -59,7 +59,7 @@ pub async fn visit(node: Arc<Node>, visit: Visit) -> Vec<Check> {
     let found = match look(&upstream, &visit.target, TALK_LIMIT).await {
         Ok(found) => found,
         Err(failure) => {
-            return vec![Check::told(visit.check("upstream"), Outcome::Fail, &in_words(&failure))];
+            return vec![Check::told(visit.check("upstream"), Grade::Fail, &in_words(&failure))];
         }
     };
     let mut checks = vec![Check::pass(visit.check("upstream"), "takes connections")];
@@ -86,14 +86,14 @@ async fn look(
     let began = Instant::now();
     let stream = upstream.connect().await?.stream;
     let connect = began.elapsed();
-    let found = probe(&Connected(Mutex::new(Some(stream))), target, limit).await;
+    let found = probe(&OpenedStream(Mutex::new(Some(stream))), target, limit).await;
     Ok(found.map(|found| Finding { connect, total: connect + found.total, ..found }))
 }
 
 /// A connection that is there already, for a probe that makes one.
-struct Connected(Mutex<Option<TailnetStream>>);
+struct OpenedStream(Mutex<Option<TailnetStream>>);
 
-impl Dial for Connected {
+impl Dial for OpenedStream {
     type Stream = TailnetStream;
 
     async fn dial(&self, _: &str, _: u16) -> Result<TailnetStream, ConnectError> {
@@ -137,7 +137,7 @@ fn greeting(
             let finding = text.split("; ").next().unwrap_or_default();
             vec![Check::fail(visit.check("proxy"), finding, advice(own))]
         }
-        Err(error) => vec![Check::told(name, Outcome::Fail, error)],
+        Err(error) => vec![Check::told(name, Grade::Fail, error)],
     }
 }
 
@@ -195,7 +195,7 @@ mod tests {
         assert_eq!(checks, [Check::pass("greeting smtp stalwart:25", "\"220 mail ESMTP\" in 12 ms")]);
         let silent = Err(ProbeError::Silent { limit: Duration::from_secs(10) });
         let checks = greeting(&listener("smtp"), &silent, &own(), Timestamp::UNIX_EPOCH);
-        assert_eq!((&*checks[0].name, checks[0].outcome), ("greeting smtp stalwart:25", Outcome::Fail));
+        assert_eq!((&*checks[0].name, checks[0].outcome), ("greeting smtp stalwart:25", Grade::Fail));
     }
 
     #[test]
@@ -208,11 +208,11 @@ mod tests {
     #[test]
     fn a_certificate_is_looked_at_in_time() {
         let now = Timestamp::UNIX_EPOCH;
-        for (days, outcome) in [(-1, Outcome::Warn), (13, Outcome::Warn), (15, Outcome::Pass)] {
+        for (days, outcome) in [(-1, Grade::Warn), (13, Grade::Warn), (15, Grade::Pass)] {
             let not_after = now + SignedDuration::from_hours(24 * days);
             let certificate = Certificate { names: vec!["mail.example.com".into()], not_after };
             let checks = greeting(&listener("imaps"), &greets(Some(certificate)), &own(), now);
-            assert_eq!((checks[0].outcome, checks[1].outcome), (Outcome::Pass, outcome), "{checks:?}");
+            assert_eq!((checks[0].outcome, checks[1].outcome), (Grade::Pass, outcome), "{checks:?}");
             assert!(checks[1].finding.contains("mail.example.com"));
             assert_eq!(checks[1].finding.contains("expired since"), days < 0);
         }
@@ -225,7 +225,7 @@ mod tests {
             ProbeError::ClosedSilently { header: true },
         ] {
             let checks = greeting(&listener("smtp"), &Err(error), &own(), Timestamp::UNIX_EPOCH);
-            assert_eq!((&*checks[0].name, checks[0].outcome), ("proxy smtp stalwart:25", Outcome::Fail));
+            assert_eq!((&*checks[0].name, checks[0].outcome), ("proxy smtp stalwart:25", Grade::Fail));
             assert_eq!(checks[0].remedy.as_deref(), Some(&*advice(&own())), "it is not cut");
         }
         let without = Err(ProbeError::ClosedSilently { header: false });
@@ -237,12 +237,12 @@ mod tests {
     fn a_mailbox_should_demand_what_it_takes() {
         let limit = WITHOUT_HEADER_LIMIT;
         for without in [ProbeError::Silent { limit }, ProbeError::ClosedSilently { header: false }] {
-            assert_eq!(demand(&listener("smtp"), &Err(without), &own()).outcome, Outcome::Pass);
+            assert_eq!(demand(&listener("smtp"), &Err(without), &own()).outcome, Grade::Pass);
         }
         let cut = Err(ProbeError::Cut("said nothing".into()));
         for without in [greets(None), cut] {
             let both = demand(&listener("smtp"), &without, &own());
-            assert!(both.outcome == Outcome::Warn && both.remedy.unwrap().contains("100.64.0.1"));
+            assert!(both.outcome == Grade::Warn && both.remedy.unwrap().contains("100.64.0.1"));
         }
     }
 }

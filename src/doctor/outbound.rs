@@ -81,7 +81,7 @@ mod tests {
     use std::net::{SocketAddr, TcpListener};
 
     use super::*;
-    use crate::doctor::report::Outcome;
+    use crate::doctor::report::Grade;
     use crate::doctor::test_dns::Zone;
 
     /// Greets one client.
@@ -98,11 +98,11 @@ mod tests {
         let resolver = Resolver::new(Some(zone.address()));
         let port = server(b"220 mx.example.com \x1b[2J ESMTP\r\nmore").port();
         let good = check(&format!("mx.example.com:{port}"), &resolver).await;
-        assert_eq!(good.outcome, Outcome::Pass, "{good:?}");
+        assert_eq!(good.outcome, Grade::Pass, "{good:?}");
         assert!(good.finding.ends_with("greets: 220 mx.example.com ?[2J ESMTP"), "{good:?}");
         for other in [&b"554 no\r\n"[..], b""] {
             let odd = check(&server(other).to_string(), &resolver).await;
-            assert!(odd.outcome == Outcome::Warn && odd.finding.contains("does not greet"), "{odd:?}");
+            assert!(odd.outcome == Grade::Warn && odd.finding.contains("does not greet"), "{odd:?}");
         }
     }
 
@@ -112,7 +112,7 @@ mod tests {
         let resolver = Resolver::new(Some(zone.address()));
         let closed = crate::test_support::net::free_addr();
         let refused = check(&closed.to_string(), &resolver).await;
-        assert_eq!(refused.outcome, Outcome::Warn);
+        assert_eq!(refused.outcome, Grade::Warn);
         assert!(refused.remedy.unwrap().contains("block outbound port 25"));
         let nowhere = check("nowhere.example.com", &resolver).await;
         assert!(nowhere.finding.contains("nowhere.example.com has no address"), "{nowhere:?}");

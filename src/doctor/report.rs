@@ -12,7 +12,7 @@ use crate::support::text::{columns, harmless};
 /// Whether somebody has to act on what a check found.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Outcome {
+pub enum Grade {
     /// As it should be.
     Pass,
     /// It works, or may work; somebody should know.
@@ -27,7 +27,7 @@ pub struct Check {
     /// What was looked at: a fixed word, and the thing if there are several.
     pub name: String,
     /// Whether somebody has to act on it.
-    pub outcome: Outcome,
+    pub outcome: Grade,
     /// What was found, on one line.
     pub finding: String,
     /// What to do, if there is anything.
@@ -37,21 +37,21 @@ pub struct Check {
 impl Check {
     /// As it should be.
     pub fn pass(name: impl Into<String>, finding: impl Into<String>) -> Check {
-        Check::new(name, Outcome::Pass, finding, None)
+        Check::new(name, Grade::Pass, finding, None)
     }
 
     /// It works, or may work; `remedy` says what to look at.
     pub fn warn(name: impl Into<String>, finding: impl Into<String>, remedy: impl Into<String>) -> Check {
-        Check::new(name, Outcome::Warn, finding, Some(remedy.into()))
+        Check::new(name, Grade::Warn, finding, Some(remedy.into()))
     }
 
     /// Mail is lost or late until `remedy` is done.
     pub fn fail(name: impl Into<String>, finding: impl Into<String>, remedy: impl Into<String>) -> Check {
-        Check::new(name, Outcome::Fail, finding, Some(remedy.into()))
+        Check::new(name, Grade::Fail, finding, Some(remedy.into()))
     }
 
     /// From a text of this program's errors, which say what was found, then `; ` and what to do.
-    pub fn told(name: impl Into<String>, outcome: Outcome, text: &impl ToString) -> Check {
+    pub fn told(name: impl Into<String>, outcome: Grade, text: &impl ToString) -> Check {
         let text = text.to_string();
         let (finding, remedy) = match text.split_once("; ") {
             Some((finding, remedy)) => (finding.to_owned(), Some(remedy.to_owned())),
@@ -62,7 +62,7 @@ impl Check {
 
     fn new(
         name: impl Into<String>,
-        outcome: Outcome,
+        outcome: Grade,
         finding: impl Into<String>,
         remedy: Option<String>,
     ) -> Check {
@@ -90,10 +90,10 @@ pub struct Report {
 impl Report {
     /// 1 if a check fails, else 0.
     pub fn exit_code(&self) -> u8 {
-        u8::from(self.count(Outcome::Fail) > 0)
+        u8::from(self.count(Grade::Fail) > 0)
     }
 
-    fn count(&self, outcome: Outcome) -> usize {
+    fn count(&self, outcome: Grade) -> usize {
         self.checks.iter().filter(|check| check.outcome == outcome).count()
     }
 
@@ -101,9 +101,9 @@ impl Report {
     pub fn to_json(&self) -> serde_json::Value {
         serde_json::json!({
             "checks": self.checks,
-            "passed": self.count(Outcome::Pass),
-            "warned": self.count(Outcome::Warn),
-            "failed": self.count(Outcome::Fail),
+            "passed": self.count(Grade::Pass),
+            "warned": self.count(Grade::Warn),
+            "failed": self.count(Grade::Fail),
         })
     }
 }
@@ -114,16 +114,16 @@ impl fmt::Display for Report {
         const NAME_AT_MOST: usize = 32;
         let rows = self.checks.iter().flat_map(|Check { name, outcome, finding, remedy }| {
             let word = match outcome {
-                Outcome::Pass => "ok  ",
-                Outcome::Warn => "warn",
-                Outcome::Fail => "FAIL",
+                Grade::Pass => "ok  ",
+                Grade::Warn => "warn",
+                Grade::Fail => "FAIL",
             };
             let remedy =
                 remedy.iter().map(|remedy| vec![String::new(), String::new(), format!("-> {remedy}")]);
             std::iter::once(vec![word.to_owned(), name.clone(), finding.clone()]).chain(remedy)
         });
         columns(f, &rows.collect::<Vec<_>>(), NAME_AT_MOST)?;
-        let [ok, warned, failed] = [Outcome::Pass, Outcome::Warn, Outcome::Fail].map(|o| self.count(o));
+        let [ok, warned, failed] = [Grade::Pass, Grade::Warn, Grade::Fail].map(|o| self.count(o));
         write!(f, "{ok} ok, {warned} to look at, {failed} failed")
     }
 }
@@ -179,9 +179,9 @@ warn  clock                 90 s fast
 
     #[test]
     fn an_error_is_split_into_finding_and_remedy() {
-        let told = Check::told("x", Outcome::Fail, &"it is gone; look here; and there");
+        let told = Check::told("x", Grade::Fail, &"it is gone; look here; and there");
         assert_eq!((&*told.finding, told.remedy.as_deref()), ("it is gone", Some("look here; and there")));
-        assert_eq!(Check::told("x", Outcome::Fail, &"it is gone").remedy, None);
+        assert_eq!(Check::told("x", Grade::Fail, &"it is gone").remedy, None);
     }
 
     #[test]

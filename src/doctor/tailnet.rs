@@ -19,9 +19,9 @@ use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use tokio_util::task::JoinQueue;
 
-use super::local::{Place, Running, is_enrolled};
+use super::local::{Running, StateDirUse, is_enrolled};
 use super::mailbox::{self, Visit};
-use super::report::{Check, Outcome};
+use super::report::{Check, Grade};
 use crate::config::{self, Config};
 use crate::support::http_client::get_from;
 use crate::support::wall_clock;
@@ -157,7 +157,7 @@ fn node_checks(status: &NodeStatus, tags: &[String], now: Timestamp) -> Vec<Chec
     let troubles = status.troubles(tags, now);
     let (missing, troubles): (Vec<Trouble>, Vec<Trouble>) =
         troubles.into_iter().partition(|trouble| matches!(trouble, Trouble::TagMissing(_)));
-    checks.extend(troubles.iter().map(|trouble| Check::told("node", Outcome::Fail, trouble)));
+    checks.extend(troubles.iter().map(|trouble| Check::told("node", Grade::Fail, trouble)));
     if troubles.is_empty() {
         let ips: Vec<String> = status.ips.iter().map(ToString::to_string).collect();
         checks.push(Check::pass("node", format!("on the tailnet as {} ({})", status.name, ips.join(", "))));
@@ -166,7 +166,7 @@ fn node_checks(status: &NodeStatus, tags: &[String], now: Timestamp) -> Vec<Chec
     if !status.is_running() {
         return checks; // what follows is not known
     }
-    checks.extend(missing.iter().map(|trouble| Check::told("tag", Outcome::Fail, trouble)));
+    checks.extend(missing.iter().map(|trouble| Check::told("tag", Grade::Fail, trouble)));
     if missing.is_empty() {
         checks.push(Check::pass("tag", format!("it holds {}", status.tags.join(", "))));
     }
@@ -208,7 +208,7 @@ fn peer(host: &str, ping: &Result<PingReport, ConnectError>) -> Check {
     let name = format!("peer {host}");
     let report = match ping {
         Ok(report) => report,
-        Err(error) => return Check::told(name, Outcome::Fail, error),
+        Err(error) => return Check::told(name, Grade::Fail, error),
     };
     let ip = report.ip;
     if report.answered {
@@ -223,7 +223,7 @@ fn peer(host: &str, ping: &Result<PingReport, ConnectError>) -> Check {
         };
     }
     let silence = Silence::Peer { online: report.online, last_seen: report.last_seen.clone() };
-    let mut check = Check::told(name, Outcome::Fail, &silence);
+    let mut check = Check::told(name, Grade::Fail, &silence);
     check.finding = match report.online {
         true => format!("{ip} does not answer a ping, although the control server sees it"),
         false => format!("{ip}: {}", check.finding),
@@ -232,10 +232,10 @@ fn peer(host: &str, ping: &Result<PingReport, ConnectError>) -> Check {
 }
 
 /// Looks at the tailnet as the state of things allows: through the running edge, or as the node.
-pub async fn look(place: Place, running: Running, can_enrol: bool, config: &Config) -> Vec<Check> {
+pub async fn look(place: StateDirUse, running: Running, can_enrol: bool, config: &Config) -> Vec<Check> {
     const NAME: &str = "tailnet";
     match (place, running) {
-        (Place::Free(held), _) if is_enrolled(&config.tailnet) => {
+        (StateDirUse::Free(held), _) if is_enrolled(&config.tailnet) => {
             let checks = as_the_node(config, can_enrol).await;
             drop(held);
             checks
@@ -272,7 +272,7 @@ fn not_enrolled() -> Check {
 
 /// Joins with the identity on disk, looks, and leaves.
 async fn as_the_node(config: &Config, can_enrol: bool) -> Vec<Check> {
-    let failed = |error: &JoinError| vec![Check::told("node", Outcome::Fail, error)];
+    let failed = |error: &JoinError| vec![Check::told("node", Grade::Fail, error)];
     let node = match Node::start(&config.tailnet) {
         Ok(node) => Arc::new(node),
         Err(error) => return failed(&error),
@@ -300,7 +300,7 @@ pub async fn is_live(admin: SocketAddr) -> bool {
 }
 
 #[derive(Deserialize)]
-struct Answer {
+struct EdgeReport {
     checks: Vec<Check>,
 }
 
@@ -318,7 +318,7 @@ async fn through_the_edge(admin: SocketAddr) -> Vec<Check> {
         Err(reason) => return failed(format!("the edge runs, and cannot be asked at {admin}: {reason}")),
     };
     match status {
-        StatusCode::OK => match serde_json::from_slice::<Answer>(&body) {
+        StatusCode::OK => match serde_json::from_slice::<EdgeReport>(&body) {
             // It may be another program after all.
             Ok(answer) => answer.checks.into_iter().map(Check::made_harmless).collect(),
             Err(_) => failed(format!("{admin}{PATH} answers with something else than checks")),
@@ -353,18 +353,18 @@ mod tests {
         }
     }
 
-    fn outcomes(status: NodeStatus) -> Vec<(String, Outcome)> {
+    fn outcomes(status: NodeStatus) -> Vec<(String, Grade)> {
         let checks = node_checks(&status, &["tag:reverse-proxy".into()], NOW);
         checks.into_iter().map(|check| (check.name, check.outcome)).collect()
     }
 
-    fn expected(checks: &[(&str, Outcome)]) -> Vec<(String, Outcome)> {
+    fn expected(checks: &[(&str, Grade)]) -> Vec<(String, Grade)> {
         checks.iter().map(|&(name, outcome)| (name.to_owned(), outcome)).collect()
     }
 
     #[test]
     fn the_nodes_own_state_is_told() {
-        use Outcome::{Fail, Pass, Warn};
+        use Grade::{Fail, Pass, Warn};
         assert_eq!(outcomes(running()), expected(&[("node", Pass), ("tag", Pass), ("key-expiry", Pass)]));
         let untagged = NodeStatus { tags: vec![], ..running() };
         assert_eq!(outcomes(untagged), expected(&[("node", Pass), ("tag", Fail), ("key-expiry", Pass)]));
@@ -400,15 +400,15 @@ mod tests {
         let direct = look(Ok(report(true, true, "192.0.2.7:41641")));
         assert_eq!(direct, Check::pass("peer stalwart", "100.64.0.2, direct 192.0.2.7:41641, 12.3 ms"));
         let relayed = look(Ok(report(true, true, "")));
-        assert_eq!(relayed.outcome, Outcome::Warn);
+        assert_eq!(relayed.outcome, Grade::Warn);
         assert_eq!(relayed.finding, "100.64.0.2, relayed via fra, 12.3 ms");
         let silent = look(Ok(report(false, true, "")));
-        assert_eq!(silent.outcome, Outcome::Fail);
+        assert_eq!(silent.outcome, Grade::Fail);
         assert!(silent.finding.contains("does not answer a ping"), "{silent:?}");
         let offline = look(Ok(report(false, false, "")));
         assert_eq!(offline.finding, "100.64.0.2: the peer is offline");
         let unknown = look(Err(ConnectError::NoSuchPeer));
-        assert!(unknown.outcome == Outcome::Fail && unknown.finding.contains("no peer of that name"));
+        assert!(unknown.outcome == Grade::Fail && unknown.finding.contains("no peer of that name"));
         assert!(unknown.remedy.unwrap().contains("check the upstream's name"));
     }
 

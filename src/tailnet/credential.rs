@@ -37,14 +37,14 @@ const SYSTEMD_NAME: &str = "ts_authkey";
 #[derive(Debug)]
 pub struct Credential {
     /// Its kind, and the secret itself.
-    pub kind: Kind,
+    pub kind: CredentialKind,
     /// The variable or setting that gave it or named its file.
     pub origin: &'static str,
 }
 
 /// The kinds of credential.
 #[derive(Debug)]
-pub enum Kind {
+pub enum CredentialKind {
     /// A key of Tailscale's or Headscale's that lets a node in.
     AuthKey(Secret),
     /// An OAuth client that may make such keys.
@@ -71,9 +71,11 @@ impl Credential {
         let mut hasher = DefaultHasher::new();
         discriminant(&self.kind).hash(&mut hasher);
         match &self.kind {
-            Kind::AuthKey(key) => key.expose().hash(&mut hasher),
-            Kind::OAuthClient { id, secret } => (id, secret.expose()).hash(&mut hasher),
-            Kind::FederatedIdentity { client_id, token } => (client_id, token.expose()).hash(&mut hasher),
+            CredentialKind::AuthKey(key) => key.expose().hash(&mut hasher),
+            CredentialKind::OAuthClient { id, secret } => (id, secret.expose()).hash(&mut hasher),
+            CredentialKind::FederatedIdentity { client_id, token } => {
+                (client_id, token.expose()).hash(&mut hasher)
+            }
         }
         hasher.finish()
     }
@@ -82,9 +84,9 @@ impl Credential {
 impl fmt::Display for Credential {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match self.kind {
-            Kind::AuthKey(_) => "auth key",
-            Kind::OAuthClient { .. } => "OAuth client",
-            Kind::FederatedIdentity { .. } => "workload identity",
+            CredentialKind::AuthKey(_) => "auth key",
+            CredentialKind::OAuthClient { .. } => "OAuth client",
+            CredentialKind::FederatedIdentity { .. } => "workload identity",
         };
         write!(f, "the {kind} from {}", self.origin)
     }
@@ -209,7 +211,7 @@ impl Sources {
             return Err(CredentialError::Malformed { origin, problem });
         }
         let id = self.client_id()?;
-        Ok(Credential { kind: Kind::OAuthClient { id, secret }, origin })
+        Ok(Credential { kind: CredentialKind::OAuthClient { id, secret }, origin })
     }
 
     fn federated_identity(&self) -> Result<Option<Credential>, CredentialError> {
@@ -228,7 +230,10 @@ impl Sources {
                 ));
             }
         };
-        Ok(Some(Credential { kind: Kind::FederatedIdentity { client_id, token }, origin: "TS_CLIENT_ID" }))
+        Ok(Some(Credential {
+            kind: CredentialKind::FederatedIdentity { client_id, token },
+            origin: "TS_CLIENT_ID",
+        }))
     }
 
     fn client_id(&self) -> Result<Option<String>, CredentialError> {
@@ -313,8 +318,8 @@ fn key(secret: Secret, origin: &'static str) -> Result<Credential, CredentialErr
     let is_client =
         ["tskey-client-", "hskey-client-"].iter().any(|prefix| secret.expose().starts_with(prefix));
     let kind = match is_client {
-        true => Kind::OAuthClient { id: None, secret },
-        false => Kind::AuthKey(secret),
+        true => CredentialKind::OAuthClient { id: None, secret },
+        false => CredentialKind::AuthKey(secret),
     };
     Ok(Credential { kind, origin })
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use super::credential::{Credential, Kind};
+use super::credential::{Credential, CredentialKind};
 use super::node::failure;
 use super::{Code, JoinError, Node};
 use crate::ffi::libtailscale::Setting;
@@ -62,15 +62,15 @@ impl Node {
     fn remedy(&self, credential: &Credential) -> String {
         let tags = self.tags.join(", ");
         match credential.kind {
-            Kind::AuthKey(_) => {
+            CredentialKind::AuthKey(_) => {
                 format!(
                     "if that is about the key, create a new one that carries {tags}, in place of {credential}"
                 )
             }
-            Kind::OAuthClient { .. } => format!(
+            CredentialKind::OAuthClient { .. } => format!(
                 "check {credential}: it needs the scope Auth Keys: Write and all of {tags}, and its secret as it was shown once"
             ),
-            Kind::FederatedIdentity { .. } => format!(
+            CredentialKind::FederatedIdentity { .. } => format!(
                 "check {credential}: its id, its issuer, subject and audience, the scope Auth Keys: Write, and all of {tags}"
             ),
         }
@@ -82,7 +82,7 @@ impl Node {
         let owned = |owner: &str| format!("name {owner} as an owner of {tags} in the policy's tagOwners");
         match credential {
             None => owned("the person who logs in"),
-            Some(Credential { kind: Kind::AuthKey(_), .. }) => {
+            Some(Credential { kind: CredentialKind::AuthKey(_), .. }) => {
                 format!("{}, and use a key that carries {tags}", owned("whoever creates the key"))
             }
             Some(credential) => {
@@ -104,14 +104,16 @@ impl Node {
     }
 
     /// Sets all that makes a credential, so that nothing is left of an earlier one.
-    fn offer(&self, kind: Option<&Kind>) -> Result<(), JoinError> {
+    fn offer(&self, kind: Option<&CredentialKind>) -> Result<(), JoinError> {
         let [key, id, secret, token] = match kind {
             None => ["", "", "", ""],
-            Some(Kind::AuthKey(key)) => [key.expose(), "", "", ""],
-            Some(Kind::OAuthClient { id, secret }) => {
+            Some(CredentialKind::AuthKey(key)) => [key.expose(), "", "", ""],
+            Some(CredentialKind::OAuthClient { id, secret }) => {
                 ["", id.as_deref().unwrap_or_default(), secret.expose(), ""]
             }
-            Some(Kind::FederatedIdentity { client_id, token }) => ["", client_id, "", token.expose()],
+            Some(CredentialKind::FederatedIdentity { client_id, token }) => {
+                ["", client_id, "", token.expose()]
+            }
         };
         let settings = [
             (Setting::AuthKey, key),

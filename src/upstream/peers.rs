@@ -221,7 +221,7 @@ impl<D: Dial> Peers<D> {
 
 /// Watches over a peer until nobody has it.
 async fn keep_watch<D: Dial>(dialler: Arc<D>, peer: Weak<Peer>, limit: watch::Receiver<Duration>) {
-    let mut silence = Silence::default();
+    let mut silence = Unheard::default();
     // Remembered, since a peer that is removed or has another name has no address by its name any more.
     let mut address = None;
     while let Some(peer) = peer.upgrade() {
@@ -232,7 +232,7 @@ async fn keep_watch<D: Dial>(dialler: Arc<D>, peer: Weak<Peer>, limit: watch::Re
         if peer.connections() > 0 && is_silent(&*dialler, &peer, look_limit, &mut address).await {
             silence.goes_on(&peer, began);
         } else {
-            silence = Silence::default();
+            silence = Unheard::default();
         }
         if let (true, Some(address)) = (silence.is_long(), address) {
             let (upstream, connections) = (&peer.host, peer.connections());
@@ -243,10 +243,10 @@ async fn keep_watch<D: Dial>(dialler: Arc<D>, peer: Weak<Peer>, limit: watch::Re
             );
             *peer.given_up.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
             dialler.abort(address);
-            silence = Silence::default();
+            silence = Unheard::default();
         }
         if peer.is_woken_before(began + interval, interval).await {
-            silence = Silence::default(); // what was just connected to is there
+            silence = Unheard::default(); // what was just connected to is there
             sleep_until(began + LEAST_PAUSE).await;
         }
     }
@@ -254,7 +254,7 @@ async fn keep_watch<D: Dial>(dialler: Arc<D>, peer: Weak<Peer>, limit: watch::Re
 
 /// Looks in a row in which a peer has answered nothing.
 #[derive(Default)]
-struct Silence {
+struct Unheard {
     looks: u32,
     /// Those of them that began after its last byte.
     looks_since_byte: u32,
@@ -262,7 +262,7 @@ struct Silence {
     began: Option<Instant>,
 }
 
-impl Silence {
+impl Unheard {
     /// Counts another look.
     fn goes_on(&mut self, peer: &Peer, began: Instant) {
         self.looks += 1;

@@ -1,7 +1,7 @@
 //! Each rule, passing and failing, against a DNS server on loopback.
 
 use super::*;
-use crate::doctor::report::Outcome::{self, Fail, Pass, Warn};
+use crate::doctor::report::Grade::{self, Fail, Pass, Warn};
 use crate::doctor::test_dns::{Server, Zone};
 
 const V4: &str = "203.0.113.7";
@@ -56,7 +56,7 @@ async fn changes(
 /// There is exactly one check of that name, with that outcome and these words; and no other is
 /// worse than a pass unless it is named.
 #[track_caller]
-fn only(checks: &[Check], name: &str, outcome: Outcome, words: &str) {
+fn only(checks: &[Check], name: &str, outcome: Grade, words: &str) {
     let named: Vec<&Check> = checks.iter().filter(|check| check.name == name).collect();
     let [check] = named[..] else { panic!("not one {name}: {checks:#?}") };
     assert_eq!(check.outcome, outcome, "{check:?}");

@@ -30,9 +30,11 @@ fn found(variables: &[(&str, &str)], key_file: Option<&Path>) -> Result<Option<S
         error.to_string()
     })?;
     Ok(credential.map(|credential| match &credential.kind {
-        Kind::AuthKey(key) => key.expose().to_owned(),
-        Kind::OAuthClient { id, secret } => format!("oauth {id:?} {}", secret.expose()),
-        Kind::FederatedIdentity { client_id, token } => format!("wif {client_id} {}", token.expose()),
+        CredentialKind::AuthKey(key) => key.expose().to_owned(),
+        CredentialKind::OAuthClient { id, secret } => format!("oauth {id:?} {}", secret.expose()),
+        CredentialKind::FederatedIdentity { client_id, token } => {
+            format!("wif {client_id} {}", token.expose())
+        }
     }))
 }
 

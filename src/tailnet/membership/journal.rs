@@ -53,7 +53,7 @@ pub(super) struct Journal {
 
 /// A line and how much it matters.
 #[derive(Debug, PartialEq, Eq)]
-enum Line {
+enum JournalLine {
     Info(String),
     Warn(String),
     Error(String),
@@ -78,9 +78,9 @@ impl Journal {
     pub fn write(&mut self, status: &NodeStatus, now: Moment) {
         for line in self.lines(status, now) {
             match line {
-                Line::Info(text) => info!("{text}"),
-                Line::Warn(text) => warn!(tailscale = list(&status.health), "{text}"),
-                Line::Error(text) => error!(tailscale = list(&status.health), "{text}"),
+                JournalLine::Info(text) => info!("{text}"),
+                JournalLine::Warn(text) => warn!(tailscale = list(&status.health), "{text}"),
+                JournalLine::Error(text) => error!(tailscale = list(&status.health), "{text}"),
             }
         }
     }
@@ -91,8 +91,8 @@ impl Journal {
         waiting.map(|(_, since, _)| PATIENCE.saturating_sub(now.instant - *since)).min()
     }
 
-    fn lines(&mut self, status: &NodeStatus, now: Moment) -> Vec<Line> {
-        let mut lines: Vec<Line> = self.machine(status, now.instant).into_iter().collect();
+    fn lines(&mut self, status: &NodeStatus, now: Moment) -> Vec<JournalLine> {
+        let mut lines: Vec<JournalLine> = self.machine(status, now.instant).into_iter().collect();
         lines.extend(self.troubles(status, now));
         lines.extend(self.address(status));
         lines.extend(self.expiry(status.key_expiry, now.date));
@@ -100,7 +100,7 @@ impl Journal {
     }
 
     /// Sleep and another network are no trouble by themselves, and explain what follows.
-    fn machine(&mut self, status: &NodeStatus, now: Instant) -> Option<Line> {
+    fn machine(&mut self, status: &NodeStatus, now: Instant) -> Option<JournalLine> {
         let woke = status.wake_ups > self.wake_ups;
         let is_due = self.move_told.is_none_or(|at| now - at >= MOVES_APART);
         let moved = status.network_changes > self.network_changes && is_due;
@@ -111,10 +111,10 @@ impl Journal {
             (false, false) => return None,
         };
         (self.network_changes, self.move_told) = (status.network_changes, Some(now));
-        Some(Line::Info(format!("{what}; looking for paths on the tailnet anew")))
+        Some(JournalLine::Info(format!("{what}; looking for paths on the tailnet anew")))
     }
 
-    fn troubles(&mut self, status: &NodeStatus, now: Moment) -> Vec<Line> {
+    fn troubles(&mut self, status: &NodeStatus, now: Moment) -> Vec<JournalLine> {
         let before = std::mem::take(&mut self.troubles);
         let mut lines = Vec::new();
         for trouble in status.troubles(&self.tags, now.date) {
@@ -123,7 +123,11 @@ impl Journal {
             let lasting = !trouble.may_pass() || now.instant - since >= PATIENCE;
             if lasting && !told {
                 let line = format!("trouble on the tailnet: {trouble}");
-                lines.push(if trouble.may_pass() { Line::Warn(line) } else { Line::Error(line) });
+                lines.push(if trouble.may_pass() {
+                    JournalLine::Warn(line)
+                } else {
+                    JournalLine::Error(line)
+                });
             }
             self.troubles.push((trouble, since, told || lasting));
         }
@@ -135,27 +139,32 @@ impl Journal {
             if !std::mem::take(&mut self.is_told) {
                 return lines;
             }
-            lines.push(Line::Info(format!("on the tailnet again, as {} {:?}", status.name, status.ips)));
+            lines.push(JournalLine::Info(format!(
+                "on the tailnet again, as {} {:?}",
+                status.name, status.ips
+            )));
         } else {
-            lines.extend(over.iter().map(|trouble| Line::Info(format!("no longer so: {}", trouble.what()))));
+            lines.extend(
+                over.iter().map(|trouble| JournalLine::Info(format!("no longer so: {}", trouble.what()))),
+            );
         }
         lines
     }
 
-    fn address(&mut self, status: &NodeStatus) -> Option<Line> {
+    fn address(&mut self, status: &NodeStatus) -> Option<JournalLine> {
         if status.ips.is_empty() || status.ips == self.ips {
             return None;
         }
         let before = std::mem::replace(&mut self.ips, status.ips.clone());
         (!before.is_empty()).then(|| {
-            Line::Warn(format!(
+            JournalLine::Warn(format!(
                 "this node's tailnet address was {before:?} and is {:?}; mail servers that trust the old one must trust the new one",
                 self.ips
             ))
         })
     }
 
-    fn expiry(&mut self, expiry: Option<Timestamp>, now: Timestamp) -> Option<Line> {
+    fn expiry(&mut self, expiry: Option<Timestamp>, now: Timestamp) -> Option<JournalLine> {
         let Some(at) = expiry else {
             self.expiry = None;
             return None;
@@ -167,7 +176,7 @@ impl Journal {
         }
         self.expiry = Some((at, days));
         let unit = if days == 1 { "day" } else { "days" };
-        Some(Line::Warn(format!(
+        Some(JournalLine::Warn(format!(
             "this node's key expires within {days} {unit}, at {at}, and with it every connection; disable its expiry in the admin console, or enrol the node with a tag, whose keys do not expire"
         )))
     }
@@ -209,10 +218,10 @@ mod tests {
         assert_eq!(journal.lines(&running(), after(0)), []);
         let removed = NodeStatus { removed: true, in_map_poll: false, ..running() };
         let told = format!("trouble on the tailnet: {}", Trouble::Removed);
-        assert_eq!(journal.lines(&removed, after(0)), [Line::Error(told)]);
+        assert_eq!(journal.lines(&removed, after(0)), [JournalLine::Error(told)]);
         assert_eq!(journal.lines(&removed, after(0)), []);
         let again = r#"on the tailnet again, as edge.example.ts.net [100.64.0.1]"#;
-        assert_eq!(journal.lines(&running(), after(0)), [Line::Info(again.into())]);
+        assert_eq!(journal.lines(&running(), after(0)), [JournalLine::Info(again.into())]);
     }
 
     #[test]
@@ -221,9 +230,9 @@ mod tests {
         let state = |state: &str| NodeStatus { state: state.into(), ..running() };
         assert_eq!(journal.lines(&state("NeedsMachineAuth"), after(0)).len(), 1);
         let over = format!("no longer so: {}", Trouble::NeedsApproval.what());
-        assert_eq!(journal.lines(&state("Starting"), after(0)), [Line::Info(over)]);
+        assert_eq!(journal.lines(&state("Starting"), after(0)), [JournalLine::Info(over)]);
         let again = r#"on the tailnet again, as edge.example.ts.net [100.64.0.1]"#;
-        assert_eq!(journal.lines(&running(), after(0)), [Line::Info(again.into())]);
+        assert_eq!(journal.lines(&running(), after(0)), [JournalLine::Info(again.into())]);
         assert_eq!(journal.lines(&running(), after(0)), []);
     }
 
@@ -239,7 +248,7 @@ mod tests {
         assert_eq!(journal.lines(&lost, after(10)), []);
         assert_eq!(journal.lines(&lost, after(14)), []);
         let told = format!("trouble on the tailnet: {}", lost.troubles(&[], DATE)[0]);
-        assert_eq!(journal.lines(&lost, after(15)), [Line::Warn(told)]);
+        assert_eq!(journal.lines(&lost, after(15)), [JournalLine::Warn(told)]);
         assert_eq!((journal.lines(&lost, after(16)), journal.due(after(16))), (vec![], None));
     }
 
@@ -265,10 +274,10 @@ mod tests {
         assert_eq!(journal.lines(&untagged, after(0)).len(), 1);
         let another_text = NodeStatus { relay: "network down".into(), ..running() };
         let told = format!("trouble on the tailnet: {}", Trouble::RelayLost("network down".into()));
-        assert_eq!(journal.lines(&another_text, after(5)), [Line::Warn(told)]);
+        assert_eq!(journal.lines(&another_text, after(5)), [JournalLine::Warn(told)]);
         assert_eq!(journal.lines(&untagged, after(6)), []);
         let over = "no longer so: no relay can be reached: relay server timed out";
-        assert_eq!(journal.lines(&running(), after(7)), [Line::Info(over.into())]);
+        assert_eq!(journal.lines(&running(), after(7)), [JournalLine::Info(over.into())]);
     }
 
     #[test]
@@ -278,7 +287,9 @@ mod tests {
         assert_eq!(journal.lines(&away, after(0)), []);
         let moved = NodeStatus { ips: vec!["100.64.0.9".parse().unwrap()], ..running() };
         match &journal.lines(&moved, after(0))[..] {
-            [Line::Warn(line)] => assert!(line.contains("was [100.64.0.1] and is [100.64.0.9]"), "{line}"),
+            [JournalLine::Warn(line)] => {
+                assert!(line.contains("was [100.64.0.1] and is [100.64.0.9]"), "{line}")
+            }
             other => panic!("{other:?}"),
         }
         assert_eq!(journal.lines(&moved, after(0)), []);
@@ -292,9 +303,9 @@ mod tests {
         };
         assert_eq!(news(&mut journal, 3, 0), None);
         let moved = "the network of this machine has changed; looking for paths on the tailnet anew";
-        assert_eq!(news(&mut journal, 5, 0), Some(Line::Info(moved.into())));
+        assert_eq!(news(&mut journal, 5, 0), Some(JournalLine::Info(moved.into())));
         let woke = "this machine woke from sleep; looking for paths on the tailnet anew";
-        assert_eq!(news(&mut journal, 6, 1), Some(Line::Info(woke.into())));
+        assert_eq!(news(&mut journal, 6, 1), Some(JournalLine::Info(woke.into())));
         assert_eq!(news(&mut journal, 6, 1), None);
     }
 
@@ -316,7 +327,9 @@ mod tests {
             let at = Moment { date: in_hours(hours), ..after(0) };
             match &journal.lines(&status, at)[..] {
                 [] => None,
-                [Line::Warn(line)] => Some(line.split("within ").nth(1)?.split(", at").next()?.to_owned()),
+                [JournalLine::Warn(line)] => {
+                    Some(line.split("within ").nth(1)?.split(", at").next()?.to_owned())
+                }
                 other => panic!("{other:?}"),
             }
         };
@@ -339,6 +352,6 @@ mod tests {
         let mut journal = Journal::new(&[], &running());
         let expired = NodeStatus { state: "NeedsLogin".into(), key_expiry: Some(DATE), ..running() };
         let told = format!("trouble on the tailnet: {}", Trouble::KeyExpired);
-        assert_eq!(journal.lines(&expired, after(0)), [Line::Error(told)]);
+        assert_eq!(journal.lines(&expired, after(0)), [JournalLine::Error(told)]);
     }
 }

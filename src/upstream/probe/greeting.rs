@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
 
-use super::talk::{Stop, Talk};
+use super::talk::{NoLine, Talk};
 use super::{Clock, LOOK, ProbeError, harmless};
 use crate::protocol::greeting::{Language, Line, word};
 
@@ -41,27 +41,27 @@ pub(super) async fn hear<S: AsyncRead + AsyncWrite + Unpin>(
 
 /// Why there was no greeting.
 fn no_greeting<S: AsyncRead + AsyncWrite + Unpin>(
-    stop: &Stop,
+    stop: &NoLine,
     talk: &Talk<S>,
     language: Language,
     header: bool,
     clock: Clock,
 ) -> ProbeError {
     match stop {
-        Stop::Ended | Stop::Failed(_) if !talk.heard_something() => ProbeError::ClosedSilently { header },
-        Stop::Late if !talk.heard_something() => ProbeError::Silent { limit: clock.limit },
+        NoLine::Ended | NoLine::Failed(_) if !talk.heard_something() => ProbeError::ClosedSilently { header },
+        NoLine::Late if !talk.heard_something() => ProbeError::Silent { limit: clock.limit },
         _ => {
             let open = talk.unfinished();
             if !open.is_empty() && language.line(open, false) == Line::Other {
                 return ProbeError::WrongProtocol { found: found(open) };
             }
             ProbeError::Cut(match stop {
-                Stop::Ended => "closed the connection in the middle of its greeting".to_owned(),
-                Stop::Failed(error) => {
+                NoLine::Ended => "closed the connection in the middle of its greeting".to_owned(),
+                NoLine::Failed(error) => {
                     format!("the connection failed in the middle of its greeting: {error}")
                 }
-                Stop::Late => format!("did not end its greeting within {:?}", clock.limit),
-                Stop::TooMuch => "did not end its greeting".to_owned(),
+                NoLine::Late => format!("did not end its greeting within {:?}", clock.limit),
+                NoLine::TooMuch => "did not end its greeting".to_owned(),
             })
         }
     }
@@ -90,7 +90,7 @@ pub(super) async fn look_for_complaints<S: AsyncRead + AsyncWrite + Unpin>(
                 Line::Refusal => return Err(ProbeError::Refused { greeting: harmless(&line) }),
                 Line::More | Line::Greeting | Line::Other => {}
             },
-            Err(Stop::Late) => return Ok(()),
+            Err(NoLine::Late) => return Ok(()),
             Err(stop) => return Err(cut(&stop, "after its greeting")),
         }
     }
@@ -147,11 +147,11 @@ fn answers(language: Language, line: &[u8]) -> bool {
     }
 }
 
-fn cut(stop: &Stop, when: &str) -> ProbeError {
+fn cut(stop: &NoLine, when: &str) -> ProbeError {
     ProbeError::Cut(match stop {
-        Stop::Ended => format!("closed the connection {when}"),
-        Stop::Failed(error) => format!("the connection failed {when}: {error}"),
-        Stop::Late => format!("said nothing {when}"),
-        Stop::TooMuch => format!("said far too much {when}"),
+        NoLine::Ended => format!("closed the connection {when}"),
+        NoLine::Failed(error) => format!("the connection failed {when}: {error}"),
+        NoLine::Late => format!("said nothing {when}"),
+        NoLine::TooMuch => format!("said far too much {when}"),
     })
 }

@@ -23,7 +23,7 @@ pub(super) struct Talk<S> {
 
 /// Why there is no further line.
 #[derive(Debug)]
-pub(super) enum Stop {
+pub(super) enum NoLine {
     /// The server has ended the stream.
     Ended,
     /// The connection failed.
@@ -40,7 +40,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<S> {
     }
 
     /// The next line, without its end.
-    pub(super) async fn line(&mut self, deadline: Instant) -> Result<Vec<u8>, Stop> {
+    pub(super) async fn line(&mut self, deadline: Instant) -> Result<Vec<u8>, NoLine> {
         loop {
             let open = &self.heard[self.taken..];
             if let Some(end) = open.iter().position(|&byte| byte == b'\n') {
@@ -49,7 +49,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<S> {
                 return Ok(line);
             }
             if self.heard.len() >= HEARD {
-                return Err(Stop::TooMuch);
+                return Err(NoLine::TooMuch);
             }
             self.more(deadline).await?;
         }
@@ -65,14 +65,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<S> {
         !self.heard.is_empty()
     }
 
-    async fn more(&mut self, deadline: Instant) -> Result<(), Stop> {
+    async fn more(&mut self, deadline: Instant) -> Result<(), NoLine> {
         let mut chunk = [0; 1024];
         match timeout_at(deadline, self.stream.read(&mut chunk)).await {
-            Err(_) => Err(Stop::Late),
-            Ok(Ok(0)) => Err(Stop::Ended),
+            Err(_) => Err(NoLine::Late),
+            Ok(Ok(0)) => Err(NoLine::Ended),
             // TLS without a good end: many a server just closes.
-            Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => Err(Stop::Ended),
-            Ok(Err(error)) => Err(Stop::Failed(harmless_error(&error))),
+            Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => Err(NoLine::Ended),
+            Ok(Err(error)) => Err(NoLine::Failed(harmless_error(&error))),
             Ok(Ok(count)) => {
                 self.heard.extend_from_slice(&chunk[..count]);
                 Ok(())
@@ -81,14 +81,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<S> {
     }
 
     /// Sends `text` as it is, with the line end that is in it.
-    pub(super) async fn say(&mut self, text: &str, deadline: Instant) -> Result<(), Stop> {
+    pub(super) async fn say(&mut self, text: &str, deadline: Instant) -> Result<(), NoLine> {
         let said = async {
             self.stream.write_all(text.as_bytes()).await?;
             self.stream.flush().await
         };
         match timeout_at(deadline, said).await {
-            Err(_) => Err(Stop::Late),
-            Ok(said) => said.map_err(|error| Stop::Failed(harmless_error(&error))),
+            Err(_) => Err(NoLine::Late),
+            Ok(said) => said.map_err(|error| NoLine::Failed(harmless_error(&error))),
         }
     }
 
