@@ -1,7 +1,8 @@
 # What a developer of tailwart-edge types. `make` alone lists the targets; there is nothing here that could
 # not be typed by hand. Needs GNU make; scripts/install-deps says what else.
 #
-# Variables: CARGO, GO, TARGET for `make release`, `make deb` and `make dist`, TAILSCALE for `make update`.
+# Variables: CARGO, GO, TEST_THREADS, TARGET for `make release`, `make deb` and `make dist`, TAILSCALE for
+# `make update`.
 
 CARGO ?= cargo
 GO    ?= go
@@ -28,6 +29,9 @@ export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER ?= aarch64-linux-gnu-gcc
 
 # The Go code is built for release with these tags, and for the test tailnet without.
 GO_TAGS = $$(grep -v '^\#' $(CURDIR)/libtailscale/build-tags | paste -sd, -)
+
+# The end-to-end tests wait most of the time, for time-outs that are to pass.
+TEST_THREADS ?= $$((3 * $$(nproc)))
 
 PACKAGE_FILES := dist/package-files
 IMAGE := dist/image
@@ -96,7 +100,7 @@ test-go: ## the Go tests, under the race detector
 
 test-rust: ## unit, integration, end-to-end and documentation tests (root: Postfix and Dovecot run in them)
 	$(call step,Rust tests)
-	$(CARGO) test --locked
+	RUST_TEST_THREADS=$(TEST_THREADS) $(CARGO) test --locked
 
 soak: ## outages of 30 and 120 seconds under load, 20 restarts, and what else is too long for every day
 	$(call step,long outages and many restarts)
