@@ -27,7 +27,7 @@ TARGET ?= x86_64-unknown-linux-gnu
 export CC_aarch64_unknown_linux_gnu ?= aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER ?= aarch64-linux-gnu-gcc
 
-# The Go code is built for release with these tags, and for the test tailnet without.
+# The Go code is built with these tags; its own tests run without.
 GO_TAGS = $$(grep -v '^\#' $(CURDIR)/libtailscale/build-tags | paste -sd, -)
 
 # The end-to-end tests wait most of the time, for time-outs that are to pass.
@@ -81,7 +81,7 @@ deps: ## install what building and testing needs (Debian, as root), else say wha
 
 format: ## check the formatting of Rust and Go
 	$(call step,formatting)
-	$(CARGO) fmt --check
+	$(CARGO) fmt --all --check
 	@wrong=$$(gofmt -l libtailscale) && [ -z "$$wrong" ] || { echo "run gofmt -w on:" $$wrong; exit 1; }
 
 vet: ## go vet, with the release's build tags and without
@@ -91,7 +91,7 @@ vet: ## go vet, with the release's build tags and without
 
 lint: ## clippy, warnings denied
 	$(call step,clippy)
-	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	$(CARGO) clippy --locked --test release -- -D warnings
 
 test-go: ## the Go tests, under the race detector
@@ -188,6 +188,7 @@ sbom: release $(TOOLS)/$(CARGO_CYCLONEDX) ## dist/*.cdx.json: what is linked in,
 	$(TOOLS)/$(CARGO_CYCLONEDX)/bin/cargo-cyclonedx cyclonedx --format json --no-build-deps \
 		--target $(TARGET) --override-filename rust.cdx
 	mv rust.cdx.json dist/tailwart-edge.rust.cdx.json
+	@rm -f examples/demo/rust.cdx.json # it writes one for each package of the workspace
 	$(GO_COMMAND) run $(CYCLONEDX_GOMOD) bin -json -output dist/tailwart-edge.go.cdx.json $(RELEASE)
 
 # The archive's name is the target's, so that those of several machines can lie side by side.
@@ -215,10 +216,8 @@ update: ## move to another Tailscale (TAILSCALE=v1.104.5; the newest by default)
 	GO='$(GO)' scripts/update $(TAILSCALE)
 	$(MAKE) test
 
-demo: deps ## a mailbox, a tailnet and the edge on this machine, one message through them (DEMO_ONCE=1 ends then)
-	$(call step,building for the demo (debug: quicker to build than a release))
-	$(CARGO) build --locked --bin tailwart-edge --example demo
-	@$(CARGO) run --quiet --locked --example demo
+demo: ## a mailbox, a tailnet and the edge on this machine, one message through them (root; DEMO_ONCE=1 ends then)
+	@CARGO='$(CARGO)' GO='$(GO)' scripts/demo
 
 clean: ## remove everything that was built
 	rm -rf target dist go.work go.work.sum

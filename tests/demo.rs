@@ -1,4 +1,4 @@
-//! The example programs: `make demo` shows what it says and leaves nothing behind, and `embed` greets.
+//! The programs in `examples/`: `make demo` shows what it says and leaves nothing behind, and `embed` greets.
 
 mod common;
 
@@ -65,24 +65,25 @@ fn the_embedded_node_prints_a_greeting() {
     let tailnet = TestTailnet::start();
     tailnet.add_node("stalwart", &["tag:stalwart"], &[(25, stub.addr)]);
     let state = common::private_dir("embed");
-    let mut embed = example("embed");
+    let mut embed = cargo_run("--example", "embed");
     embed.arg(state.path()).args(["stalwart", "25"]);
     embed.env("TS_AUTHKEY", "tskey-auth-test").env("TS_CONTROL_URL", tailnet.control_url());
     let said = run(&mut embed, b"", BUILD_LIMIT).expect_success().stdout();
     assert_eq!(said, "220 mail.example.test ESMTP\r\n");
 }
 
-/// Cargo becomes the example once it is built, so the process is the example's.
-fn example(name: &str) -> Command {
+/// Cargo becomes the program once it is built, so the process is the program's.
+fn cargo_run(kind: &str, name: &str) -> Command {
     let mut command = Command::new(env!("CARGO"));
-    command.args(["run", "--quiet", "--example", name, "--"]);
+    command.args(["run", "--quiet", kind, name, "--"]);
     command
 }
 
 /// The demo with a directory of its own for temporary files.
 fn demo(temp: &Path) -> Command {
-    let mut command = example("demo");
-    command.arg(env!("CARGO_BIN_EXE_tailwart-edge")).env("TMPDIR", temp).env_remove("DEMO_ONCE");
+    let mut command = cargo_run("--package", "demo");
+    command.arg(env!("CARGO_BIN_EXE_tailwart-edge")).env("TMPDIR", temp);
+    command.env_remove("DEMO_ONCE").env_remove("DEMO_SECONDS");
     command
 }
 

@@ -329,6 +329,35 @@ fn versions_are_the_same_everywhere() {
     }
 }
 
+/// The packages that `scripts/install-deps` misses where there are no commands but those it runs itself.
+fn missed_for(group: &[&str]) -> BTreeSet<String> {
+    let bin = common::temp_dir("bin");
+    for command in ["bash", "cut", "dirname", "grep", "id", "sed", "sort", "tail"] {
+        let known = ["/usr/bin", "/bin"].map(|dir| Path::new(dir).join(command));
+        let place = known.iter().find(|path| path.exists()).unwrap_or_else(|| panic!("no {command}"));
+        std::os::unix::fs::symlink(place, bin.path().join(command)).unwrap();
+    }
+    let mut check = Command::new(common::repo_root().join("scripts/install-deps"));
+    let checked = run(check.args(group).arg("--check").env("PATH", bin.path()), b"", LIMIT);
+    assert_eq!(checked.status.and_then(|status| status.code()), Some(1), "{}", checked.stderr);
+    let lines = checked.stderr.lines().filter_map(|line| line.strip_prefix("  "));
+    lines.filter_map(|line| line.split(' ').next()).map(str::to_owned).collect()
+}
+
+#[test]
+fn the_demo_installs_less_than_the_tests_and_more_than_building() {
+    let [build, demo, test] = [&["build"][..], &["demo"], &[]].map(missed_for);
+    assert!(build.is_subset(&demo) && demo.is_subset(&test), "{build:?}\n{demo:?}\n{test:?}");
+    let all_in =
+        |packages: &BTreeSet<String>, wanted: &[&str]| wanted.iter().all(|it| packages.contains(*it));
+    assert!(all_in(&build, &["gcc", "make", "cargo"]) && !build.contains("curl"), "{build:?}");
+    assert!(
+        all_in(&demo, &["curl", "openssl", "swaks", "util-linux"]) && !demo.contains("chromium"),
+        "{demo:?}"
+    );
+    assert!(all_in(&test, &["chromium", "prometheus", "g++"]), "{test:?}");
+}
+
 #[test]
 fn bash_completes_commands_and_options() {
     let script = edge(&["completions", "bash"]).expect_success().stdout();

@@ -502,18 +502,12 @@ pub fn go_program(name: &str) -> PathBuf {
     static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
     let directory = DIRECTORY.get_or_init(|| {
         let here = std::env::current_exe().expect("/proc is mounted");
-        // target/debug/deps or target/debug/examples: one up is where cargo leaves programs.
-        let target =
-            here.parent().and_then(Path::parent).expect("the program is in cargo's target directory");
-        let mut build = Command::new("flock");
-        // Tests in other processes build the same files. Go leaves them alone when they are up to date.
-        build.arg(target.join("testnet.lock"));
-        build.arg(repo_root().join("scripts/go"));
-        build.args(["build", "-C"]).arg(repo_root().join("libtailscale"));
-        // No look at git, which fails in a checkout of another user.
-        build.arg("-buildvcs=false").arg("-o").arg(target).arg("./testnet/cmd/...");
-        run(&mut build, b"", BUILD_LIMIT).expect_success();
-        target.to_owned()
+        let beside = here.parent().expect("it is in a directory");
+        // Cargo puts programs into target/debug, and those of tests one further down.
+        let directory = if beside.ends_with("deps") { beside.parent().expect("it is below") } else { beside };
+        let mut build = Command::new(repo_root().join("scripts/build-testnet"));
+        run(build.arg(directory), b"", BUILD_LIMIT).expect_success();
+        directory.to_owned()
     });
     directory.join(name)
 }

@@ -6,12 +6,30 @@
 //! checked: the first one that is not so ends the demo with a message and a failure. `DEMO_ONCE=1`
 //! ends it after the message instead of serving on.
 //!
-//! Expects the edge's program beside its own directory, where cargo leaves both, or as its argument.
-//! Needs root, which Postfix and Dovecot start as. Ctrl-C may kill it at any moment: see
-//! `tests/common/process.rs` for who cleans up.
+//! Expects the edge's program beside its own, where cargo leaves both, or as its argument. Needs root,
+//! which Postfix and Dovecot start as. Ctrl-C may kill it at any moment: see `tests/common/process.rs`
+//! for who cleans up.
 
-#[path = "../../tests/common/mod.rs"]
-mod common;
+/// Those servers and clients of the tests that it runs, and what they need.
+#[path = "../../../tests/common"]
+#[allow(dead_code)] // the tests use more of each
+mod common {
+    pub mod cert;
+    pub mod client;
+    pub mod dovecot;
+    pub mod edge;
+    pub mod host;
+    pub mod log;
+    pub mod mail;
+    pub mod net;
+    pub mod postfix;
+    pub mod process;
+    pub mod tailnet;
+    pub mod tools;
+    pub mod wait;
+
+    pub use host::{START_LIMIT, repo_root, require_root, temp_dir};
+}
 
 use std::any::Any;
 use std::net::SocketAddr;
@@ -59,7 +77,7 @@ impl Demo {
     fn start() -> Demo {
         common::require_root("the demo");
         let started = Instant::now();
-        step(started, "building the test tailnet (the first time compiles Tailscale, which takes minutes)");
+        step(started, "the test tailnet is built, unless it is up to date");
         // Only this key lets the edge in.
         let keys = Options { auth_keys: vec![AUTH_KEY.to_owned()], ..Options::default() };
         let tailnet = TestTailnet::start_with(&keys);
@@ -108,6 +126,16 @@ impl Demo {
             self.connect_ms(client)
         );
         println!("  path     {}\n", self.path());
+        self.tell_whole_time();
+    }
+
+    /// `scripts/demo` says how many seconds it has taken before this program began.
+    fn tell_whole_time(&self) {
+        let before = std::env::var("DEMO_SECONDS").ok().and_then(|seconds| seconds.parse().ok());
+        if let Some(before) = before.map(Duration::from_secs) {
+            let seconds = (before + self.started.elapsed()).as_secs();
+            println!("From `make demo` to here it took {} min {} s.\n", seconds / 60, seconds % 60);
+        }
     }
 
     /// The client's address, and how long it waited for the banner.
@@ -188,9 +216,9 @@ fn default_listeners() -> Vec<Listener> {
     five.map(|(protocol, port)| Listener::new(protocol, protocol, port)).into()
 }
 
-/// The argument, or `target/debug/tailwart-edge` for `target/debug/examples/demo`.
+/// The argument, or `target/debug/tailwart-edge` for `target/debug/demo`.
 fn edge_program() -> PathBuf {
-    let beside = || Some(std::env::current_exe().ok()?.parent()?.parent()?.join("tailwart-edge"));
+    let beside = || Some(std::env::current_exe().ok()?.with_file_name("tailwart-edge"));
     let program = std::env::args_os().nth(1).map(PathBuf::from).or_else(beside).unwrap_or_default();
     assert!(program.is_file(), "{}: there is no such program; run `make demo`", program.display());
     program
