@@ -84,10 +84,10 @@ format: ## check the formatting of Rust and Go
 	$(CARGO) fmt --all --check
 	@wrong=$$(gofmt -l libtailscale) && [ -z "$$wrong" ] || { echo "run gofmt -w on:" $$wrong; exit 1; }
 
-vet: ## go vet, with the release's build tags and without
+vet: ## go vet, with the build tags of the programs and without
 	$(call step,go vet)
 	cd libtailscale && $(GO_COMMAND) vet ./...
-	cd libtailscale && $(GO_COMMAND) vet -tags="$(GO_TAGS)" .
+	cd libtailscale && $(GO_COMMAND) vet -tags="$(GO_TAGS)" ./...
 
 lint: ## clippy, warnings denied
 	$(call step,clippy)
