@@ -27,9 +27,6 @@ TARGET ?= x86_64-unknown-linux-gnu
 export CC_aarch64_unknown_linux_gnu ?= aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER ?= aarch64-linux-gnu-gcc
 
-# The Go code is built with these tags; its own tests run without.
-GO_TAGS = $$(grep -v '^\#' $(CURDIR)/libtailscale/build-tags | paste -sd, -)
-
 # The end-to-end tests wait most of the time, for time-outs that are to pass.
 TEST_THREADS ?= $$((3 * $$(nproc)))
 
@@ -84,10 +81,10 @@ format: ## check the formatting of Rust and Go
 	$(CARGO) fmt --all --check
 	@wrong=$$(gofmt -l libtailscale) && [ -z "$$wrong" ] || { echo "run gofmt -w on:" $$wrong; exit 1; }
 
-vet: ## go vet, with the build tags of the programs and without
+# As the tests are built, so that Go compiles Tailscale once for both.
+vet: ## go vet
 	$(call step,go vet)
-	cd libtailscale && $(GO_COMMAND) vet ./...
-	cd libtailscale && $(GO_COMMAND) vet -tags="$(GO_TAGS)" ./...
+	cd libtailscale && $(GO_COMMAND) vet -race ./...
 
 lint: ## clippy, warnings denied
 	$(call step,clippy)
