@@ -18,7 +18,7 @@ RUN make image-root
 
 FROM scratch
 COPY --from=build /src/dist/image/program/ /
-# A directory below the one that is named keeps its mode: the edge refuses a state directory that others can read.
+# COPY keeps the mode of a directory inside the copied one: the edge refuses a state directory that others can read.
 COPY --from=build --chown=65532:65532 /src/dist/image/state/ /var/lib/
 USER 65532:65532
 VOLUME /var/lib/tailwart-edge

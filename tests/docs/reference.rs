@@ -19,24 +19,25 @@ const WRITE: &str = "TAILWART_WRITE_REFERENCE";
 const TABLES: &[(&str, &str)] = &[
     ("", "These stand before the first table."),
     ("tailnet", "The node that the edge becomes."),
-    ("upstream", "The mailbox, for every listener that names nothing of its own."),
+    ("upstream", "The mailbox of every listener that does not name its own."),
     (
         "listener",
         "One `[[listener]]` for each port. Without any, five are served: smtp 25, submissions 465, submission 587, imaps 993 and sieve 4190. With one, only those in the file.",
     ),
     ("timeouts", "How long things may take."),
-    ("limits", "How many connections are taken."),
+    ("limits", "How many connections the edge accepts, and how much memory it uses."),
     ("probe", "How the mailbox is watched."),
     ("log", "What is logged, to standard error, and how."),
     ("admin", "Health, state and metrics over HTTP; see [HTTP endpoints](http.md)."),
 ];
 
 const HEAD: &str = "\
-A TOML file. It is the one that `--config` names, else the one that `TAILWART_CONFIG` names, else
-`/etc/tailwart-edge/config.toml` if it exists, else none: `run --upstream HOST` needs no file.
+The configuration is a TOML file: the one that `--config` names, else the one that `TAILWART_CONFIG` names,
+else `/etc/tailwart-edge/config.toml` if it exists. Without any, `run --upstream HOST` works too.
 
-- `tailwart-edge check` names every mistake at once, each with its line; of a file that is not TOML, where it is not.
-- A key that is not known is a mistake.
+- `tailwart-edge check` names every mistake at once, each with its line. If the file is not TOML, it names
+  only the lines that are not TOML.
+- An unknown key is a mistake.
 - Strings may hold variables: `${NAME}` is replaced by the environment variable, `$$` stands for one
   `$`. A variable that is not set, or empty, is a mistake.
 - Durations are strings with a unit: `\"500ms\"`, `\"30s\"`, `\"35m\"`, `\"1h\"`.
