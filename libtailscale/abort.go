@@ -7,20 +7,20 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
-// abortOthers ends the connections from addresses that are the node's no more:
-// nothing of them will ever arrive, and their clients would wait for it.
+// abortOthers ends the connections from addresses that the node no longer has: nothing
+// more can arrive on them, and their clients would wait for ever.
 func (n *node) abortOthers(self addresses) {
 	n.abortWhere((*tcp.Endpoint).GetLocalAddress, func(local netip.Addr) bool {
 		return local != self.v4 && local != self.v6
 	})
 }
 
-// abortPeer ends the connections to a peer that has gone without a word.
+// abortPeer ends the connections to a peer that is gone without closing them.
 func (n *node) abortPeer(peer netip.Addr) {
 	n.abortWhere((*tcp.Endpoint).GetRemoteAddress, func(remote netip.Addr) bool { return remote == peer })
 }
 
-// abortWhere resets the connections whose address at one end is such a one.
+// abortWhere resets the connections whose address at that end is unwanted.
 func (n *node) abortWhere(end func(*tcp.Endpoint) (tcpip.FullAddress, tcpip.Error), unwanted func(netip.Addr) bool) {
 	for _, registered := range n.stack.RegisteredEndpoints() {
 		ep, ok := registered.(*tcp.Endpoint)

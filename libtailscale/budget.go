@@ -11,32 +11,33 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
-// What one direction of a connection may hold. The floor is everybody's; the rest
-// comes out of the budget. A receive buffer is twice as large: half of it is window, the
-// other half is for what segments cost beside their bytes.
+// What one direction of a connection may hold. Each has its floor; more comes from the
+// budget. A receive buffer is twice as large: half of it is window, the other half is
+// for the overhead of segments.
 const (
 	mostFloor  = 64 << 10
 	leastFloor = 4 << 10
-	// floorParts budgets are shared by the floors of those that are open when a connection
-	// is made. It keeps its floor when others come: n of them have ln(n) times as much at
-	// most, and the least floor each.
+	// floorParts times the budget, divided by the number of open connections, is the floor
+	// of a new one. It keeps this floor when others come, so n connections have at most
+	// ln(n) times as much, and each at least the least floor.
 	floorParts = 4
-	// What one connection can use: Tailscale's own maxima
+	// The most that one connection can use: Tailscale's own maxima
 	// (wgengine/netstack/netstack_tcpbuf_default.go).
 	sendMost = 6 << 20
 	recvMost = 8 << 20
 )
 
 const (
-	// narrowPart of the floor is the size of the send buffer while writes are small,
-	// whatever the limit. A segment costs some 700 bytes beside those that it carries, and
-	// the stack joins none that wait: a byte at a time, a floor of 64 KiB would be 45 MB.
+	// While writes are small, the send buffer is the floor divided by narrowPart, whatever
+	// the limit. A segment costs some 700 bytes beside those that it carries, and the
+	// stack does not join waiting segments: with one byte in each, a floor of 64 KiB would
+	// cost 45 MB.
 	narrowPart  = 256
 	leastNarrow = leastFloor / narrowPart
 	// smallWrite is a write that costs more than twice its bytes.
 	smallWrite = 512
-	// manySmall is how many small writes more than large ones make a send buffer narrow.
-	// A blocked client's next bytes come together, as one larger write.
+	// manySmall is how many more small writes than large ones make a send buffer narrow.
+	// While a write is blocked, the client's next bytes collect into one larger write.
 	manySmall = 32
 )
 
@@ -46,16 +47,15 @@ const (
 	balanceInterval = 20 * time.Millisecond
 	// balancePauseMost bounds the pause that follows a division which took long.
 	balancePauseMost = time.Second
-	// quietAfter is how long a direction may move nothing before it counts as stalled:
-	// it keeps what it holds and gets no more.
+	// quietAfter is how long a direction may move nothing before it counts as stalled. A
+	// stalled direction keeps what it holds and gets no more.
 	quietAfter = time.Second
 	// segmentBytes is what a segment carries: an MTU of 1,280 without IPv6 and TCP.
 	segmentBytes = 1220
-	// forgetting is how fast what a direction could use is forgotten: half of it within a
-	// second.
+	// forgetting is how fast a direction's wish declines: by half within a second.
 	forgetting = 64
-	// defaultBudget is for who sets none: at a round trip of 100 ms 1.3 Gb/s to the peers,
-	// half of that from them.
+	// defaultBudget is used if none is set: with a round trip of 100 ms it allows 1.3 Gb/s
+	// to the peers, and half of that from them.
 	defaultBudget = 16 << 20
 )
 
@@ -64,17 +64,17 @@ var flowBudget = budget{total: defaultBudget}
 
 // budget is what all connections together may hold beyond their floors, in both
 // directions: sent and not acknowledged, received and not read. The stack alone would
-// let each hold 14 MiB, and grow for as long as somebody is slow.
+// let each hold 14 MiB, and would let buffers grow as long as a peer is slow.
 //
 // Only connections that ask for more than the floor are in it (join). While there are
-// any, a goroutine divides the budget among them: those that do not move keep what
-// they hold, those that do share the rest evenly.
+// any, a goroutine divides the budget among them: stalled ones keep what they hold, the
+// others share the rest evenly.
 type budget struct {
 	mu      sync.Mutex // comes before any lock of the stack
 	total   int64      // bytes
 	flows   []*flow
 	running bool
-	held    atomic.Int64 // beyond the floors, by the last division
+	held    atomic.Int64 // held beyond the floors, as of the last division
 }
 
 // flow is a connection that has asked for more than the floor.
@@ -84,14 +84,14 @@ type flow struct {
 	send, recv direction
 }
 
-// direction is one half of a flow. Its fields are the budget's, but for the first two,
-// which reads and writes leave for it.
+// direction is one half of a flow. Its fields belong to the budget, except the first
+// two, which reads and writes set.
 type direction struct {
 	moved   atomic.Int64 // bytes since the last division
 	blocked atomic.Bool  // the last write was not taken whole
 
 	share
-	narrow    bool  // the size for small writes counts in the place of the limit
+	narrow    bool  // the size for small writes replaces the limit
 	applied   int64 // the size that the stack has
 	lowered   bool  // since the last division: what moved may have been taken before
 	lastMoved time.Time
@@ -102,7 +102,7 @@ type share struct {
 	floor, most int64
 	want        int64 // what it could use
 	limit       int64 // what it may hold
-	held        int64 // what it may still hold from a limit that was higher
+	held        int64 // what it may still hold from an earlier, higher limit
 	stalled     bool  // holds bytes that do not move
 }
 
@@ -119,15 +119,15 @@ func (b *budget) max() int64 {
 	return b.total
 }
 
-// floor is that of a connection that is made now, for what it sends: the more there are,
-// the less.
+// floor is the send floor of a connection that is made now: the more connections there
+// are, the lower it is.
 func (b *budget) floor() int64 {
 	open := int64(max(conns.count(), 1))
 	return max(leastFloor, min(b.max()*floorParts/open/3, mostFloor)) // and twice that to receive
 }
 
-// join brings a connection into the budget, with the floor at first. It is in both
-// places before the next division, which may take it out of both.
+// join brings a connection into the budget, with the floor at first. The connection and
+// the budget know of each other before the next division, which may end that for both.
 func (b *budget) join(c *conn) *flow {
 	f := &flow{owner: c, ep: c.ep}
 	f.send.share = newShare(c.floor, sendMost)
@@ -147,16 +147,16 @@ func (b *budget) join(c *conn) *flow {
 	return f
 }
 
-// leave is told before a connection is closed. What it holds counts until the stack
-// has done with it.
+// leave is called before a connection is closed. What the connection holds counts until
+// the stack has freed it.
 func (b *budget) leave(f *flow) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	f.owner = nil
 }
 
-// run divides the budget for as long as somebody shares in it. The more there are, the
-// rarer: it takes a fiftieth of a processor at most.
+// run divides the budget as long as any flow is in it. The more flows there are, the
+// less often it divides, so it uses at most a fiftieth of a processor.
 func (b *budget) run() {
 	last := time.Now()
 	pause := balanceInterval
@@ -170,7 +170,7 @@ func (b *budget) run() {
 	}
 }
 
-// balance is one division; false when nobody is left.
+// balance is one division; false when no flow is left.
 func (b *budget) balance(now time.Time, elapsed time.Duration) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -192,14 +192,14 @@ func (b *budget) balance(now time.Time, elapsed time.Duration) bool {
 func (f *flow) apply() {
 	options := f.ep.SocketOptions()
 	if size, changed := f.send.resize(); changed {
-		options.SetSendBufferSize(size, true) // wakes who waits to write
+		options.SetSendBufferSize(size, true) // wakes a waiting writer
 	}
 	if size, changed := f.recv.resize(); changed {
 		options.SetReceiveBufferSize(size, false) // the next read announces it
 	}
 }
 
-// size is that of the stack's buffer.
+// size is the size of the stack's buffer.
 func (d *direction) size() int64 {
 	if d.narrow {
 		return narrowSize(d.floor)
@@ -207,7 +207,8 @@ func (d *direction) size() int64 {
 	return d.limit
 }
 
-// resize is the size that the stack is to have, and whether it has another.
+// resize returns the wanted size of the stack's buffer, and whether it differs from the
+// present one.
 func (d *direction) resize() (size int64, changed bool) {
 	before := d.applied
 	d.applied = d.size()
@@ -231,7 +232,7 @@ func (f *flow) isOver() bool {
 	return over
 }
 
-// isAtRest is whether a direction has given everything back.
+// isAtRest is whether a direction holds nothing beyond its floor.
 func (d *direction) isAtRest() bool {
 	return d.held == d.floor && d.want == d.floor && d.moved.Load() == 0 && !d.blocked.Load()
 }
@@ -239,7 +240,7 @@ func (d *direction) isAtRest() bool {
 // measure notes what a flow did since the last division, and what it could use.
 func (f *flow) measure(now time.Time, elapsed time.Duration) {
 	if f.owner == nil {
-		f.send.stalled = true // it gets no more, and nobody tells how much has gone
+		f.send.stalled = true // it gets no more, and how much was sent is not known any more
 		f.recv.note(now, 0, 0)
 		return
 	}
@@ -251,15 +252,15 @@ func (f *flow) measure(now time.Time, elapsed time.Duration) {
 		f.send.forget(sent)
 		f.recv.forget(received)
 		if blocked {
-			// As the stack itself has it: what is in flight, and as much to follow.
+			// As the stack itself does: the bytes in flight, and as many to follow.
 			f.send.ask(2 * int64(info.SndCwnd) * segmentBytes)
 		}
-		// A window of what comes within a round trip, and twice that for growth; half of
-		// a buffer is window.
+		// The window is what arrives within a round trip, doubled for growth, and doubled
+		// again since half of a buffer is window.
 		f.recv.ask(4 * int64(float64(received)*float64(info.RTT)/float64(elapsed)))
 	}
-	// The stack does not tell how much is unsent. What was taken under this limit shows
-	// that no more than this is there.
+	// The stack does not report how much is unsent. The bytes that it took under this
+	// limit are an upper bound.
 	var unsent int64
 	if f.send.lowered || sent == 0 && blocked {
 		unsent = f.send.held
@@ -270,7 +271,7 @@ func (f *flow) measure(now time.Time, elapsed time.Duration) {
 	f.recv.note(now, received, 2*int64(unread))
 }
 
-// forget lowers what a direction wants that moves, for it to ask again.
+// forget lowers the wish of a direction that moves, so that it has to ask again.
 func (d *direction) forget(moved int64) {
 	if moved > 0 {
 		d.want -= (d.want - d.floor) / forgetting
@@ -281,11 +282,11 @@ func newShare(floor, most int64) share {
 	return share{floor: floor, most: most, want: floor, limit: floor, held: floor}
 }
 
-// ask raises what a direction wants.
+// ask raises the wish of a direction.
 func (s *share) ask(bytes int64) { s.want = max(s.want, min(bytes, s.most)) }
 
-// note is told how many bytes have moved, and how much memory others take at most that
-// wait.
+// note takes the number of bytes that have moved, and an upper bound of the memory of
+// those that wait.
 func (d *direction) note(now time.Time, moved, waiting int64) {
 	switch {
 	case moved > 0:
@@ -300,9 +301,9 @@ func (d *direction) note(now time.Time, moved, waiting int64) {
 	}
 }
 
-// divide sets the limits of shares: those that are stalled keep theirs, the others
-// share evenly what they leave of total, each as much as it wants. Nobody is given
-// what another still holds. Returns what all hold beyond their floors.
+// divide sets the limits of shares: stalled ones keep theirs, the others share the rest
+// of total evenly, none getting more than it wants. Nothing is given away that another
+// share still holds. Returns what all hold beyond their floors.
 func divide(total int64, shares []*share) (held int64) {
 	moving := make([]*share, 0, len(shares))
 	left := total
@@ -316,7 +317,7 @@ func divide(total int64, shares []*share) (held int64) {
 	slices.SortFunc(moving, func(a, b *share) int { return cmp.Compare(a.want-a.floor, b.want-b.floor) })
 	due := make([]int64, len(moving))
 	for i, s := range moving {
-		// Who wants less than an even part leaves the rest to those after it.
+		// A share that wants less than an even part leaves the rest to the next ones.
 		extra := min(s.want-s.floor, max(left, 0)/int64(len(moving)-i))
 		left -= extra
 		due[i] = s.floor + extra
@@ -337,15 +338,15 @@ func divide(total int64, shares []*share) (held int64) {
 	return total - free
 }
 
-// writeSizes tells a connection with many small writes, which cost more than their
-// bytes, from others.
+// writeSizes finds connections with many small writes, which cost more than their
+// bytes.
 type writeSizes struct {
-	small    int // how many more were small than large, up to manySmall
+	small    int // small writes minus large writes, 0 to manySmall
 	areSmall bool
 }
 
-// note is told how much a write that was taken had to offer; whether areSmall has
-// changed. A write counts as many large ones as smallWrite goes into it.
+// note takes the size of a write; changed is whether areSmall has changed. A write
+// counts as one large write for each smallWrite bytes in it.
 func (s *writeSizes) note(bytes int) (changed bool) {
 	s.small = max(0, min(s.small+1-bytes/smallWrite, manySmall))
 	switch s.small {

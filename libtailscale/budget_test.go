@@ -62,7 +62,7 @@ func TestDivide(t *testing.T) {
 	}
 }
 
-// Whatever they want and hold, dividing again and again keeps within the budget, and
+// Whatever the shares want and hold, repeated divisions stay within the budget, and
 // those that move end with even parts.
 func TestDivideConverges(t *testing.T) {
 	const total = 10_000
@@ -113,7 +113,7 @@ func TestADirectionThatIsQuietGivesBack(t *testing.T) {
 }
 
 // A division between joining and the first byte must not leave the connection with a
-// flow that nobody looks at.
+// flow that is no longer divided.
 func TestJoinDuringADivision(t *testing.T) {
 	e := startEdge(t, echo)
 	b, err := dial(t, e.node, "mailbox", 25)
@@ -137,8 +137,8 @@ func TestJoinDuringADivision(t *testing.T) {
 	}
 }
 
-// A mailbox that takes nothing is given no more than the budget and the floors, and
-// what it was given comes back when the connections are gone.
+// A mailbox that takes nothing gets no more than the budget and the floors, and gives
+// it back when the connections are gone.
 func TestStalledConnectionsStayWithinTheBudget(t *testing.T) {
 	const total = 1 << 20
 	setBudget(t, total)
@@ -150,7 +150,7 @@ func TestStalledConnectionsStayWithinTheBudget(t *testing.T) {
 		check(t, err)
 		open = append(open, b)
 	}
-	// As much as each takes, several times what all may hold.
+	// Each write takes what fits; together they are several times what all may hold.
 	eventually(t, "they all stand still", func() bool {
 		for _, b := range open {
 			conns.get(b.handle).write(make([]byte, 64<<10))
@@ -210,8 +210,8 @@ func TestABusyConnectionLeavesTheBudgetWhenItIsIdle(t *testing.T) {
 	}
 }
 
-// A byte at a time costs hundreds for each, so that few may wait; whoever then sends
-// much at once gets the whole floor again, and nothing is lost.
+// Single bytes cost hundreds each, so only few may wait. A connection that then sends
+// much at once gets its whole floor again, and nothing is lost.
 func TestManySmallWritesWaitForThePeer(t *testing.T) {
 	received := make(chan []byte, 1)
 	e := startEdge(t, func(c *net.TCPConn) {
@@ -266,8 +266,8 @@ func TestWriteSizes(t *testing.T) {
 	}
 }
 
-// A receiver that takes a little now and then, from a queue that was filled under a higher
-// limit, still holds the queue.
+// A receiver that takes little from a queue that was filled under a higher limit still
+// holds the queue.
 func TestWhoTricklesHoldsWhatIsLeft(t *testing.T) {
 	d := &direction{share: newShare(100, 10_000)}
 	d.want, d.limit, d.held = 8000, 8000, 8000
@@ -282,7 +282,7 @@ func TestWhoTricklesHoldsWhatIsLeft(t *testing.T) {
 	}
 }
 
-// What was taken before a limit was lowered is no sign that it fits.
+// Bytes taken before a limit was lowered do not show that they fit now.
 func TestALoweredLimitWaitsForAPeriod(t *testing.T) {
 	e := startEdge(t, echo)
 	b, err := dial(t, e.node, "mailbox", 25)
@@ -309,8 +309,8 @@ func TestALoweredLimitWaitsForAPeriod(t *testing.T) {
 	}
 }
 
-// The window's scale is settled by the handshake, and must be that of the most that a
-// connection may receive: a buffer that was set before would settle it by the floor.
+// The handshake settles the window's scale, which must fit the most that a connection
+// may receive. If the buffer were lowered before, the scale would fit the floor only.
 func TestTheHandshakeSettlesTheLargestWindow(t *testing.T) {
 	setBudget(t, 1) // the least floor
 	e := startEdge(t, echo)
@@ -326,7 +326,7 @@ func TestTheHandshakeSettlesTheLargestWindow(t *testing.T) {
 	}
 }
 
-// The more connections, the less each may hold in any case, and never nothing.
+// The more connections there are, the lower each floor is, but never zero.
 func TestFloorsShareTheirPart(t *testing.T) {
 	b := budget{total: 16 << 20}
 	if floor := b.floor(); floor != mostFloor {

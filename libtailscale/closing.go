@@ -20,9 +20,9 @@ const (
 	resetLimit = time.Second
 )
 
-// close stops the node once. Calls in progress are cancelled and awaited
-// first, since tsnet must not be closed beneath them. Its error is that an
-// ephemeral node could not be logged out.
+// close stops the node once. Calls in progress are cancelled and awaited first, since
+// tsnet must not be closed beneath them. It fails only if an ephemeral node could not
+// be logged out.
 func (n *node) close() (failed error) {
 	n.mu.Lock()
 	if n.closed {
@@ -34,7 +34,7 @@ func (n *node) close() (failed error) {
 	n.mu.Unlock()
 
 	n.cancel()
-	n.pending.Wait() // nobody opens a connection, listens or sets self any more
+	n.pending.Wait() // from here on nothing opens a connection, listens or sets self
 	n.endListeners()
 	n.self.Store(nil)
 	if started {
@@ -53,9 +53,9 @@ func (n *node) close() (failed error) {
 	return failed
 }
 
-// flush waits until the connections whose handles are closed are over, within
-// flushLimit: closing the stack drops what is still queued, and a reset may
-// overtake bytes that the peer has received but not read.
+// flush waits, up to flushLimit, until connections with closed handles have ended:
+// closing the stack drops queued bytes, and a reset may destroy bytes that the peer has
+// received but not read.
 func (n *node) flush() {
 	deadline := time.Now().Add(flushLimit)
 	for n.ending() > 0 && time.Now().Before(deadline) {
@@ -63,10 +63,10 @@ func (n *node) flush() {
 	}
 }
 
-// abortAll resets what is left while the stack can still send. tsnet does so
-// only after its sender has stopped: the resets would be lost and, from the
-// 513th on, block for ever on the sender's queue
-// (wgengine/netstack/link_endpoint.go, queue.Write).
+// abortAll resets the remaining connections while the stack can still send. tsnet does
+// so only after its sender has stopped: the resets would be lost and, from the 513th
+// on, block for ever on the sender's queue (wgengine/netstack/link_endpoint.go,
+// queue.Write).
 func (n *node) abortAll() {
 	peers := make(map[netip.Addr]bool)
 	for _, registered := range n.stack.RegisteredEndpoints() {
@@ -81,11 +81,11 @@ func (n *node) abortAll() {
 	n.awaitSent(peers)
 }
 
-// awaitSent waits, up to resetLimit, for the resets to have left: what is still
-// on its way through WireGuard when the node closes is lost, and the peer would
-// keep half a message until its own time-out. A ping inside WireGuard takes the
-// same way and is answered. Two of them, since the first may overtake packets
-// that the stack has yet to hand over.
+// awaitSent waits, up to resetLimit, until the resets have left: packets still on their
+// way through WireGuard when the node closes are lost, and the peer would keep half a
+// message until its own time-out. A ping inside WireGuard takes the same path and is
+// answered. There are two pings, since the first may overtake packets that the stack
+// has not handed over yet.
 func (n *node) awaitSent(peers map[netip.Addr]bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), resetLimit)
 	defer cancel()
@@ -100,8 +100,8 @@ func (n *node) awaitSent(peers map[netip.Addr]bool) {
 	pings.Wait()
 }
 
-// ending counts the endpoints that nobody has a handle of and that still have
-// bytes or a FIN to deliver or to receive.
+// ending counts the endpoints without a handle that still have bytes or a FIN to
+// deliver or to receive.
 func (n *node) ending() int {
 	held := make(map[tcpip.Endpoint]bool)
 	conns.each(func(c *conn) { held[c.ep] = true })

@@ -11,8 +11,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip"
 )
 
-// code is a tailscale_code of tailscale.h: what C is told of a call's outcome.
-// It is an error so that Go's side of the library can return it as one.
+// code is a tailscale_code of tailscale.h: the outcome of a call, for C. It is an error
+// so that Go's side of the library can return it as one.
 type code int32
 
 // The constants take their numbers from the header, which is their only

@@ -11,10 +11,10 @@ import (
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
-// TCP keepalive towards the peer. It notices a server that went away without a
-// word under an idle connection while its node lives on; of a whole node, pings
-// tell sooner, and without taking an outage of our own for the peer's. tsnet sets
-// it on accepted connections only, and the stack's defaults are two hours. Tests
+// TCP keepalive towards the peer. It notices a server that has dropped an idle
+// connection without a FIN while its node lives on. If the whole node is gone, pings
+// notice it sooner, and do not take an outage of our own for the peer's. tsnet sets
+// keepalive on accepted connections only, and the stack's defaults are two hours. Tests
 // make it short.
 var (
 	keepaliveIdle     = 60 * time.Second
@@ -22,14 +22,13 @@ var (
 	keepaliveCount    = 4
 )
 
-// orphanTimeout is how long a peer may take none of what is left to deliver to it
-// on a connection that we have closed. The stack has no bound of its own for a
-// peer that lives and keeps its window shut, and its keepalive rests while bytes
-// are outstanding. Linux gives its orphans about as long (tcp_orphan_retries).
-// Tests make it short.
+// orphanTimeout is how long a peer may accept nothing on a connection that we have
+// closed with bytes left to deliver. The stack itself has no limit for a live peer that
+// keeps its window shut, and its keepalive pauses while bytes are outstanding. Linux
+// gives its orphans about as long (tcp_orphan_retries). Tests make it short.
 var orphanTimeout = 2 * time.Minute
 
-// conns holds every connection that C has a handle of.
+// conns holds every connection for which C has a handle.
 var conns table[conn]
 
 // wake tells C that the connection of a token became ready. It is set once,
@@ -50,8 +49,8 @@ type conn struct {
 	// attempt is set while the connection is being made; see reject.go.
 	attempt atomic.Pointer[attempt]
 
-	// floor is what it may hold in any case of what it sends, in bytes; twice that of what
-	// it receives. Set once.
+	// floor is how many sent bytes it may always hold; for received bytes it is twice as
+	// much. Set once.
 	floor int64
 
 	// flow is set while the connection may hold more than the floor; see budget.go.
@@ -60,8 +59,8 @@ type conn struct {
 	mu sync.Mutex
 	// sizes tells large writes from small ones; see narrow.
 	sizes writeSizes
-	// received counts the bytes that were read since the connection was last out of the
-	// budget, up to the floor.
+	// received counts the bytes that were read since the connection left the budget, up to
+	// the floor.
 	received int
 	// failed is the first error of the connection. The stack reports an
 	// error once and then looks like a clean end, so it must be kept.
@@ -77,7 +76,7 @@ func (c *conn) subscribe() {
 	c.queue.EventRegister(&c.entry)
 }
 
-// notify runs under locks of the stack: it only passes the event on.
+// notify runs under locks of the stack, so it only passes the event on.
 func (c *conn) notify(events waiter.EventMask) {
 	const ended = waiter.EventHUp | waiter.EventErr
 	var ready uint32
@@ -92,15 +91,15 @@ func (c *conn) notify(events waiter.EventMask) {
 
 // prepare sets what every connection has, dialled or accepted.
 func (c *conn) prepare() tcpip.Error {
-	// This ends the stack's own tuning, which grows a buffer for as long as the peer is
-	// slow; see budget.go.
+	// This turns off the stack's own tuning, which lets a buffer grow as long as the peer
+	// is slow; see budget.go.
 	c.floor = flowBudget.floor()
 	c.ep.SocketOptions().SetSendBufferSize(c.floor, true)
 	return setKeepalive(c.ep)
 }
 
-// lowerReceiveBuffer is for a connection that is made: before the handshake it would
-// settle the window's scale, which never changes, by the floor.
+// lowerReceiveBuffer is called after the handshake: before it, the window's scale,
+// which never changes, would fit the floor only.
 func (c *conn) lowerReceiveBuffer() {
 	if c.floor < mostFloor && c.flow.Load() == nil {
 		c.ep.SocketOptions().SetReceiveBufferSize(2*c.floor, false)
@@ -137,7 +136,7 @@ func (c *conn) state() error {
 
 func (c *conn) look() error {
 	c.mu.Lock()
-	defer c.mu.Unlock() // also after a panic of the stack's
+	defer c.mu.Unlock() // also after a panic in the stack
 	return c.stateLocked()
 }
 
@@ -151,8 +150,8 @@ func (c *conn) stateLocked() error {
 	case tcp.StateError:
 		return c.fail(c.ep.LastError())
 	case tcp.StateClose:
-		// Both sides have ended; or a reset came after the peer's FIN, which
-		// only this error tells.
+		// Both sides have ended, or a reset came after the peer's FIN; only this error shows
+		// which.
 		if err := c.ep.LastError(); err != nil {
 			return c.fail(err)
 		}
@@ -204,8 +203,8 @@ func (c *conn) read(p []byte) (int, error) {
 	}
 }
 
-// endOfStreamLocked tells the peer's FIN (nil) from a failure that was
-// already reported once and now looks like one.
+// endOfStreamLocked returns nil for the peer's FIN, or the failure if one was already
+// reported and now looks like a FIN.
 func (c *conn) endOfStreamLocked() error {
 	if err := c.stateLocked(); err != codeWouldBlock {
 		return err
@@ -249,7 +248,7 @@ func (c *conn) write(p []byte) (int, error) {
 	}
 }
 
-// noteSent tells the budget of a write; blocked is whether it was not taken whole.
+// noteSent reports a write to the budget; blocked: not all of it was taken.
 func (c *conn) noteSent(n int, blocked bool) {
 	f := c.flow.Load()
 	if f == nil {
@@ -262,7 +261,8 @@ func (c *conn) noteSent(n int, blocked bool) {
 	f.send.blocked.Store(blocked)
 }
 
-// noteReceived tells the budget of a read. Who has read little can need no window.
+// noteReceived reports a read to the budget. A connection that has read little needs no
+// larger window.
 func (c *conn) noteReceived(n int) {
 	f := c.flow.Load()
 	if f == nil {
@@ -304,10 +304,9 @@ func (c *conn) abort() {
 	c.ep.Abort()
 }
 
-// close gives the endpoint back to the stack, which still delivers what was
-// written, for as long as the peer takes some of it within orphanTimeout.
-// settle and EventUnregister wait for a wake in progress, so the token is free when
-// close returns.
+// close gives the endpoint back to the stack, which still delivers what was written, as
+// long as the peer accepts some of it within orphanTimeout. settle and EventUnregister
+// wait for a wake in progress, so the token is free when close returns.
 func (c *conn) close() {
 	c.settle()
 	if f := c.flow.Load(); f != nil {

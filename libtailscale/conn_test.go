@@ -173,8 +173,8 @@ func TestOurAbortReachesThePeer(t *testing.T) {
 	}
 }
 
-// An idle connection lives through as many rounds of keepalive as 35 minutes have,
-// and ends soon after its peer has gone without a word.
+// An idle connection survives as many rounds of keepalive as 35 minutes have, and ends
+// soon after its peer is gone without a FIN.
 func TestKeepalive(t *testing.T) {
 	idle, interval, count := keepaliveIdle, keepaliveInterval, keepaliveCount
 	keepaliveIdle, keepaliveInterval, keepaliveCount = 100*time.Millisecond, 500*time.Millisecond, 4
@@ -194,7 +194,8 @@ func TestKeepalive(t *testing.T) {
 	wantCode(t, err, codeTimedOut)
 }
 
-// What is held by others than the caller is woken; other peers keep theirs.
+// Owners of the peer's connections are woken, whoever the caller is; connections to
+// other peers stay.
 func TestAbortPeer(t *testing.T) {
 	e := startEdge(t, echo)
 	_, err := e.net.AddNode(testnet.NodeConfig{Name: "other", Tags: []string{"tag:mailbox"},
@@ -221,7 +222,7 @@ func TestAbortPeer(t *testing.T) {
 	check(t, err)
 }
 
-// What was written before close is delivered though nobody holds the handle.
+// What was written before close is delivered although the handle is closed.
 func TestCloseDeliversWhatWasWritten(t *testing.T) {
 	sent := random(1 << 20)
 	got := make(chan []byte, 1)
@@ -283,8 +284,8 @@ func shortOrphanTimeout(t *testing.T) {
 	t.Cleanup(func() { orphanTimeout = usual })
 }
 
-// A peer that lives, has said its last word and keeps its window shut cannot keep
-// our end of the connection, nor what is still to deliver.
+// A live peer that has sent its FIN and keeps its window shut cannot keep our end of
+// the connection open, nor the bytes left to deliver.
 func TestAShutWindowDoesNotKeepAClosedConnection(t *testing.T) {
 	shortOrphanTimeout(t)
 	e := startEdge(t, echo)
@@ -292,8 +293,8 @@ func TestAShutWindowDoesNotKeepAClosedConnection(t *testing.T) {
 	eventually(t, "the stack has forgotten the connection", func() bool { return len(e.stack.RegisteredEndpoints()) == 0 })
 }
 
-// A peer that takes its time, and has all of it only long after the time-out, is
-// not cut off as long as it takes some.
+// A slow peer that has all bytes only long after the time-out is not cut off as long as
+// it accepts some.
 func TestASlowPeerGetsAllOfAClosedConnection(t *testing.T) {
 	shortOrphanTimeout(t)
 	e := startEdge(t, echo)
@@ -564,7 +565,7 @@ func TestAPeerThatLeftTheMap(t *testing.T) {
 	})
 }
 
-// panicking is an endpoint of a stack with a bug.
+// panicking is an endpoint that panics, as a stack with a bug would.
 type panicking struct {
 	tcpip.Endpoint
 	closed bool
@@ -573,7 +574,7 @@ type panicking struct {
 func (p *panicking) Connect(tcpip.FullAddress) tcpip.Error { panic("a bug") }
 func (p *panicking) Close()                                { p.closed = true }
 
-// C frees what the token names when it is told of a panic.
+// After a panic C frees the token's object, so nothing may use the token.
 func TestAPanicInConnectLeavesNoToken(t *testing.T) {
 	e := startEdge(t, echo)
 	queue := new(waiter.Queue)

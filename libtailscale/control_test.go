@@ -46,7 +46,7 @@ func TestTheSameControlServerAtAnotherURL(t *testing.T) {
 		}
 		check(t, n.close())
 	}
-	// It is the one of the identity now, and the old URL is another one.
+	// The identity now belongs to this URL, and the old URL counts as another one.
 	n := comesBack(t, before, tailnet.ControlURL())
 	check(t, n.up())
 	if now := statusNow(n); now.ControlMovedFrom != alias {
@@ -98,8 +98,8 @@ func TestAnotherURLWhereTheKeyIsNotKnown(t *testing.T) {
 	check(t, comesBack(t, before, tailnet.ControlURL()).up())
 }
 
-// withoutUpgrade passes requests on as a proxy does that nobody has told of
-// upgrades: without the headers that are for one hop.
+// withoutUpgrade passes requests on like a proxy that is not configured for upgrades:
+// without the hop-by-hop headers.
 func withoutUpgrade(t *testing.T, tailnet *testnet.Net) string {
 	t.Helper()
 	proxy := proxyTo(t, tailnet)
@@ -128,7 +128,7 @@ func TestAProxyThatPassesNoUpgradeOn(t *testing.T) {
 	}
 }
 
-// An enrolled node is told the same while it goes on trying.
+// An enrolled node reports the same while it goes on trying.
 func TestAProxyThatPassesNoUpgradeOnAnyMore(t *testing.T) {
 	t.Setenv("TS_USE_CACHED_NETMAP", "false") // as in the archive
 	tailnet := startNet(t, testnet.Options{})

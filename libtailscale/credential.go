@@ -21,14 +21,14 @@ import (
 // server's URL, with the same paths.
 const defaultAPIURL = "https://api.tailscale.com"
 
-// keyLifeSeconds is how long a key that was made may wait to be used. It is used
-// at once; this is for those of attempts that fail.
+// keyLifeSeconds is how long a new key is valid. It is used at once; this limits the
+// keys of failed attempts.
 const keyLifeSeconds = 10 * 60
 
-// credential is what a node may enrol with: an auth key, or else what proves to
-// the API that it may make one. tsnet has code for the same, but runs it at
-// every start, enrolled or not (tsnet/tsnet.go, resolveAuthKey), so that an
-// outage of the API would stop a node that needs nothing of it.
+// credential is what a node may enrol with: an auth key, or the proof that the API may
+// make one for it. tsnet has code for the same, but runs it at every start, enrolled or
+// not (tsnet/tsnet.go, resolveAuthKey), so that an outage of the API would stop a node
+// that does not need it.
 type credential struct {
 	authKey      string
 	clientID     string // of an OAuth client or of a federated identity
@@ -42,15 +42,14 @@ func (c *credential) isGiven() bool {
 	return c.authKey != "" || c.clientSecret != "" || c.idToken != ""
 }
 
-// credentialError is a credential that did not become an auth key, with the
-// code for it.
+// credentialError is why a credential did not become an auth key, with its code.
 type credentialError struct {
 	code code
 	error
 }
 
-// obtainKey is the auth key, made by the API for one use if only what proves
-// the right to make it was given. Its errors are credentialErrors.
+// obtainKey returns the auth key. If none was given, the API makes one for a single
+// use. Its errors are credentialErrors.
 func (n *node) obtainKey(ctx context.Context) (string, error) {
 	c := n.credential()
 	if c.authKey != "" {
@@ -62,7 +61,7 @@ func (n *node) obtainKey(ctx context.Context) (string, error) {
 	}
 	base := n.apiURL()
 	if !isPrivate(base) {
-		return "", credentialError{codeBadCredential, fmt.Errorf("it would be sent to %s in clear; use https", base)}
+		return "", credentialError{codeBadCredential, fmt.Errorf("it would be sent to %s unencrypted; use https", base)}
 	}
 	client := &http.Client{
 		Transport: apiTransport{newTransport()},
@@ -90,8 +89,8 @@ func (n *node) apiURL() string {
 	return control
 }
 
-// isPrivate is whether nobody on the way can read what is sent there. (The
-// control protocol itself is encrypted over http too.)
+// isPrivate is whether nobody on the path can read what is sent there. (The control
+// protocol itself is encrypted over http too.)
 func isPrivate(base string) bool {
 	parsed, err := url.Parse(base)
 	if err != nil || parsed.Scheme == "https" {
@@ -145,8 +144,8 @@ func (n *node) createKey(ctx context.Context, base string, client *http.Client, 
 	return key.Key, nil
 }
 
-// apiTransport makes an error of an answer that says nothing about the request:
-// what is between us and the API answers in HTML, which nobody wants to read.
+// apiTransport turns answers that are not from the API into errors: a proxy in between
+// answers in HTML, which does not help.
 type apiTransport struct{ http.RoundTripper }
 
 func (t apiTransport) RoundTrip(request *http.Request) (*http.Response, error) {
@@ -158,8 +157,8 @@ func (t apiTransport) RoundTrip(request *http.Request) (*http.Response, error) {
 	return response, err
 }
 
-// classifyAPIError tells a refusal, in the API's own words, from an API that
-// could not be asked.
+// classifyAPIError distinguishes a refusal, in the API's own words, from an API that
+// could not be reached.
 func classifyAPIError(base string, err error) error {
 	var words string
 	var retrieve *oauth2.RetrieveError
@@ -178,5 +177,5 @@ func classifyAPIError(base string, err error) error {
 	default:
 		return credentialError{codeControlUnreachable, fmt.Errorf("asking %s for an auth key: %w", base, err)}
 	}
-	return credentialError{codeOfRefusal(words), fmt.Errorf("its API makes no auth key: %s", strings.TrimSpace(words))}
+	return credentialError{codeOfRefusal(words), fmt.Errorf("its API refused to make an auth key: %s", strings.TrimSpace(words))}
 }

@@ -27,7 +27,7 @@ func apiNet(t *testing.T) *testnet.Net {
 	return tailnet
 }
 
-// enrolling is a tagged node that has this to enrol with and nothing else.
+// enrolling is a tagged node with this credential and no other.
 func enrolling(t *testing.T, tailnet *testnet.Net, with credential) *node {
 	t.Helper()
 	n := unstarted(t, tailnet)
@@ -118,7 +118,7 @@ func TestWhatTheAPIRefuses(t *testing.T) {
 		n.server.AdvertiseTags = []string{tt.tag}
 		wantCode(t, n.up(), tt.want)
 		text := errorText(n)
-		if !strings.HasPrefix(text, "its API makes no auth key: ") || !strings.Contains(text, tt.words) {
+		if !strings.HasPrefix(text, "its API refused to make an auth key: ") || !strings.Contains(text, tt.words) {
 			t.Errorf("%+v: %q", tt.with, text)
 		}
 		for _, secret := range []string{"tskey-", "s3cret", "wr0ng", "exact"} {
@@ -157,7 +157,7 @@ func TestAKeyOfTheAPINeedsTags(t *testing.T) {
 	}
 }
 
-// An outage of the API is nothing to a node that has its place.
+// An outage of the API does not affect an enrolled node.
 func TestAnEnrolledNodeAsksNothingOfTheAPI(t *testing.T) {
 	tailnet := apiNet(t)
 	first := enrolling(t, tailnet, credential{clientSecret: clientSecret})

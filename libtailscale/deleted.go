@@ -16,18 +16,18 @@ import (
 // This file finds out whether the control server still knows this node. Tailscale's
 // ends the long poll of a node that is deleted, and answers the next one with 404
 // (tailscale/tailscale#12032). Headscale leaves the poll open and says nothing on it
-// any more (hscontrol/mapper/batcher.go, addToBatch), so that the backend believes
-// itself to be running while every peer has forgotten it.
+// any more (hscontrol/mapper/batcher.go, addToBatch), so that the backend believes that
+// it is running while every peer has forgotten it.
 
-// notFound is how both answer the map request of a node that they do not know
+// notFound is how both servers answer the map request of an unknown node
 // (control/controlclient/direct.go, sendMapRequest, has the words before it).
 const notFound = "initial fetch failed 404: node not found"
 
 // askAgainAfter is the least time between two questions whether this node is known.
 const askAgainAfter = 5 * time.Second
 
-// noteUpdateError learns from an update about this node that did not get through,
-// which the backend tries again and tells nobody.
+// noteUpdateError learns from a failed update about this node, which the backend
+// retries without reporting it.
 func (n *node) noteUpdateError(err error) {
 	if strings.Contains(err.Error(), notFound) {
 		n.updateRejected.Store(true)
@@ -35,8 +35,8 @@ func (n *node) noteUpdateError(err error) {
 }
 
 // isDeleted asks a control server that is heard whether it knows this node, and notes
-// it if not; heard is whether it answered. Call it only when a peer is silent: it is a
-// request to the control server, though no more than one in askAgainAfter.
+// it if not; heard is whether it answered. Call it only when a peer is silent, since it
+// costs a request to the control server, though at most one per askAgainAfter.
 func (n *node) isDeleted(ctx context.Context) (deleted, heard bool) {
 	polls := n.server.Sys().HealthTracker.Get().GetInPollNetMap()
 	if !polls || canonicalControl(n.server.ControlURL) == ipn.DefaultControlURL || n.removed.Load() {
@@ -71,12 +71,11 @@ func (n *node) selfKey() (self key.NodePublic, ok bool) {
 	return current.SelfNode.Key(), true
 }
 
-// isExpired asks the control server whether the key of the stored identity has
-// expired. Headscale keeps the expiry of a tagged node: an auth key would be spent, and
-// Tailscale's client would lose the node key that goes with it, by taking the answer
-// that this one has expired too for a demand to make another
-// (hscontrol/state/state.go, HandleNodeFromPreAuthKey; control/controlclient/direct.go,
-// doLogin).
+// isExpired asks the control server whether the key of the stored identity has expired.
+// Headscale keeps the expiry of a tagged node. So an auth key would be spent for
+// nothing, and Tailscale's client would lose the node key: it takes the answer that the
+// key has expired for a demand to make another (hscontrol/state/state.go,
+// HandleNodeFromPreAuthKey; control/controlclient/direct.go, doLogin).
 func (n *node) isExpired(ctx context.Context) bool {
 	persist := storedPrefs(n.server.Store).Persist
 	if persist == nil || persist.PrivateNodeKey.IsZero() {
@@ -86,9 +85,8 @@ func (n *node) isExpired(ctx context.Context) bool {
 	return err == nil && answer.NodeKeyExpired
 }
 
-// registerAgain tells the control server the node's key, as a client does that
-// starts again: one that it knows is let in as it is, and one that it does not is
-// asked to log in.
+// registerAgain sends the node's key to the control server, like a client that starts
+// again: a known node is let in as it is, an unknown one is asked to log in.
 func (n *node) registerAgain(ctx context.Context, self key.NodePublic) (answer tailcfg.RegisterResponse, err error) {
 	request := tailcfg.RegisterRequest{
 		Version: tailcfg.CurrentCapabilityVersion,
@@ -115,10 +113,10 @@ func (n *node) registerAgain(ctx context.Context, self key.NodePublic) (answer t
 	return answer, json.NewDecoder(http.MaxBytesReader(nil, response.Body, maxAnswerBytes)).Decode(&answer)
 }
 
-// leaveControl stops asking a control server that has removed this node; up asks
-// it anew. Left alone, the control client would ask at ever longer intervals, and
-// could be neither replaced nor closed during one: it waits with its lock held,
-// for up to 45 seconds (control/controlclient/auto.go, mapRoutine).
+// leaveControl stops asking a control server that has removed this node; up asks it
+// again. Otherwise the control client would ask at ever longer intervals, and could be
+// neither replaced nor closed between: it waits with its lock held, for up to 45
+// seconds (control/controlclient/auto.go, mapRoutine).
 func (n *node) leaveControl() {
 	if !n.removed.Load() && !n.updateRejected.Load() && n.deleted.Load() == nil {
 		return
@@ -129,7 +127,7 @@ func (n *node) leaveControl() {
 	default:
 		return // up waits for the answer
 	}
-	// What was said of another key is of a node before this one.
+	// An answer about another key is about an earlier node.
 	self, _ := n.selfKey()
 	deleted := n.deleted.Swap(nil)
 	isDeleted := n.updateRejected.Swap(false) || deleted != nil && *deleted == self
@@ -137,11 +135,11 @@ func (n *node) leaveControl() {
 		n.backend.DisconnectControl()
 	}
 	if isDeleted {
-		n.removed.Store(true) // not before: while there is a poll, the node counts as there
+		n.removed.Store(true) // only now: while there is a poll, the node counts as known
 	}
 }
 
-// errorIn is the error in a line of the backend's log that has this format.
+// errorIn returns the error among the arguments of a log line of the backend.
 func errorIn(args []any) error {
 	if len(args) == 0 {
 		return nil

@@ -23,10 +23,10 @@ type peer struct {
 	ip   netip.Addr
 }
 
-// open begins to connect to a peer of the tailnet. Both the look-up and the
-// connection stay inside: the name is searched in the network map only and
-// the SYN goes to the node's own stack, whose only way out is WireGuard.
-// tsnet's Dial would fall back to the host's resolver and network.
+// open begins to connect to a peer of the tailnet. Look-up and connection stay inside
+// the tailnet: the name is looked up in the network map only, and the SYN goes through
+// the node's own stack, which sends through WireGuard only. tsnet's Dial would fall
+// back to the host's resolver and network.
 func (n *node) open(host string, port uint16, token uintptr) (*conn, error) {
 	if port == 0 {
 		return nil, codeBadArgument
@@ -44,10 +44,10 @@ func (n *node) open(host string, port uint16, token uintptr) (*conn, error) {
 
 // connect starts a TCP connection on the stack.
 //
-// The endpoint is not bound first: binding takes the port from the whole
-// stack, so that 16,000 connections within a TIME_WAIT exhaust it, while an
-// unbound connect shares ports between destinations and may take one over
-// from TIME_WAIT. The source address is checked instead.
+// The endpoint is not bound first: binding takes the port from the whole stack, so that
+// 16,000 connections within a TIME_WAIT use up all ports, while an unbound connect
+// shares ports between destinations and may take one over from TIME_WAIT. The source
+// address is checked instead.
 func (n *node) connect(source netip.Addr, to netip.AddrPort, token uintptr) (*conn, error) {
 	if !source.IsValid() {
 		return nil, codeUnreachable // no address of that family on this node
@@ -68,8 +68,8 @@ func (n *node) connect(source netip.Addr, to netip.AddrPort, token uintptr) (*co
 	return c, nil
 }
 
-// startHandshake sends the SYN. After a failure, a panic of the stack's included, it
-// is closed: C frees what the token names then.
+// startHandshake sends the SYN. After a failure, or a panic in the stack, the
+// connection is closed, since C then frees the token's object.
 func (n *node) startHandshake(c *conn, source netip.Addr, to netip.AddrPort) error {
 	begun := false
 	defer func() {
@@ -98,8 +98,8 @@ func (n *node) startHandshake(c *conn, source netip.Addr, to netip.AddrPort) err
 	return nil
 }
 
-// resolve finds a peer by MagicDNS name, by its first label, or by tailnet
-// address. It asks the network map and nothing else.
+// resolve finds a peer by MagicDNS name, by its first label, or by tailnet address. It
+// uses the network map only.
 func (n *node) resolve(host string) (peer, error) {
 	name := strings.ToLower(strings.TrimSuffix(host, "."))
 	if ip, err := netip.ParseAddr(name); err == nil {

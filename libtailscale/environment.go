@@ -17,8 +17,8 @@ var credentialVariables = []string{
 	"TS_ID_TOKEN", "TS_AUDIENCE", "TS_CONTROL_URL", "TS_AUTHKEY_FILE",
 }
 
-// supervisorVariables are how systemd talks to the process that it has started,
-// which is this one and no child of it.
+// supervisorVariables are how systemd talks to this process; a child must not have
+// them.
 var supervisorVariables = []string{
 	"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC",
 	"LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "FDSTORE",
@@ -29,9 +29,9 @@ var supervisorVariables = []string{
 // the second asks for one although the node is enrolled (tsnet/tsnet.go).
 var forbiddenKnobs = []string{"TS_DEBUG_REGISTER", "TSNET_FORCE_LOGIN"}
 
-// forgetEnvironment leaves Tailscale no credentials to find. It also settles,
-// while the caller promises that nobody else reads the environment, what every
-// node of the process wants settled there.
+// forgetEnvironment leaves no credentials for Tailscale to find. It also sets the
+// variables that every node of the process needs, since the caller promises that
+// nothing else reads the environment now.
 func forgetEnvironment() {
 	for _, name := range slices.Concat(credentialVariables, supervisorVariables) {
 		os.Unsetenv(name)
@@ -52,10 +52,10 @@ func setLogUpload(on bool) {
 	envknob.Setenv("TS_NO_LOGS_NO_SUPPORT", strconv.FormatBool(!on))
 }
 
-// settleEnvironment keeps Tailscale's log upload off, and its hands off
-// /var/lib/tailscale, which is the host's tailscaled's: there it would make a
-// directory of logs (logpolicy.LogsDir), and panic where it cannot. Nothing is
-// written to it: those logs are of sockstats, which the archive lacks.
+// settleEnvironment turns Tailscale's log upload off, and keeps Tailscale away from
+// /var/lib/tailscale, which belongs to the host's tailscaled: it would make a log
+// directory there (logpolicy.LogsDir), and panic if it cannot. Nothing is written to
+// that directory: its logs are of sockstats, which the archive lacks.
 var settleEnvironment = sync.OnceFunc(func() {
 	envknob.SetNoLogsNoSupport()
 	if os.Getenv("TS_LOGS_DIR") == "" {

@@ -13,8 +13,8 @@ static inline void tailscale_call_wake(tailscale_wake_fn wake, uintptr_t token, 
 
 extern char **environ;
 
-// After exec(2) the values are in the memory that /proc/PID/environ shows. A
-// name may be there twice, which getenv(3) does not tell.
+// After exec(2) the values are in the memory that /proc/PID/environ shows. A name may
+// be there twice, which getenv(3) does not show.
 static inline void tailscale_overwrite_variable(const char *name) {
 	size_t length = strlen(name);
 	for (char **entry = environ; entry && *entry; entry++)
@@ -97,7 +97,8 @@ func slice(buf unsafe.Pointer, buflen C.size_t) ([]byte, bool) {
 	return unsafe.Slice((*byte)(buf), buflen), true
 }
 
-// milliseconds is a time of C's; more than a Duration can be is as much as it can.
+// milliseconds converts a time from C; a value too large for a Duration becomes its
+// maximum.
 func milliseconds(ms C.int64_t) time.Duration {
 	return time.Duration(min(int64(ms), math.MaxInt64/int64(time.Millisecond))) * time.Millisecond
 }
@@ -177,7 +178,7 @@ func TsNew() C.int {
 	return nodes.last
 }
 
-// onNode is an export on the node of a handle.
+// onNode runs an export on the node of a handle.
 func onNode(sd C.int, call func(*node) error) (ret C.int) {
 	defer guard(&ret)
 	n := nodeOf(sd)
@@ -288,7 +289,7 @@ func TsSetUpTimeout(sd C.int, timeoutMS C.int64_t) C.int {
 	})
 }
 
-// setDescriptor gives a descriptor to whoever is to write to it.
+// setDescriptor gives a descriptor to the part of the node that writes to it.
 func setDescriptor(sd, fd C.int, taker func(*node) func(fd int)) (ret C.int) {
 	defer guard(&ret)
 	n := nodeOf(sd)
@@ -355,7 +356,7 @@ func TsFigures(sd C.int, buf *C.char, buflen C.size_t) C.int {
 	return writeJSON(sd, buf, buflen, func(n *node) ([]byte, error) { return json.Marshal(n.figures()) })
 }
 
-// writeJSON gives C what a node that is started says of itself.
+// writeJSON writes a report of a started node, for C.
 func writeJSON(sd C.int, buf *C.char, buflen C.size_t, say func(*node) ([]byte, error)) (ret C.int) {
 	defer guard(&ret)
 	n := nodeOf(sd)

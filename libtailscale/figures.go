@@ -5,11 +5,12 @@ import (
 	"runtime/metrics"
 )
 
-// figures is what tailscale_figures writes: what this side of the process costs.
+// figures is what tailscale_figures writes: the resources that Go's side of the process
+// uses.
 type figures struct {
 	Goroutines        uint64  `json:"goroutines"`
 	HeapInUseBytes    uint64  `json:"heap_in_use_bytes"`   // spans with objects in them
-	HeapIdleBytes     uint64  `json:"heap_idle_bytes"`     // spans without, the released ones too
+	HeapIdleBytes     uint64  `json:"heap_idle_bytes"`     // spans without objects, the released ones too
 	HeapReleasedBytes uint64  `json:"heap_released_bytes"` // of those, given back to the system
 	GCCount           int64   `json:"gc_count"`
 	GCPauseSeconds    float64 `json:"gc_pause_seconds"` // all pauses together
@@ -20,8 +21,8 @@ type figures struct {
 	InFlightMaxBytes  int64   `json:"in_flight_max_bytes"` // what may be granted
 }
 
-// figures looks at the runtime without stopping the world, as
-// runtime.ReadMemStats would: it is asked for with every scrape.
+// figures reads the runtime's metrics without stopping the world, which
+// runtime.ReadMemStats would do: it is called with every scrape.
 func (n *node) figures() figures {
 	samples := []metrics.Sample{
 		{Name: "/sched/goroutines:goroutines"},

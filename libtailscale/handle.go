@@ -2,12 +2,11 @@ package main
 
 import "sync"
 
-// table maps handles to objects. A handle carries the generation of its slot,
-// so one that was removed never names the object that later took the slot's
-// place. The zero handle is never given out.
+// table maps handles to objects. A handle contains the generation of its slot, so an
+// old handle never names the object that uses the slot later. The zero handle is never
+// given out.
 //
-// It knows nothing of what it holds: connections, dialled or accepted, and
-// listeners.
+// It holds connections and listeners, and knows nothing of them.
 type table[T any] struct {
 	mu    sync.RWMutex
 	slots []slot[T]

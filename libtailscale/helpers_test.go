@@ -21,8 +21,8 @@ import (
 // testTimeout bounds whatever a test waits for.
 const testTimeout = 30 * time.Second
 
-// wakes stands in for the C side: it counts what every token was told and
-// lets tests wait for more.
+// wakes stands in for the C side: it counts the wakes of each token and lets tests wait
+// for more.
 var wakes = func() *wakeLog {
 	w := &wakeLog{waiting: make(map[uintptr]chan struct{})}
 	wake = w.wake

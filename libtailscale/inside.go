@@ -19,9 +19,9 @@ import (
 // sequence numbers, old duplicates are no concern.
 const timeWait = 5 * time.Second
 
-// reachInside takes the two parts of tsnet that it does not offer: the TCP/IP
-// stack, for connections without goroutines, and the backend, which knows the
-// network map. Both are unexported fields; a test pins their names and types.
+// reachInside takes two parts that tsnet does not export: the TCP/IP stack, for
+// connections without goroutines, and the backend, which knows the network map. Both
+// are unexported fields; a test pins their names and types.
 func (n *node) reachInside() error {
 	impl, ok := n.server.Sys().Netstack.Get().(*netstack.Impl)
 	if !ok {
@@ -48,8 +48,8 @@ func (n *node) reachInside() error {
 	return n.hearRejects()
 }
 
-// lowerBuffers gives every connection the floor at first; see budget.go. The maxima
-// stay as they are: the window's scale, which never changes, follows from them.
+// lowerBuffers lets every connection begin with the floor; see budget.go. The maxima
+// stay, since they decide the window's scale, which never changes.
 func (n *node) lowerBuffers() error {
 	var send tcpip.TCPSendBufferSizeRangeOption
 	var recv tcpip.TCPReceiveBufferSizeRangeOption

@@ -15,9 +15,9 @@ import (
 	"tailscale.com/types/netmap"
 )
 
-// up joins the tailnet, again if the node was thrown out: nil once the node is
-// running, else a code with the reason kept for tailscale_errmsg. tsnet's own Up
-// waits for ever where a person would have to act.
+// up joins the tailnet, or joins again if the node was removed: nil once the node is
+// running, else a code, with the reason kept for tailscale_errmsg. tsnet's own Up waits
+// for ever where a person has to act.
 func (n *node) up() error {
 	if err := n.start(); err != nil {
 		return err
@@ -32,7 +32,7 @@ func (n *node) up() error {
 	defer stop()
 	j := &join{node: n, ctx: ctx, stop: stop, used: make(chan error, maxUses)}
 	if limit > 0 {
-		// The rest is for finding out why it took so long.
+		// This part of the limit is for finding out why joining took so long.
 		j.explaining = min(probeLimit, limit/4)
 		j.waiting = limit - j.explaining
 		j.end = time.Now().Add(j.waiting)
@@ -45,14 +45,14 @@ func (n *node) up() error {
 		defer func() { <-n.joining }()
 		err := j.run()
 		if err == nil {
-			go debug.FreeOSMemory() // what joining took
+			go debug.FreeOSMemory() // frees the memory that joining used
 		}
 		return err
 	case <-turn.Done():
 		if n.ctx.Err() != nil {
 			return n.report(codeCancelled, errors.New("the node was closed while joining"))
 		}
-		return n.report(codeUpTimedOut, errors.New("another attempt to join takes its time"))
+		return n.report(codeUpTimedOut, errors.New("another attempt to join is still in progress"))
 	}
 }
 
@@ -62,26 +62,26 @@ const maxUses = 2
 // join is one call of up.
 type join struct {
 	node *node
-	ctx  context.Context // ends when the credential failed, and with the node
+	ctx  context.Context // ends with the node, or when the credential failed
 	stop context.CancelFunc
 
-	end                 time.Time     // of the waiting; zero is never
+	end                 time.Time     // end of the waiting; zero is never
 	waiting, explaining time.Duration // parts of the time limit; zero without one
 
-	// uses counts how often the credential was used: with the tags and, where it is
-	// refused for asking, without. A demand for a login after that is answered by the
-	// error message that comes with it, or by the time limit.
+	// uses counts how often the credential was used: with the tags and, where asking for
+	// tags is refused, without. If the server demands a login after that, its error
+	// message or the time limit decides.
 	uses int
 	used chan error             // how each use went
 	key  atomic.Pointer[string] // what the credential became, once it is offered
 	// asked is set once a person was asked to log in.
 	asked bool
-	// askedAnew is set once a control server that had no place for this node was
-	// asked whether it has one now, with so many rejections before.
+	// askedAnew is set once a control server that had no place for this node was asked
+	// again; there were this many rejections before.
 	askedAnew  bool
 	rejections int64
-	// stale is the network map of a place that is lost: the backend keeps it,
-	// and may call itself running with it. Guarded by staleMu.
+	// stale is the network map from before the node lost its place: the backend keeps it,
+	// and may report Running with it. Guarded by staleMu.
 	staleMu sync.Mutex
 	stale   *netmap.NetworkMap
 }
@@ -98,13 +98,13 @@ func (j *join) run() error {
 			for range j.uses {
 				<-j.used
 			}
-			// Or the control client would offer the same credential for ever.
+			// Otherwise the control client would offer the same credential for ever.
 			n.loginRefused.Store(true)
 			n.restart(ipn.Options{})
 		}
 		return outcome
 	}
-	j.stop() // whoever makes a key says now why there is none
+	j.stop() // a key that is being made is given up, with its error
 	explaining, cancel := context.WithTimeout(n.ctx, cmp.Or(j.explaining, probeLimit))
 	defer cancel()
 	why := j.explain(explaining)
@@ -114,8 +114,8 @@ func (j *join) run() error {
 	return why
 }
 
-// isOver is whether the time for joining is. The time that a person takes does
-// not count.
+// isOver is whether the time for joining is over. The time that a person takes does not
+// count.
 func (j *join) isOver() bool {
 	if j.end.IsZero() {
 		return false
@@ -126,7 +126,7 @@ func (j *join) isOver() bool {
 	return time.Now().After(j.end)
 }
 
-// untilEnd ends with the time for joining too.
+// untilEnd returns a context that also ends with the time for joining.
 func (j *join) untilEnd() (context.Context, context.CancelFunc) {
 	if j.end.IsZero() {
 		return context.WithCancel(j.ctx)
@@ -134,8 +134,8 @@ func (j *join) untilEnd() (context.Context, context.CancelFunc) {
 	return context.WithDeadline(j.ctx, j.end)
 }
 
-// resume gets a node going again that was stopped for the lack of log upload:
-// the backend has stopped, or will at the next occasion.
+// resume restarts a node that was stopped for the lack of log upload: the backend has
+// stopped, or will soon.
 func (j *join) resume() (outcome error, decided bool) {
 	n := j.node
 	if n.removed.Load() || !n.needsLogUpload.Load() {
@@ -150,17 +150,16 @@ func (j *join) resume() (outcome error, decided bool) {
 	return nil, false
 }
 
-// leaveStale makes sure that what the backend was told so far does not count as
-// an answer.
+// leaveStale makes sure that the network map so far does not count as an answer.
 func (j *join) leaveStale() {
 	j.staleMu.Lock()
 	defer j.staleMu.Unlock()
 	j.stale = j.node.backend.NetMapNoPeers()
 }
 
-// restart has the backend ask the control server anew, and for the node's tags:
-// Headscale takes them away from a node that registers otherwise than by key and
-// asks for none (hscontrol/state/state.go, processReauthTags).
+// restart lets the backend ask the control server again, and for the node's tags:
+// Headscale removes them from a node that registers without a key and asks for none
+// (hscontrol/state/state.go, processReauthTags).
 func (n *node) restart(options ipn.Options) error {
 	return n.restartAsking(n.server.AdvertiseTags, options)
 }
@@ -175,8 +174,8 @@ func (n *node) restartAsking(tags []string, options ipn.Options) error {
 	return n.backend.Start(options)
 }
 
-// hasJoined is whether the backend runs with a network map of this attempt. With
-// one that demands logs it may run too, but does not want to.
+// hasJoined is whether the backend runs with a network map of this attempt. It may also
+// run with a map that demands logs, but then wants to stop.
 func (j *join) hasJoined() bool {
 	n := j.node
 	j.staleMu.Lock()
@@ -186,14 +185,14 @@ func (j *join) hasJoined() bool {
 		n.server.Sys().HealthTracker.Get().GetInPollNetMap()
 }
 
-// watch follows the notifications for a while: the bus cuts off a slow watcher,
-// and not everything that decides is notified.
+// watch follows the notifications for a while only: the bus cuts off a slow watcher,
+// and some deciding changes are not notified.
 func (j *join) watch() (outcome error, decided bool) {
 	n := j.node
 	isOut := n.removed.Load() || n.loginRefused.Load() && n.backend.StatusWithoutPeers().HaveNodeKey
 	if isOut && j.uses == 0 && !j.asked {
-		// The backend does not ask any more: of a removal it knows nothing, and a login
-		// that was refused it waits for.
+		// The backend no longer asks by itself: it does not know of a removal, and after a
+		// refused login it waits.
 		if outcome, decided = j.askAnew(); decided {
 			return outcome, decided
 		}
@@ -209,10 +208,10 @@ func (j *join) watch() (outcome error, decided bool) {
 	return outcome, decided
 }
 
-// askAnew asks the control server once whether this node still has no place: a
-// server that was restored from a backup may know it again, and the expiry of its
-// key may have been disabled. If it has none, the answer is another rejection, or an
-// address to log in at.
+// askAnew asks the control server once whether this node still has no place: a server
+// that was restored from a backup may know the node again, and the expiry of its key
+// may have been disabled. If there is still no place, the answer is another rejection,
+// or a login URL.
 func (j *join) askAnew() (outcome error, decided bool) {
 	n := j.node
 	if j.askedAnew {
@@ -230,7 +229,7 @@ func (j *join) askAnew() (outcome error, decided bool) {
 	return nil, false
 }
 
-// decide says whether a notification settles the joining, and how.
+// decide says whether a notification decides the joining, and how.
 func (j *join) decide(notify *ipn.Notify) (outcome error, decided bool) {
 	n := j.node
 	if message := notify.ErrMessage; message != nil {
@@ -290,10 +289,10 @@ func (j *join) login() (outcome error, decided bool) {
 	j.use(func(ctx context.Context) error {
 		key, err := n.obtainKey(ctx)
 		if err != nil || ctx.Err() != nil {
-			return err // or it is too late, and decided what comes of it
+			return err // nil if the time is over: the outcome is decided already
 		}
 		if !strings.HasPrefix(key, "tskey-") && n.isExpired(ctx) {
-			return credentialError{codeKeyExpired, errors.New("the key of this node has expired there, and stays so whatever it enrols with")}
+			return credentialError{codeKeyExpired, errors.New("the key of this node has expired there, and no credential renews it")}
 		}
 		j.key.Store(&key)
 		return n.register(key, n.server.AdvertiseTags)
@@ -301,25 +300,25 @@ func (j *join) login() (outcome error, decided bool) {
 	return nil, false
 }
 
-// leavesTagsToKey is whether the refusal of the tags was for asking, and sees to it
-// that the node registers without. Headscale since 0.28 gives a node the tags of its
-// key, and refuses one that asks for any, be they the key's own
-// (hscontrol/state/state.go, createAndSaveNewNode); the key is not spent by that. A
-// key of Tailscale's may be asked along, so there it is the tags that are refused.
+// leavesTagsToKey is whether the tags were refused because the node asked for them;
+// then it registers again without asking. Headscale since 0.28 gives a node the tags of
+// its key, and refuses a node that asks for tags, even for those of the key
+// (hscontrol/state/state.go, createAndSaveNewNode); this does not spend the key. With a
+// key of Tailscale a node may ask for tags, so there the tags themselves are refused.
 func (j *join) leavesTagsToKey() bool {
 	key := j.key.Load()
 	if key == nil || strings.HasPrefix(*key, "tskey-") {
 		return false
 	}
-	if j.uses < maxUses { // else this is a late answer to the question before
-		j.node.log("the control server leaves the tags to the key: registering without asking for any")
+	if j.uses < maxUses { // else this is a late answer to the earlier request
+		j.node.log("the control server takes the tags from the key: registering again without asking for tags")
 		j.use(func(context.Context) error { return j.node.register(*key, nil) })
 	}
 	return true
 }
 
-// register enrols with a key. One at a time: a login that is asked for late would use
-// the key a second time.
+// register enrols with a key. One at a time: otherwise a late demand for a login would
+// use the key a second time.
 func (n *node) register(key string, tags []string) error {
 	n.registering.Lock()
 	defer n.registering.Unlock()
@@ -336,7 +335,7 @@ func (j *join) use(step func(context.Context) error) {
 	j.uses++
 	j.leaveStale()
 	until, done := j.untilEnd()
-	j.node.pending.Go(func() { // begin has counted up's call, so close is not waiting for zero yet
+	j.node.pending.Go(func() { // begin has counted the call of up, so close still waits
 		defer done()
 		err := step(until)
 		if err != nil && !errors.As(err, new(credentialError)) {
@@ -349,8 +348,8 @@ func (j *join) use(step func(context.Context) error) {
 	})
 }
 
-// ask has the control server name an address for a person to log in at. At the
-// first start it has done so already.
+// ask makes the control server send a login URL for a person. At the first start it has
+// sent one already.
 func (j *join) ask() {
 	n := j.node
 	if j.asked || n.backend.StatusWithoutPeers().AuthURL != "" {
@@ -360,7 +359,7 @@ func (j *join) ask() {
 	j.leaveStale()
 	n.pending.Go(func() { // as in use
 		if err := n.restart(ipn.Options{}); err != nil {
-			n.log("starting anew: %v", err)
+			n.log("starting again: %v", err)
 		}
 		if err := n.backend.StartLoginInteractive(n.ctx); err != nil {
 			n.log("asking for a login: %v", err)

@@ -33,7 +33,7 @@ func online(tailnet *testnet.Net, name string) bool {
 	return false
 }
 
-// The control server's 404 is the only sign, and it is in a log line.
+// The control server's 404 is the only sign, and it is only in a log line.
 func TestARemovedNodeIsNoticedAndEnrolsAgain(t *testing.T) {
 	e := startEdge(t, echo)
 	e.net.SetAuthKeys([]string{"tskey-auth-test"})
@@ -60,8 +60,8 @@ func TestARemovedNodeIsNoticedAndEnrolsAgain(t *testing.T) {
 	c.close()
 }
 
-// The control client's waits grow with each refusal, and nothing can be done
-// with it during one.
+// The control client waits longer after each refusal, and cannot be used while it
+// waits.
 func TestAControlServerThatHasRemovedTheNodeIsLeftAlone(t *testing.T) {
 	e := startEdge(t, echo)
 	check(t, e.net.RemoveNode("edge"))
@@ -98,8 +98,8 @@ func TestARemovedNodeThatControlKnowsAgainKeepsItsPlace(t *testing.T) {
 	}
 }
 
-// A key that is refused leaves everything as it was: the node knows that it was
-// removed, offers the key no more, and takes the next one.
+// A refused key changes nothing: the node knows that it was removed, does not offer the
+// key again, and takes the next one.
 func TestARemovedNodeWhoseKeyIsRefused(t *testing.T) {
 	e := startEdge(t, echo)
 	e.net.SetAuthKeys([]string{"tskey-auth-new"})
@@ -112,7 +112,7 @@ func TestARemovedNodeWhoseKeyIsRefused(t *testing.T) {
 			t.Errorf("after the refusal: %+v", now)
 		}
 	}
-	// Were it still offered, it would be good now.
+	// If the key were still offered, it would be accepted now.
 	giveKey(e.node, "")
 	e.net.SetAuthKeys([]string{"tskey-auth-new", "tskey-auth-spent"})
 	wantCode(t, e.node.up(), codeNeedsLogin)
@@ -230,8 +230,8 @@ func TestATailnetThatDemandsLogsAtStart(t *testing.T) {
 	}
 }
 
-// Tailscale stops itself at once, yet notices only with the next map: here that
-// is the one which says that it need not have.
+// Tailscale stops itself at once, but reports it only with the next map: here that is
+// the map that no longer demands logs.
 func TestATailnetThatBeginsToDemandLogs(t *testing.T) {
 	e := startEdge(t, echo)
 	check(t, e.net.RequireFlowLogs(true))
@@ -379,7 +379,7 @@ func TestAnInteractiveLogin(t *testing.T) {
 	}
 }
 
-// A disk that is full is told, and forgotten once there is room.
+// A full disk is reported, and the report ends once there is room.
 func TestAnIdentityThatCannotBeSaved(t *testing.T) {
 	n := unstarted(t, startNet(t, testnet.Options{}))
 	check(t, n.start())
@@ -454,7 +454,7 @@ func TestTheStateDirectoryIsMade(t *testing.T) {
 	}
 }
 
-// A person may also log a node in that was removed.
+// A person may also log in a node that was removed.
 func TestARemovedNodeIsLoggedInByAPerson(t *testing.T) {
 	e := startEdge(t, echo)
 	e.net.SetAuthKeys([]string{"tskey-auth-other"})

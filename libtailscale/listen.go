@@ -10,15 +10,14 @@ import (
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
-// listeners holds every listener that C has a handle of.
+// listeners holds every listener for which C has a handle.
 var listeners table[listener]
 
 // listener takes connections from peers to one port of the node. They wait in it
 // until C accepts them, and nothing is read from them before: neither a
 // listener nor a connection in it has a goroutine or a buffer of ours.
 //
-// It lives through whatever happens to the node's place on the tailnet, and ends
-// with the node.
+// It stays when the node loses its place on the tailnet, and ends with the node.
 type listener struct {
 	node       *node
 	port       uint16
@@ -26,14 +25,14 @@ type listener struct {
 	token      uintptr
 	unregister func()
 
-	// mu also serialises wakes with the end, after which there are none.
+	// mu also orders wakes before the end: there are none after it.
 	mu      sync.Mutex
 	ended   bool
 	waiting []*conn
 }
 
-// listen begins to take connections to a port of the node's own addresses. Beyond
-// backlog of them that nobody accepts, they are refused.
+// listen begins to take connections to a port of the node's own addresses. If backlog
+// connections wait to be accepted, further ones are refused.
 func (n *node) listen(port uint16, backlog int, token uintptr) (*listener, error) {
 	l := &listener{node: n, port: port, backlog: backlog, token: token}
 	n.listenMu.Lock()
@@ -46,9 +45,9 @@ func (n *node) listen(port uint16, backlog int, token uintptr) (*listener, error
 	return l, nil
 }
 
-// offer is asked by tsnet, before the handshake, about every connection that the
-// tailnet's policy lets through to this node: who handles it, and whether to look
-// no further.
+// tsnet calls offer, before the handshake, for every connection that the tailnet's
+// policy lets through to this node: handler takes the connection, and intercept says
+// that no other handler is asked.
 func (l *listener) offer(_, to netip.AddrPort) (handler func(net.Conn), intercept bool) {
 	self := l.node.self.Load()
 	if to.Port() != l.port || self == nil || to.Addr() != self.v4 && to.Addr() != self.v6 {
@@ -62,11 +61,11 @@ func (l *listener) offer(_, to netip.AddrPort) (handler func(net.Conn), intercep
 	return l.take, true
 }
 
-// isFull is whether another connection has no place here. l.mu is held.
+// isFull is whether there is no place for another connection. l.mu is held.
 func (l *listener) isFull() bool { return l.ended || len(l.waiting) >= l.backlog }
 
-// take keeps a connection for accept. tsnet wraps the stack's endpoint for Go;
-// what is inside serves C like one that was dialled.
+// take keeps a connection for accept. tsnet wraps the stack's endpoint for Go; the
+// endpoint inside serves C like a dialled one.
 func (l *listener) take(wrapped net.Conn) {
 	c, err := unwrap(wrapped)
 	l.mu.Lock()
@@ -75,7 +74,7 @@ func (l *listener) take(wrapped net.Conn) {
 	case err != nil:
 		l.node.log("accepting: %v", err)
 		wrapped.Close()
-	case l.isFull(): // since it was asked; how many handshakes there may be, tsnet bounds
+	case l.isFull(): // full only since offer; tsnet limits the number of handshakes
 		c.drop()
 	default:
 		l.waiting = append(l.waiting, c)
@@ -106,8 +105,8 @@ func unwrap(wrapped net.Conn) (*conn, error) {
 	return c, nil
 }
 
-// accept gives the connection away that waits longest. Its token is told from now
-// on; what happened before shows when it is asked.
+// accept hands over the connection that has waited longest. Wakes with its token begin
+// now; earlier events show when its state is asked.
 func (l *listener) accept(token uintptr) (*conn, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -124,8 +123,8 @@ func (l *listener) accept(token uintptr) (*conn, error) {
 	return c, nil
 }
 
-// end stops taking connections and resets those that nobody has accepted. The
-// owner is woken to learn of it, and then never again.
+// end stops taking connections and resets those that nobody has accepted. The owner is
+// woken once for this, and then never again.
 func (l *listener) end() {
 	n := l.node
 	n.listenMu.Lock()
@@ -147,13 +146,13 @@ func (l *listener) end() {
 	wake(l.token, readable)
 }
 
-// drop resets a connection that nobody has a handle of.
+// drop resets a connection that has no handle.
 func (c *conn) drop() {
 	c.ep.Abort()
 	c.ep.Close()
 }
 
-// endListeners ends those of a node that closes.
+// endListeners ends the listeners of a node that closes.
 func (n *node) endListeners() {
 	n.listenMu.Lock()
 	var all []*listener

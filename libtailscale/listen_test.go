@@ -51,7 +51,7 @@ func (a *accepting) accept() (*blocking, error) {
 	}
 }
 
-// waiting counts the connections that nobody has accepted.
+// waiting counts the connections that were not accepted.
 func (a *accepting) waiting() int {
 	l := listeners.get(a.handle)
 	l.mu.Lock()
@@ -109,7 +109,7 @@ func TestWhoMayNotConnectHearsNothing(t *testing.T) {
 	defer l.close()
 	self := netip.MustParseAddr(e.node.ips()[0])
 	check(t, e.net.DenyPort("edge", listenPort))
-	// The node hears of it a moment later; whoever came before that is let in.
+	// The node hears of it a moment later; connections before that are let in.
 	eventually(t, "nobody is let in", func() bool {
 		c, err := e.fromMailbox(self, listenPort, time.Second)
 		if err == nil {
@@ -173,7 +173,7 @@ func TestAPortIsListenedToOnce(t *testing.T) {
 	wantCode(t, err, codeBadState)
 }
 
-// It has another address then, and no connection of the old one.
+// The node then has another address, and no connection of the old one.
 func TestAListenerOutlivesItsNodesPlace(t *testing.T) {
 	e := startEdge(t, echo)
 	l := startListening(t, e.node, 4)

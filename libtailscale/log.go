@@ -7,7 +7,7 @@ import (
 	"syscall"
 )
 
-// logWriter makes log lines of what is written to Go's own logger.
+// logWriter turns the output of Go's own logger into log lines.
 type logWriter struct{ *node }
 
 func (w logWriter) Write(line []byte) (int, error) {

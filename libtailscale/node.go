@@ -1,16 +1,16 @@
-// Package main is libtailscale: a tailnet node and its TCP connections behind
-// a C interface, for hosts that are not written in Go. tailscale.h is the
-// contract; README.md says what matches upstream libtailscale and what not.
+// Package main is libtailscale: a tailnet node and its TCP connections behind a C
+// interface, for hosts that are not written in Go. tailscale.h is the contract;
+// README.md says what matches upstream libtailscale and what does not.
 //
-// The C side: export.go and export_conn.go, with tailscale.c; the codes are in codes.go,
-// the handles in handle.go. A node's life: environment.go (what the process leaves Tailscale
-// to find), node.go, inside.go (what is taken out of tsnet), state.go (its identity on
-// disk), join.go and refusal.go (getting onto the tailnet, and why not), credential.go,
-// control.go (which server it is), deleted.go (whether the server still knows the node),
-// probe.go (why the server is not heard), watch.go and status.go (what is told), ping.go,
-// figures.go, log.go, closing.go. Its connections: dial.go, reject.go, listen.go, conn.go,
-// abort.go; budget.go bounds what all of them hold. Nothing here ever uses the host's
-// resolver or network on behalf of a connection.
+// The C side: export.go and export_conn.go, with tailscale.c; the codes are in
+// codes.go, the handles in handle.go. A node's life: environment.go (which variables
+// Tailscale finds), node.go, inside.go (unexported parts of tsnet), state.go (its
+// identity on disk), join.go and refusal.go (getting onto the tailnet, and why not),
+// credential.go, control.go (which server it is), deleted.go (whether the server still
+// knows the node), probe.go (why the server is not heard), watch.go and status.go
+// (reporting the state), ping.go, figures.go, log.go, closing.go. Its connections:
+// dial.go, reject.go, listen.go, conn.go, abort.go; budget.go bounds the memory of all
+// of them. No connection ever uses the host's resolver or network.
 package main
 
 import (
@@ -48,8 +48,8 @@ type node struct {
 	closed  bool
 	scratch string     // the directory in which an ephemeral node starts
 	state   *stateFile // of a node that is not ephemeral
-	// movedFrom is the URL at which the control server was when the state was written,
-	// if another one leads to it now. Set by start.
+	// movedFrom is the control server's URL when the state was written, if it has another
+	// URL now. Set by start.
 	movedFrom string
 
 	upTimeout   atomic.Int64 // a Duration, 0 = none
@@ -67,16 +67,16 @@ type node struct {
 	backend *ipnlocal.LocalBackend
 	stack   *stack.Stack
 
-	// What the backend knows and does not tell; see watch.go.
-	removed        atomic.Bool                    // the control server has no such node
-	rejections     atomic.Int64                   // how often it said so
+	// What the backend knows but does not report; see watch.go.
+	removed        atomic.Bool                    // the control server no longer knows this node
+	rejections     atomic.Int64                   // how often the control server said so
 	staysListed    atomic.Bool                    // this ephemeral node could not be logged out
 	needsLogUpload atomic.Bool                    // the tailnet refuses nodes without it
 	controlSaid    atomic.Pointer[controlProblem] // the backend's last error with the control server
 	controlProbed  atomic.Pointer[controlProblem] // why probeControl failed the last time
 	deleted        atomic.Pointer[key.NodePublic] // the control server has no node of this key (deleted.go)
-	updateRejected atomic.Bool                    // it has answered an update so
-	askTurn        sync.Mutex                     // held while it is asked
+	updateRejected atomic.Bool                    // it has answered an update with notFound
+	askTurn        sync.Mutex                     // held while the control server is asked
 	askedLast      time.Time                      // guarded by askTurn
 	loginRefused   atomic.Bool                    // since the node last had a place
 	remembered     atomic.Bool                    // the control server's key is stored
@@ -87,7 +87,7 @@ type node struct {
 	// self is set while the node is running.
 	selfMu    sync.Mutex // held to change self and held
 	self      atomic.Pointer[addresses]
-	held      addresses // those that connections may have been made from
+	held      addresses // the addresses that connections may have been made from
 	known     sync.Map  // name -> netip.Addr last seen in the map
 	listenMu  sync.Mutex
 	listening map[uint16]*listener // by port
@@ -126,7 +126,7 @@ func (n *node) credential() credential {
 	return n.enrolWith
 }
 
-// configure changes a setting of a node that is not started.
+// configure changes a setting of a node before its start.
 func (n *node) configure(set func()) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -137,8 +137,8 @@ func (n *node) configure(set func()) error {
 	return nil
 }
 
-// takeDescriptor is configure for a descriptor, which the library owns from the
-// call on: one that is refused is closed. -1 is none.
+// takeDescriptor is configure for a descriptor. The library owns the descriptor from
+// the call on, so it is closed if it is refused. -1 is none.
 func (n *node) takeDescriptor(fd int, take func(fd int)) error {
 	var refused error
 	err := n.configure(func() {
@@ -158,16 +158,15 @@ func (n *node) takeDescriptor(fd int, take func(fd int)) error {
 	return err
 }
 
-// closeRefused closes a descriptor that was given to the library and has no place
-// in it.
+// closeRefused closes a descriptor that was given to the library and cannot be used.
 func closeRefused(fd int) {
 	if fd >= 0 {
-		syscall.Close(fd) // fails if there is no such descriptor, and then it was refused for that
+		syscall.Close(fd) // fails if there is no such descriptor; that is then why it was refused
 	}
 }
 
-// report keeps err's text for tailscale_errmsg and returns c. The text may come
-// from anybody.
+// report keeps err's text for tailscale_errmsg and returns c. The text may come from
+// elsewhere, so it is made harmless.
 func (n *node) report(c code, err error) code {
 	text := n.harmless(err.Error())
 	n.lastError.Store(&text)
@@ -210,8 +209,8 @@ func (n *node) start() error {
 	netns.SetEnabled(false)
 	log.SetOutput(logWriter{n}) // some of Tailscale's packages log there
 	err := n.server.Start()
-	// What is open stays usable. The archive is built without what would use
-	// the directory later (build-tags), so that a crash leaves nothing.
+	// Open files stay usable. The archive is built without the parts that would use the
+	// directory later (build-tags), so a crash leaves nothing behind.
 	os.RemoveAll(n.scratch)
 	if err != nil {
 		return n.report(codeError, err)
@@ -226,8 +225,8 @@ func (n *node) start() error {
 	return nil
 }
 
-// openStore makes the place of the node's identity: a file in its directory,
-// or memory for an ephemeral node.
+// openStore opens the store of the node's identity: a file in its directory, or memory
+// for an ephemeral node.
 func (n *node) openStore() error {
 	if n.server.Ephemeral {
 		return n.openScratch()
@@ -250,8 +249,8 @@ func (n *node) openStore() error {
 	return nil
 }
 
-// openScratch keeps an ephemeral node's identity in memory. tsnet wants a
-// directory all the same, for the log buffer that it opens at start.
+// openScratch keeps an ephemeral node's identity in memory. tsnet still needs a
+// directory, for the log buffer that it opens at start.
 func (n *node) openScratch() error {
 	var failed error
 	for _, parent := range []string{os.TempDir(), "/dev/shm"} {

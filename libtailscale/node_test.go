@@ -21,7 +21,8 @@ import (
 	"tailscale.com/tsnet"
 )
 
-// What reachInside takes from tsnet, and unwrap from gonet, must be there, by name and type.
+// The fields that reachInside takes from tsnet, and unwrap from gonet, must exist, with
+// name and type.
 func TestUnexportedFields(t *testing.T) {
 	_, err := field[int](new(tsnet.Server), "lb")
 	if err == nil || !strings.Contains(err.Error(), "ipnlocal.LocalBackend") {
@@ -81,7 +82,7 @@ func TestEnrolledNodeNeedsNoKey(t *testing.T) {
 	ips := first.ips()
 	first.close()
 
-	tailnet.SetAuthKeys([]string{"another"}) // and whoever sends a spent one is refused
+	tailnet.SetAuthKeys([]string{"another"}) // and a node that sends a spent key is refused
 	tailnet.StopControl()
 	second := unstarted(t, tailnet)
 	second.server.Dir = first.server.Dir
@@ -112,8 +113,7 @@ func TestUpThatNeedsApproval(t *testing.T) {
 	wantCode(t, n.up(), codeNeedsApproval)
 }
 
-// Whether it is the registration or the map that the server does not answer, the node
-// cannot tell.
+// The node cannot know whether the server does not answer the registration or the map.
 func TestUpWithoutANetworkMap(t *testing.T) {
 	tailnet := startNet(t, testnet.Options{})
 	tailnet.HoldMaps(true)
@@ -240,7 +240,7 @@ func TestAClosedNodeLeavesNothingBehind(t *testing.T) {
 		check(t, n.up())
 		n.close()
 	}
-	run() // whatever the process keeps for good is made now
+	run() // this creates what the process keeps for good
 	goroutines, fds := runtime.NumGoroutine(), descriptors(t)
 	for range 5 {
 		run()
@@ -310,7 +310,7 @@ func TestForgetEnvironment(t *testing.T) {
 	}
 }
 
-// A descriptor is the library's from the call on, also when it is refused.
+// The library owns a descriptor from the call on, also when it is refused.
 func TestADescriptorThatIsRefusedIsClosed(t *testing.T) {
 	n := unstarted(t, startNet(t, testnet.Options{}))
 	check(t, n.start())

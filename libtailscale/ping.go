@@ -16,17 +16,17 @@ type pingReport struct {
 	Direct    string     `json:"direct"`  // the peer's UDP address, when direct
 	Relay     string     `json:"relay"`   // the DERP region or peer relay otherwise
 	Online    bool       `json:"online"`  // as the control server sees it
-	Network   bool       `json:"network"` // whether this node has any: it answers, or control does
+	Network   bool       `json:"network"` // whether this node has a network: the peer or control answers
 	LastSeen  string     `json:"last_seen"`
 }
 
-// ping asks a peer for a sign of life beneath TCP, which needs neither an open
-// port nor an ACL and so tells a silent port from a silent peer. A disco ping
-// finds the path; the first answer may come over a relay although a direct
-// path exists, so a relayed answer is asked for again. Whether the peer can be
-// reached is told by a TSMP ping, which is answered inside WireGuard: disco
-// alone would blame the port for a handshake that was lost. Of a silent peer it is
-// found out, within two more seconds, whether the silence may be our own.
+// ping asks a peer for a sign of life below TCP. That needs neither an open port nor an
+// ACL, so it distinguishes a silent port from a silent peer. A disco ping finds the
+// path; the first answer may come over a relay although a direct path exists, so a
+// relayed answer is asked for again. A TSMP ping, which is answered inside WireGuard,
+// shows whether the peer can be reached: with disco alone a lost handshake would look
+// like a silent port. If the peer is silent, ping checks within two more seconds
+// whether this node itself has no network.
 func (n *node) ping(host string, limit time.Duration) (pingReport, error) {
 	if n.self.Load() == nil {
 		return pingReport{}, codeNotRunning
@@ -41,7 +41,7 @@ func (n *node) ping(host string, limit time.Duration) (pingReport, error) {
 	}
 	ctx, cancel := context.WithTimeout(n.ctx, limit)
 	defer cancel()
-	// A lost one must leave time for the ping that counts.
+	// A lost disco ping must leave time for the TSMP ping.
 	disco, cancelDisco := context.WithTimeout(ctx, limit/2)
 	defer cancelDisco()
 	for range 3 {
@@ -64,7 +64,7 @@ func (n *node) ping(host string, limit time.Duration) (pingReport, error) {
 		defer cancel()
 		deleted, heard := n.isDeleted(ctx)
 		if deleted {
-			return pingReport{}, codeNotRunning // no peer knows us any more
+			return pingReport{}, codeNotRunning // peers no longer know this node
 		}
 		if report.Network = heard; !heard {
 			ctx, cancel := context.WithTimeout(n.ctx, probeLimit)

@@ -23,11 +23,11 @@ import (
 )
 
 const (
-	// probeLimit bounds the look at a control server that did not answer. It is
-	// part of the time for joining, and a quarter of that at most.
+	// probeLimit bounds the check of a control server that did not answer. It is part of
+	// the time for joining, at most a quarter of it.
 	probeLimit = 2 * time.Second
-	// clockTolerance is how far the clocks of two machines may be apart. A
-	// certificate fails by days or years when a clock is to blame.
+	// clockTolerance is how far the clocks of two machines may be apart. If a clock is
+	// wrong, a certificate is off by days or years.
 	clockTolerance = 10 * time.Minute
 	// maxAnswerBytes bounds what is read of an answer.
 	maxAnswerBytes = 1 << 16
@@ -37,7 +37,7 @@ const (
 type clockError struct{ ours, theirs time.Time }
 
 func (e clockError) Error() string {
-	return fmt.Sprintf("this machine's clock says %s, the control server's %s, so its certificate does not count",
+	return fmt.Sprintf("this machine's clock says %s, but the control server's says %s, so its certificate is not accepted",
 		e.ours.UTC().Format(time.RFC3339), e.theirs.UTC().Format(time.RFC3339))
 }
 
@@ -50,8 +50,8 @@ func (e upgradeError) Error() string {
 		e.url, e.status)
 }
 
-// adviceOn is what to do about an error of probeControl; empty if it may be
-// anything.
+// adviceOn is what to do about an error of probeControl; empty if the cause is not
+// known.
 func adviceOn(err error) string {
 	switch {
 	case errors.As(err, new(clockError)):
@@ -71,8 +71,8 @@ func withAdvice(err error) error {
 	return err
 }
 
-// newTransport is for requests of our own: a connection each, through the
-// proxy that the environment may name.
+// newTransport is for requests of our own: each has its own connection, through the
+// proxy of the environment if there is one.
 func newTransport() *http.Transport {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.DisableKeepAlives = true
@@ -99,8 +99,8 @@ func (n *node) probeControl(ctx context.Context) error {
 	return probeUpgrade(ctx, url+"/ts2021", serverKey)
 }
 
-// askForKey asks a control server for its public key, by which it is known
-// whatever its URL.
+// askForKey asks a control server for its public key, which identifies it whatever its
+// URL.
 func askForKey(ctx context.Context, url string) (serverKey key.MachinePublic, err error) {
 	keyURL := fmt.Sprintf("%s/key?v=%d", url, tailcfg.CurrentCapabilityVersion)
 	response, body, err := get(ctx, newTransport(), keyURL)
@@ -123,7 +123,7 @@ func askForKey(ctx context.Context, url string) (serverKey key.MachinePublic, er
 // probeUpgrade asks for a connection of the control protocol, as
 // control/controlhttp does, and gives it up.
 func probeUpgrade(ctx context.Context, url string, serverKey key.MachinePublic) error {
-	// A key of its own: nobody is registered by a handshake.
+	// A new key: a handshake alone registers no node.
 	hello, _, err := controlbase.ClientDeferred(key.NewMachine(), serverKey, uint16(tailcfg.CurrentCapabilityVersion))
 	if err != nil {
 		return err
@@ -154,9 +154,9 @@ func probeUpgrade(ctx context.Context, url string, serverKey key.MachinePublic) 
 	}
 }
 
-// judgeClock tells a wrong clock of ours from a certificate that has expired: by
-// what the server's clock says. For that the certificate cannot be checked;
-// nothing is sent and only the date is looked at.
+// judgeClock uses the server's clock to distinguish a wrong clock of this machine from
+// an expired certificate. The certificate cannot be checked for that; nothing secret is
+// sent and only the date is read.
 func judgeClock(ctx context.Context, url string, expired error) error {
 	transport := newTransport()
 	transport.TLSClientConfig = &tls.Config{InsecureSkipVerify: true}

@@ -98,7 +98,7 @@ func TestACertificateIsNotAlwaysTheClocksFault(t *testing.T) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
-	// Nobody knows this authority, and the date does not matter then.
+	// The authority is unknown, so the date does not matter.
 	url := serveTLS(t, now, now.Add(year))
 	err := probe(t, url)
 	if errors.As(err, new(clockError)) || !errors.As(err, new(x509.UnknownAuthorityError)) || !strings.Contains(err.Error(), url) {
@@ -127,7 +127,7 @@ func proxyTo(t *testing.T, tailnet *testnet.Net) *httputil.ReverseProxy {
 	return proxy
 }
 
-// withoutAPI passes everything on to the control server but requests to the API,
+// withoutAPI passes everything on to the control server except requests to the API,
 // which are never answered.
 func withoutAPI(t *testing.T, tailnet *testnet.Net) string {
 	t.Helper()
@@ -145,8 +145,8 @@ func withoutAPI(t *testing.T, tailnet *testnet.Net) string {
 	return front.URL
 }
 
-// Finding out why it took so long is part of the time, and would show if it were
-// not. A busy machine may need more once, and not each time.
+// Finding out why joining took so long is part of the time; this test would show it if
+// it were not. A busy machine may need more time once, but not each time.
 func TestUpKeepsToItsTime(t *testing.T) {
 	const limit, slack, tries = 2 * time.Second, 1500 * time.Millisecond, 3
 	silent := listen(t, func(c *net.TCPConn) {
@@ -183,8 +183,8 @@ func TestUpKeepsToItsTime(t *testing.T) {
 	}
 }
 
-// The variables are read once, by whoever asks for the roots first: this takes
-// a process of its own.
+// The variables are read once, at the first use of the roots, so the test needs a
+// process of its own.
 func TestAMachineWithoutRootsHasMozillas(t *testing.T) {
 	const inside = "TEST_WITHOUT_ROOTS"
 	if os.Getenv(inside) == "" {

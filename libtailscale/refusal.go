@@ -15,8 +15,8 @@ import (
 // watchIPNBusFellBehindMessage).
 var passing = []string{"rate limited", "fell behind"}
 
-// codeOfRefusal classifies the texts whose source is known. The rest is about
-// the credential.
+// codeOfRefusal classifies the known texts. All others are taken to be about the
+// credential.
 func codeOfRefusal(message string) code {
 	switch {
 	case strings.Contains(message, "requested tags [") && strings.Contains(message, "invalid or not permitted"):
@@ -57,16 +57,15 @@ func (j *join) explain(ctx context.Context) error {
 	case probe != nil:
 		return n.report(codeControlUnreachable, probe)
 	case state == ipn.NeedsLogin && !enrolled:
-		// A proxy in front of the control server may pass the question for
-		// its key and nothing else.
+		// A proxy in front of the control server may pass only the request for its key.
 		return n.report(codeControlUnreachable, fmt.Errorf("it answers, but neither refuses this node nor sends it a network map: %s", n.reason()))
 	default:
 		return n.report(codeUpTimedOut, fmt.Errorf("state %v: %s", state, n.reason()))
 	}
 }
 
-// credentialFailure is why the credential did not become a key, or could not be
-// used, also when that is that time ran out.
+// credentialFailure is why the credential did not become a key or could not be used;
+// the reason may be that time ran out.
 func (j *join) credentialFailure(ctx context.Context) error {
 	for range j.uses {
 		select {
@@ -81,7 +80,7 @@ func (j *join) credentialFailure(ctx context.Context) error {
 	return nil
 }
 
-// reason is what Tailscale itself finds wrong, as one part of a sentence.
+// reason is Tailscale's own health warnings, as part of a sentence.
 func (n *node) reason() string {
 	parts := n.complaints(n.backend.StatusWithoutPeers())
 	if len(parts) == 0 {

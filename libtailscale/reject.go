@@ -9,14 +9,14 @@ import (
 	"tailscale.com/types/ipproto"
 )
 
-// rejects tells connections that are being made that their peer has dropped the
-// SYN. TCP hears nothing of it: Tailscale's packet filter swallows the packet and
-// says so in a message of its own (TSMP). Peers send it for IPv4 alone and may have
-// been told not to, so silence does not prove that the port is allowed.
+// rejects informs connections that are being made when their peer has dropped the SYN.
+// TCP does not notice it: Tailscale's packet filter drops the packet and reports that
+// in a message of its own (TSMP). Peers send it for IPv4 only, and it may be turned
+// off, so silence does not prove that the port is allowed.
 //
-// The message counts for the addresses of the packet that it came in, which WireGuard
-// vouches for (net/packet/tsmp.go, AsTailscaleRejectedHeader): only the peer that is
-// dialled can send one. It ends an attempt and never a connection that is made.
+// The message counts for the addresses of its own packet, which WireGuard has
+// authenticated (net/packet/tsmp.go, AsTailscaleRejectedHeader): only the peer that is
+// dialled can send one. It can end an attempt, never an established connection.
 type rejects struct {
 	mu      sync.Mutex // also held during a wake: no connection is closed meanwhile
 	awaited map[tuple]*conn
@@ -25,14 +25,14 @@ type rejects struct {
 // tuple is a connection, seen from here.
 type tuple struct{ local, remote netip.AddrPort }
 
-// attempt is what a connection that is being made is known by.
+// attempt identifies a connection that is being made.
 type attempt struct {
 	rejects *rejects
 	tuple   tuple
 }
 
-// rejectCallbacker is what has the messages: Tailscale's engine
-// (wgengine/connreject.go, built without ts_omit_connreject and ts_omit_debug).
+// rejectCallbacker delivers the messages: Tailscale's engine (wgengine/connreject.go,
+// built without ts_omit_connreject and ts_omit_debug).
 type rejectCallbacker interface {
 	SetConnRejectCallback(func(connreject.Event))
 }
@@ -42,13 +42,13 @@ func (n *node) hearRejects() error {
 	engine := n.server.Sys().Engine.Get()
 	source, ok := engine.(rejectCallbacker)
 	if !ok {
-		return fmt.Errorf("%T does not tell rejects: this version of tailscale.com is not supported", engine)
+		return fmt.Errorf("%T does not report rejected connections: this version of tailscale.com is not supported", engine)
 	}
 	source.SetConnRejectCallback(n.rejects.take)
 	return nil
 }
 
-// take runs while a packet is received, so it does not wait for anything but locks.
+// take runs while a packet is received, so it waits for locks only.
 func (r *rejects) take(event connreject.Event) {
 	reason, final := codeOfReject(event)
 	if !final {
@@ -61,7 +61,8 @@ func (r *rejects) take(event connreject.Event) {
 	}
 }
 
-// codeOfReject is what a message means for an attempt, if it is the end of it.
+// codeOfReject is the code that a message means for an attempt; final: the message ends
+// the attempt.
 func codeOfReject(event connreject.Event) (reason code, final bool) {
 	if event.Source != connreject.SourceTSMPRecv || event.Proto != ipproto.TCP || event.MaybeBroken {
 		return 0, false
@@ -76,8 +77,8 @@ func codeOfReject(event connreject.Event) (reason code, final bool) {
 	}
 }
 
-// await has a connection told from now on. A message that came before is followed by
-// another when the SYN is repeated, after a second.
+// await registers a connection for messages. If one came before, another follows when
+// the SYN is repeated, after a second.
 func (r *rejects) await(c *conn, local, remote netip.AddrPort) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -94,7 +95,7 @@ func (c *conn) settle() {
 	}
 	a.rejects.mu.Lock()
 	defer a.rejects.mu.Unlock()
-	// Another connection has the same addresses once this one's are free again.
+	// By now another connection may have the same addresses.
 	if a.rejects.awaited[a.tuple] == c {
 		delete(a.rejects.awaited, a.tuple)
 	}

@@ -9,7 +9,7 @@ import (
 	"tailscale.com/types/ipproto"
 )
 
-// A peer whose policy denies the port says so, and that is told for what it is.
+// A peer whose policy denies the port reports that, and the dial fails with that code.
 func TestDeniedPort(t *testing.T) {
 	e := startEdge(t, echo)
 	check(t, e.net.DenyPort("mailbox", 25))
@@ -24,7 +24,7 @@ func TestDeniedPort(t *testing.T) {
 	nobodyIsAwaited(t, e.node)
 }
 
-// A message about a connection that is made changes nothing, whoever sent it.
+// A message about an established connection changes nothing, whoever sent it.
 func TestRejectOfAConnectionThatIsMade(t *testing.T) {
 	e := startEdge(t, echo)
 	b, err := dial(t, e.node, "mailbox", 25)

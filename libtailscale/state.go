@@ -13,10 +13,10 @@ import (
 	"tailscale.com/ipn"
 )
 
-// stateFile is the file of the node's identity, in the format of Tailscale's own
-// store (ipn/store.FileStore). That one forgets that a write has failed: the
-// backend logs it and goes on, and the same content is taken for saved from then
-// on. This one remembers, and tries again.
+// stateFile is the file of the node's identity, in the format of Tailscale's own store
+// (ipn/store.FileStore). Tailscale's store forgets that a write has failed: the backend
+// logs it and goes on, and from then on the same content counts as saved. This store
+// remembers the failure and tries again.
 type stateFile struct {
 	path string
 
@@ -25,8 +25,8 @@ type stateFile struct {
 	failed  error // of the last attempt to save; nil when the file is up to date
 }
 
-// openStateFile reads the file, or makes it. One that is there has to hold an
-// identity: an empty one would let the node come back as a stranger.
+// openStateFile reads the file, or makes it. An existing file has to contain an
+// identity: with an empty one the node would come back as a new node.
 func openStateFile(path string) (*stateFile, error) {
 	s := &stateFile{path: path, entries: make(map[ipn.StateKey][]byte)}
 	content, err := os.ReadFile(path)
@@ -34,7 +34,7 @@ func openStateFile(path string) (*stateFile, error) {
 		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 			return nil, err
 		}
-		return s, s.save() // shows that it can be written
+		return s, s.save() // shows that the file can be written
 	}
 	if err != nil {
 		return nil, err
@@ -48,7 +48,7 @@ func openStateFile(path string) (*stateFile, error) {
 	return s, nil
 }
 
-// damagedState is a file whose content is of no use.
+// damagedState is a file whose content is not usable.
 type damagedState struct{ error }
 
 func (s *stateFile) ReadState(id ipn.StateKey) ([]byte, error) {
@@ -61,8 +61,8 @@ func (s *stateFile) ReadState(id ipn.StateKey) ([]byte, error) {
 	return bytes.Clone(value), nil
 }
 
-// WriteState never fails: after an error Tailscale would not even try to write
-// the rest of the identity, which then could not be saved later.
+// WriteState never fails: after an error Tailscale would not try to write the rest of
+// the identity, so it could not be saved later.
 func (s *stateFile) WriteState(id ipn.StateKey, value []byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -38,14 +38,14 @@ type status struct {
 	HomeRegion     string               `json:"home_region"`    // the code of the home relay's
 	HomeRegionID   tailcfg.DERPRegionID `json:"home_region_id"`
 
-	// ControlMovedFrom is where the control server was at the start before.
+	// ControlMovedFrom is the control server's URL before it changed.
 	ControlMovedFrom string `json:"control_moved_from"`
 }
 
 func (n *node) statusOf(current *ipnstate.Status) status {
 	health := n.server.Sys().HealthTracker.Get()
 	if health.GetInPollNetMap() {
-		n.removed.Store(false) // it is there again, or a new node has its place
+		n.removed.Store(false) // the node is known again, or enrolled as a new one
 		n.controlSaid.Store(nil)
 		n.controlProbed.Store(nil)
 	}
@@ -108,7 +108,7 @@ func (n *node) regionID(code string) tailcfg.DERPRegionID {
 	return 0
 }
 
-// webAddress is what may be shown to a person to be opened, or empty.
+// webAddress is a URL that may be shown to a person, or empty.
 func webAddress(text string) string {
 	parsed, err := url.Parse(text)
 	ascii := strings.IndexFunc(text, func(r rune) bool { return r <= ' ' || r > '~' }) < 0
@@ -118,8 +118,8 @@ func webAddress(text string) string {
 	return text
 }
 
-// warnings is complaints without the one that a node is logged out which only waits
-// for its control server: that would send people after keys.
+// warnings is complaints, but without "logged out" for a node that only waits for its
+// control server: people would look for a new key.
 func (n *node) warnings(current *ipnstate.Status) []string {
 	complaints := n.complaints(current)
 	login, ok := n.server.Sys().HealthTracker.Get().CurrentState().Warnings[tsconst.HealthWarnableLoginState]
@@ -130,8 +130,8 @@ func (n *node) warnings(current *ipnstate.Status) []string {
 	return slices.DeleteFunc(complaints, func(text string) bool { return text == loggedOut })
 }
 
-// complaints is what Tailscale itself finds wrong, in an order that stays. Some of it
-// comes from the control server, so it is bounded.
+// complaints are Tailscale's own health warnings, in a stable order. Some come from the
+// control server, so their number is bounded.
 func (n *node) complaints(current *ipnstate.Status) []string {
 	const most = 20
 	var parts []string
@@ -142,9 +142,9 @@ func (n *node) complaints(current *ipnstate.Status) []string {
 	return parts
 }
 
-// relayTrouble names the first of the warnings that mean that no relay can be
-// used (health/warnings.go); empty when there is none. Not its text, which may
-// count the minutes.
+// relayTrouble names the first of the warnings that mean that no relay can be used
+// (health/warnings.go); empty when there is none. It does not use the warning's text,
+// which may count minutes.
 func relayTrouble(state *health.State) string {
 	for _, code := range []health.WarnableCode{
 		tsconst.HealthWarnableNetworkStatus,

@@ -3,9 +3,8 @@
 //
 // Three kinds of handle exist. A `tailscale` is a node; a `tailscale_conn` is
 // one TCP connection of a node, a `tailscale_listener` a port at which it takes
-// connections. None is ever reused for another object, so
-// a stale handle is answered with TAILSCALE_BAD_HANDLE and cannot touch a
-// stranger's connection.
+// connections. None is ever reused for another object, so a stale handle is
+// answered with TAILSCALE_BAD_HANDLE and cannot affect another connection.
 //
 // The life-cycle calls carry the names and the contracts of upstream
 // libtailscale. The connection calls are our own: a connection is not a file
@@ -52,7 +51,7 @@ enum tailscale_code {
     TAILSCALE_OK = 0,
     // Anything not named below; tailscale_errmsg has the text for node calls.
     TAILSCALE_ERROR = -1,
-    // Nothing can be done now; the wake function will be called.
+    // Not ready; the wake function will be called.
     TAILSCALE_WOULD_BLOCK = -2,
     // The handle names no live object.
     TAILSCALE_BAD_HANDLE = -3,
@@ -80,7 +79,7 @@ enum tailscale_code {
     TAILSCALE_CLOSED = -26,
     // Every local port towards that peer and port is taken.
     TAILSCALE_NO_PORTS = -27,
-    // The stack knows no way to the address.
+    // The stack has no route to the address.
     TAILSCALE_UNREACHABLE = -28,
     // The peer says that the tailnet's policy does not let this node reach the port.
     TAILSCALE_DENIED = -29,
@@ -90,8 +89,8 @@ enum tailscale_code {
     // Joining (tailscale_up).
     // The node is not enrolled and there is no auth key.
     TAILSCALE_NEEDS_LOGIN = -40,
-    // The control server refused the node, or its API the making of a key; the
-    // text is theirs.
+    // The control server refused the node, or its API refused to make a key;
+    // the text is the server's or the API's.
     TAILSCALE_AUTH_REFUSED = -41,
     // An admin must approve the node first.
     TAILSCALE_NEEDS_APPROVAL = -42,
@@ -99,7 +98,7 @@ enum tailscale_code {
     TAILSCALE_CONTROL_UNREACHABLE = -43,
     // The time set by tailscale_set_up_timeout passed for another reason.
     TAILSCALE_UP_TIMED_OUT = -44,
-    // tailscale_close was called meanwhile.
+    // tailscale_close was called during the call.
     TAILSCALE_CANCELLED = -45,
     // The control server does not let this node have its tags; the text is
     // the server's.
@@ -107,7 +106,7 @@ enum tailscale_code {
     // The tailnet has network flow logs and lets nobody in who does not upload
     // Tailscale's logs, see tailscale_set_log_upload.
     TAILSCALE_NEEDS_LOG_UPLOAD = -47,
-    // The control server's certificate does not count, because this machine's
+    // The control server's certificate is not accepted, because this machine's
     // clock is wrong; the text has both times.
     TAILSCALE_CLOCK_WRONG = -48,
     // The file of the node's identity cannot be understood (tailscale_start and
@@ -115,11 +114,12 @@ enum tailscale_code {
     TAILSCALE_BAD_STATE_FILE = -49,
     // The credential cannot become an auth key here; the text says why.
     TAILSCALE_BAD_CREDENTIAL = -50,
-    // The control server answers, but something in front of it does not pass the
-    // upgrade to the control protocol on; the text has its answer.
+    // The control server answers, but a proxy in front of it does not pass on
+    // the upgrade to the control protocol; the text has the answer.
     TAILSCALE_UPGRADE_BLOCKED = -51,
-    // The identity is of another control server, which is one with another key, or
-    // may be (tailscale_start and tailscale_up); the text has both URLs.
+    // The identity belongs to another control server (one with another key), or
+    // that cannot be excluded (tailscale_start and tailscale_up); the text has
+    // both URLs.
     TAILSCALE_OTHER_CONTROL = -52,
     // The node's key has expired, and the control server (a Headscale) would keep that
     // expiry whatever the node enrols with; the credential was not used.
@@ -136,17 +136,18 @@ enum tailscale_ready {
 // The process
 // ---------------------------------------------------------------------------
 
-// Removes from the environment, of C and of the Go runtime, every variable
-// from which tsnet would take credentials or a control server behind the
-// caller's back: TS_AUTHKEY, TS_AUTH_KEY, TS_CLIENT_SECRET, TS_CLIENT_ID,
-// TS_ID_TOKEN, TS_AUDIENCE, TS_CONTROL_URL, and TS_AUTHKEY_FILE, which may hold a
-// key by mistake; and two of Tailscale's own settings that log the auth key or
-// ask for one without need; and those by which systemd talks to this process
-// (NOTIFY_SOCKET, WATCHDOG_*, LISTEN_*, FDSTORE), so that no child has them. The
-// values of the first are overwritten where they are, so that /proc/PID/environ does not show them either. Call it once,
-// after copying them and before other threads read the environment: it uses
-// unsetenv(3), and setenv(3) for what would otherwise be set by the first
-// tailscale_start (no log upload, no log directory in /var/lib/tailscale).
+// Removes from the environment, of C and of the Go runtime, every variable from
+// which tsnet would take credentials or a control server without the caller's
+// knowledge: TS_AUTHKEY, TS_AUTH_KEY, TS_CLIENT_SECRET, TS_CLIENT_ID,
+// TS_ID_TOKEN, TS_AUDIENCE, TS_CONTROL_URL, and TS_AUTHKEY_FILE, which may hold
+// a key by mistake; and two of Tailscale's own settings that log the auth key
+// or ask for one without need; and those by which systemd talks to this process
+// (NOTIFY_SOCKET, WATCHDOG_*, LISTEN_*, FDSTORE), so that no child has them.
+// The values of the credential variables are also overwritten in memory, so
+// that /proc/PID/environ does not show them. Call it once, after copying them
+// and before other threads read the environment: it uses unsetenv(3), and
+// setenv(3) for what would otherwise be set by the first tailscale_start (no
+// log upload, no log directory in /var/lib/tailscale).
 void tailscale_forget_environment(void);
 
 // Nonzero: the nodes of this process upload Tailscale's own logs to Tailscale,
@@ -154,11 +155,11 @@ void tailscale_forget_environment(void);
 // tailscale_start, and when tailscale_forget_environment may be called.
 void tailscale_set_log_upload(int on);
 
-// Bounds what the nodes of this process hold, in bytes: what is in flight on all
-// connections together (sent and not acknowledged, received and not read), beyond a
-// floor for each, which is the lower the more connections there are; and Go's heap,
-// which its collector works to keep below that. Call it at any time; zero or less
-// leaves a bound as it is.
+// Bounds what the nodes of this process hold, in bytes: what is in flight on
+// all connections together (sent and not acknowledged, received and not read),
+// beyond a floor for each (the more connections there are, the lower it is);
+// and Go's heap, which the garbage collector tries to keep below the bound.
+// Call it at any time; zero or less leaves a bound as it is.
 void tailscale_set_memory(int64_t in_flight, int64_t heap);
 
 // Sets the one function that is called when a connection or listener became ready.
@@ -202,9 +203,9 @@ int tailscale_set_up_timeout(tailscale sd, int64_t timeout_ms);
 // dropped while it is full.
 int tailscale_set_logfd(tailscale sd, int fd);
 // Where the node's state goes: one line of JSON for every change, beginning
-// with the state at start. Ownership as for tailscale_set_logfd. While there
-// is no room, the newest line waits and replaces the one before: each line is
-// the whole state. (Not in upstream.)
+// with the state at start. Ownership as for tailscale_set_logfd. While there is
+// no room, the newest line waits and replaces the one before: each line is the
+// whole state. (Not in upstream.)
 //   {"state":"Running","name":"edge.example.ts.net","ips":["100.64.0.1"],
 //    "tags":["tag:reverse-proxy"],"in_map_poll":true,
 //    "key_expiry":"2027-01-01T00:00:00Z","login_url":"","health":[],
@@ -212,19 +213,20 @@ int tailscale_set_logfd(tailscale sd, int fd);
 //    "network_changes":0,"wake_ups":0,"unsaved":"","control_error":"",
 //    "control_advice":"","home_region":"fra","home_region_id":4,
 //    "control_moved_from":""}
-// "enrolled" is that the node holds a key, good or not; "removed" that the
-// control server knows no such node; "needs_log_upload" that the tailnet has
-// stopped the node for the lack of it; "relay" says what is wrong with the
-// relays, empty when nothing is; the next two count what happened to this
-// machine since the start; "unsaved" is why the identity could not be saved,
-// which is tried again; "control_error" why the control server could not be reached,
-// or what it answered, the last time since it was heard, and "control_advice" what to
-// do about it where that is known; the next two the region of the node's home relay,
-// empty and 0 without one; "control_moved_from" the URL at which the same control
-// server (it has the same key) was before, empty if that is the one it has now.
-// "key_expiry" is left out for a key that does not expire, in whatever way the control
-// server says so. Texts that come from elsewhere are
-// in one line, without control characters and keys.
+// "enrolled": the node has a key, valid or not;
+// "removed": the control server no longer knows the node; "needs_log_upload":
+// the tailnet has stopped the node because it uploads no logs; "relay" says
+// what is wrong with the relays, empty when nothing is; the next two count
+// network changes and wake-ups of this machine since the start; "unsaved" is
+// why the identity could not be saved, which is tried again; "control_error" is
+// the last error with the control server since it was last heard (why it could
+// not be reached, or its answer), and "control_advice" what to do about it,
+// where that is known; the next two are the region of the node's home relay,
+// empty and 0 without one; "control_moved_from" is the former URL of the same
+// control server (it has the same key), empty if the URL has not changed.
+// "key_expiry" is left out for a key that does not expire, in whatever way the
+// control server says so. Texts that come from elsewhere are in one line,
+// without control characters and keys.
 int tailscale_set_eventfd(tailscale sd, int fd);
 
 // What the node may enrol with. Used only when the control server asks for a
@@ -243,8 +245,8 @@ int tailscale_set_client_secret(tailscale sd, const char* client_secret);
 //   provider.
 // The last two are not sent over http except to this host itself.
 int tailscale_set_id_token(tailscale sd, const char* id_token);
-// Nonzero: keys that the API makes go past device approval. (Not in upstream,
-// like the three above.)
+// Nonzero: nodes with keys that the API makes need no device approval. (Not in
+// upstream, like the three above.)
 int tailscale_set_preauthorized(tailscale sd, int preauthorized);
 
 // Nonzero: where tailscale_up would fail with TAILSCALE_NEEDS_LOGIN, it waits for
@@ -256,15 +258,15 @@ int tailscale_set_interactive(tailscale sd, int on);
 // tailscale_up does it. Zero or a negative code, see tailscale_errmsg.
 int tailscale_start(tailscale sd);
 
-// Joins the tailnet and returns when the node is running, with news from the
-// control server: for a node that runs already it returns at once, unless that
-// server is out of reach. May be called again after a failure, from several
-// threads, which then take turns, and for a node that has lost its place (its
-// key expired, it was removed, or stopped for the lack of log upload). Fails with
-// one of the joining codes; tailscale_errmsg has the text. A node that is
-// enrolled and cannot reach its control server gets TAILSCALE_UP_TIMED_OUT and
-// goes on trying in the background; TAILSCALE_CONTROL_UNREACHABLE means it was
-// never enrolled.
+// Joins the tailnet and returns when the node is running and the control server
+// has been heard. For a node that is running already it returns at once, unless
+// that server is out of reach. May be called again after a failure, from
+// several threads, which then take turns, and for a node that has lost its
+// place (its key expired, it was removed, or stopped for the lack of log
+// upload). Fails with one of the joining codes; tailscale_errmsg has the text.
+// A node that is enrolled and cannot reach its control server gets
+// TAILSCALE_UP_TIMED_OUT and goes on trying in the background;
+// TAILSCALE_CONTROL_UNREACHABLE means it was never enrolled.
 int tailscale_up(tailscale sd);
 
 // Stops the node, cancels a pending tailscale_up, and waits up to two seconds
@@ -285,16 +287,18 @@ int tailscale_getips(tailscale sd, char* buf, size_t buflen);
 // small. (Not in upstream.)
 int tailscale_status(tailscale sd, char* buf, size_t buflen);
 
-// Writes what the library costs at this moment, as a JSON object, NUL-terminated:
+// Writes the resources that the library uses now, as a JSON object,
+// NUL-terminated:
 //   {"goroutines":80,"heap_in_use_bytes":9000000,"heap_idle_bytes":3000000,
 //    "heap_released_bytes":2000000,"gc_count":12,"gc_pause_seconds":0.002,
 //    "gomaxprocs":2,"endpoints":4,"handles":3,"in_flight_bytes":0,
 //    "in_flight_max_bytes":16777216}
-// The heap and the rest up to "gomaxprocs" are Go's, for all nodes of the process;
-// "endpoints" are the TCP endpoints of this node's stack, of which some outlive
-// their handle; "handles" is tailscale_conn_count; the last two are what connections
-// hold beyond their floor, and may hold, see tailscale_set_memory. It takes microseconds and does
-// not stop Go's threads. Returns as tailscale_status. (Not in upstream.)
+// The heap and the rest up to "gomaxprocs" are
+// Go's, for all nodes of the process; "endpoints" are the TCP endpoints of this
+// node's stack (some outlive their handle); "handles" is tailscale_conn_count;
+// the last two are how much all connections hold beyond their floors, and the
+// most that they may hold, see tailscale_set_memory. It takes microseconds and
+// does not stop Go's threads. Returns as tailscale_status. (Not in upstream.)
 int tailscale_figures(tailscale sd, char* buf, size_t buflen);
 
 // Writes the text of the last failed node call, NUL-terminated. Zero, EBADF,
@@ -302,10 +306,10 @@ int tailscale_figures(tailscale sd, char* buf, size_t buflen);
 // failure of any thread: callers that share a node see each other's.
 int tailscale_errmsg(tailscale sd, char* buf, size_t buflen);
 
-// Pings a peer (by name or address) beneath TCP and says what is known of it.
-// Blocks for up to timeout_ms, and two seconds more when the peer is silent, to see
-// whether the control server answers ("network"). Writes one JSON object, NUL-terminated, also
-// when the peer did not answer:
+// Pings a peer (by name or address) below TCP and reports what is known of it.
+// Blocks for up to timeout_ms, and two seconds more when the peer is silent, to
+// see whether the control server answers ("network"). Writes one JSON object,
+// NUL-terminated, also when the peer did not answer:
 //   {"ip":"100.64.0.2","answered":true,"latency_ms":1.2,
 //    "direct":"192.0.2.7:41641","relay":"","online":true,"network":true,
 //    "last_seen":""}
@@ -315,11 +319,11 @@ int tailscale_errmsg(tailscale sd, char* buf, size_t buflen);
 int tailscale_ping(tailscale sd, const char* host, int64_t timeout_ms,
                    char* buf, size_t buflen);
 
-// Resets every connection to a peer's address, whoever holds it: for a peer that
-// is found to be gone, which will not end them itself. Their owners are woken and
-// see TAILSCALE_RESET. Zero also when there was none, TAILSCALE_BAD_ARGUMENT when
-// ip is no address, or TAILSCALE_NOT_RUNNING before the start and while closing.
-// (Not in upstream.)
+// Resets every connection to a peer's address, whoever holds it: for a peer
+// that was found to be gone and cannot close them itself. Their owners are
+// woken and see TAILSCALE_RESET. Zero also when there was none,
+// TAILSCALE_BAD_ARGUMENT when ip is no address, or TAILSCALE_NOT_RUNNING before
+// the start and while closing. (Not in upstream.)
 int tailscale_abort_peer(tailscale sd, const char* ip);
 
 // ---------------------------------------------------------------------------
@@ -335,21 +339,21 @@ int tailscale_abort_peer(tailscale sd, const char* ip);
 int tailscale_conn_open(tailscale sd, const char* host, uint16_t port,
                         uintptr_t token, tailscale_conn* conn_out);
 
-// Takes connections from peers to `port` (1 to 65535) of the node's own addresses.
-// Who may connect is a matter of the tailnet's policy. At most `backlog` of them
-// (at least 1) wait to be accepted; more are refused. The token is given to the
-// wake function, with TAILSCALE_READABLE, when one has come and when the node is
-// closed, until tailscale_listener_close returns. The listener stays when the node
-// loses its place on the tailnet and gets another. Zero,
+// Takes connections from peers to `port` (1 to 65535) of the node's own
+// addresses. The tailnet's policy decides who may connect. At most `backlog` of
+// them (at least 1) wait to be accepted; more are refused. The token is given
+// to the wake function, with TAILSCALE_READABLE, when one has come and when the
+// node is closed, until tailscale_listener_close returns. The listener stays
+// when the node loses its place on the tailnet and gets another. Zero,
 // TAILSCALE_BAD_STATE when the node listens on that port already, or
 // TAILSCALE_NOT_RUNNING before the start and after the close.
 int tailscale_listen(tailscale sd, uint16_t port, int backlog, uintptr_t token,
                      tailscale_listener* listener_out);
 
-// Takes a connection. On success the handle is written; it is as one of
-// tailscale_conn_open that is connected, and `token` is its own.
-// TAILSCALE_WOULD_BLOCK when there is none, TAILSCALE_NOT_RUNNING when there will
-// be none because the node was closed.
+// Takes a connection. On success the handle is written; the connection is like
+// a connected one of tailscale_conn_open, with `token` as its token.
+// TAILSCALE_WOULD_BLOCK when there is none, TAILSCALE_NOT_RUNNING when there
+// will be none because the node was closed.
 int tailscale_accept(tailscale_listener listener, uintptr_t token,
                      tailscale_conn* conn_out);
 

@@ -13,17 +13,16 @@ import (
 	"tailscale.com/net/netmon"
 )
 
-// lookInterval is how late what the bus does not tell may be. Losing the
-// control server is such a thing: it becomes a health warning, and with it a
-// notification, only after eight minutes (health/warnings.go,
-// notInMapPollWarnable).
+// lookInterval is how often the state is read, for changes that the bus does not
+// report. One is the loss of the control server: it becomes a health warning, and so a
+// notification, only after eight minutes (health/warnings.go, notInMapPollWarnable).
 const lookInterval = time.Second
 
-// saveInterval is between two attempts to save an identity that could not be
-// saved when it changed.
+// saveInterval is the time between attempts to save an identity that could not be saved
+// when it changed.
 const saveInterval = 10 * time.Second
 
-// askInterval is between two looks at a control server that is not heard.
+// askInterval is the time between checks of a control server that is not heard.
 const askInterval = 5 * time.Second
 
 // follow keeps self up to date and passes status lines on until the node
@@ -76,7 +75,7 @@ func (n *node) askWhy() {
 	if n.removed.Load() || heard() || !n.asking.CompareAndSwap(false, true) {
 		return
 	}
-	n.pending.Go(func() { // follow is counted in pending, so close is not done waiting
+	n.pending.Go(func() { // follow is counted in pending, so close still waits
 		defer n.asking.Store(false)
 		ctx, cancel := context.WithTimeout(n.ctx, probeLimit)
 		defer cancel()
@@ -89,8 +88,8 @@ func (n *node) askWhy() {
 	})
 }
 
-// watch tells about every change on the bus. The bus cuts off a slow watcher,
-// and health changes come on it too, so the watch is renewed whenever it ends.
+// watch signals every change on the bus. The bus cuts off a slow watcher, and health
+// changes come on it too, so the watch is renewed whenever it ends.
 func (n *node) watch(changed chan<- struct{}) {
 	const mask = ipn.NotifyInitialState | ipn.NotifyInitialHealthState | ipn.NotifyPeerChanges
 	for n.ctx.Err() == nil {
@@ -107,13 +106,14 @@ func (n *node) watch(changed chan<- struct{}) {
 	}
 }
 
-// log passes a line on and learns from it what the backend tells nobody else.
+// log passes a line on, and learns from it what the backend reports nowhere else.
 //
-// Why the control server cannot be reached, or refuses, and that it has removed this
-// node, which the backend takes for an outage (control/controlclient/direct.go,
-// PollNetMap; ipn/ipnlocal/local.go, setControlClientStatusLocked; auto.go,
-// updateRoutine). And that this node is ephemeral and could not be logged out when
-// it was closed (ipn/ipnlocal/local.go, Shutdown).
+// It learns why the control server cannot be reached or refuses, and that it has
+// removed this node, which the backend takes for an outage
+// (control/controlclient/direct.go, PollNetMap; ipn/ipnlocal/local.go,
+// setControlClientStatusLocked; auto.go, updateRoutine). It also learns that an
+// ephemeral node could not be logged out when it was closed (ipn/ipnlocal/local.go,
+// Shutdown).
 func (n *node) log(format string, args ...any) {
 	switch {
 	case format == "Received error: %v":
@@ -130,8 +130,8 @@ func (n *node) log(format string, args ...any) {
 	n.logs.printf("%s", n.redact(fmt.Sprintf(format, args...)))
 }
 
-// noteControlError keeps why the control server could not be talked to. The
-// backend tells it nobody else, or only minutes later.
+// noteControlError keeps why the control server could not be talked to. The backend
+// reports it nowhere else, or only minutes later.
 func (n *node) noteControlError(err error) {
 	if strings.Contains(err.Error(), notFound) {
 		n.removed.Store(true)
@@ -149,9 +149,8 @@ func (n *node) networkChanged(delta *netmon.ChangeDelta) {
 	}
 }
 
-// publish refreshes self and leaves the newest status line in lines, in place
-// of one that still waits for room: what the node believes of itself must not
-// depend on a reader.
+// publish refreshes self and puts the newest status line into lines, in place of one
+// that still waits for room: the node's own state must not depend on a reader.
 func (n *node) publish(lines chan []byte) {
 	n.refreshSelf()
 	line, err := n.statusLine()
@@ -170,8 +169,8 @@ func (n *node) statusLine() ([]byte, error) {
 	return json.Marshal(n.statusOf(n.backend.StatusWithoutPeers()))
 }
 
-// writeLines writes each line that differs from the one before. It ends when
-// lines is closed, or with the write that fails because events was.
+// writeLines writes each line that differs from the one before. It ends when lines is
+// closed, or when a write fails because events was closed.
 func writeLines(events *os.File, lines <-chan []byte) {
 	var last []byte
 	for line := range lines {

@@ -13,8 +13,8 @@ const maxWords = 400
 // at its end (ipn/ipnlocal/tailnet-lock.go).
 var keys = regexp.MustCompile(`[th]skey-[A-Za-z]+-[A-Za-z0-9_+/=-]+`)
 
-// harmless makes a text that somebody else wrote fit for one line of a log, or
-// for a terminal: in one line, without what a terminal obeys or what changes the
+// harmless makes a text that somebody else wrote fit for one line of a log, or for a
+// terminal: in one line, without control characters and characters that change the
 // direction of writing, not too long, and without our secrets.
 func (n *node) harmless(text string) string {
 	text = n.redact(text)
@@ -35,7 +35,7 @@ func (n *node) harmless(text string) string {
 	}, text)
 }
 
-// redact takes keys out of a text, and whatever else the node may enrol with.
+// redact removes keys, and the node's other credentials, from a text.
 func (n *node) redact(text string) string {
 	c := n.credential()
 	for _, secret := range []string{c.authKey, c.clientSecret, c.idToken} {

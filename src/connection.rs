@@ -1,19 +1,19 @@
-//! One client's life: reach the upstream, write the PROXY header (`hold.rs`), relay (`relay.rs`), and one
-//! line of the log (`open.rs`).
+//! It answers: what happens to one client, from accept to the end. The edge reaches the upstream and writes the
+//! PROXY header (`hold.rs`), relays (`relay.rs`), or refuses the client (`refusal.rs`), and then writes one log
+//! line (`ended.rs`).
+//!
+//! Deliberately not here: accepting clients (`listener/`), and which server is tried when (`upstream/`).
 //!
 //! Invariants
-//! - The header is the first thing on the upstream's connection, in one write,
-//!   before any byte of the client; if it cannot be written, nothing is.
-//! - Nothing is read from the client before the upstream is connected and has
-//!   its header; so a server that speaks first is heard at once, and a client
-//!   that speaks first loses nothing. What it sends meanwhile waits in the
-//!   kernel, which takes no more than a first window (64 kB) from it.
-//! - A client is never turned away without a word while its protocol has one for
-//!   it, and never held longer than `hold`; except by a mailbox that greets others
-//!   and not this client.
-//! - A session is tried again only when not a byte has moved either way.
-//! - An abrupt end on one side becomes one on the other; an orderly end stays
-//!   orderly.
+//! - The header is the first thing on the upstream's connection, in one write, before any byte of the client. If
+//!   the header cannot be written, nothing else is written.
+//! - Nothing is read from the client before the upstream is connected and has its header. What the client sends
+//!   before that waits in the kernel, which takes at most a first window (64 kB) of it, and is not lost.
+//! - A client is never refused without the reply that its protocol has for this, and never held longer than
+//!   `hold`. The exception is a mailbox that greets others but not this client: the client is then closed without
+//!   a reply.
+//! - A session is tried again only if no byte has moved in either direction.
+//! - A reset on one side becomes a reset on the other side; an orderly end stays orderly.
 
 mod client;
 pub(crate) mod counters;
@@ -48,8 +48,8 @@ use crate::protocol::proxy_header::proxy_header;
 use crate::upstream::dial::{Dial, Reset};
 use crate::upstream::{Failure, Server};
 
-/// Serves one accepted connection to its end. Never fails: whatever happens is
-/// in its line of the log. Cancellation drops both connections.
+/// Serves one accepted connection to its end. Never fails: whatever happens is in the connection's log line.
+/// Cancellation drops both connections.
 pub async fn serve<D: Dial>(service: &Service<D>, client: &mut TcpStream, peer: SocketAddr) {
     let connection = service.connections.enter(peer);
     match converse(service, client, &connection).await {
@@ -64,15 +64,14 @@ pub async fn serve<D: Dial>(service: &Service<D>, client: &mut TcpStream, peer: 
     }
 }
 
-/// Reaches the upstream, gives it the header and relays; again if a server that
-/// was to speak first leaves without a word, for as long as the client may be
-/// held.
+/// Reaches the upstream, writes the header and relays. If a server that has to speak first closes before it sent
+/// anything, tries again for as long as the client may be held.
 async fn converse<D: Dial>(
     service: &Service<D>,
     client: &mut TcpStream,
     connection: &Connection,
 ) -> Result<Ended, Refusal> {
-    // Asked now: a socket that was reset meanwhile no longer knows it.
+    // Asked now, since a socket no longer knows its address after a reset.
     let local = client.local_addr().map_err(|_| Refusal::ClientGone { held: false })?;
     let header = proxy_header(service.proxy_protocol, connection.client(), local);
     let mut failed = None;
@@ -80,12 +79,12 @@ async fn converse<D: Dial>(
     let mut first_wordless = None;
     loop {
         let waiting = Waiting { service, client, connection };
-        // In a box, since an idle connection would otherwise keep the room for it.
+        // In a box: otherwise each idle connection would keep the memory for this future.
         let opening = Box::pin(waiting.open(header.as_deref(), failed.take(), &mut tries));
         let (mut upstream, server) = opening.await?;
         let outcome = pass_on(service, client, connection, &mut upstream, &server).await;
-        // A server that has greeted others since, and again not this client, has its reasons; where
-        // nobody is held, others before it must do.
+        // If the server has greeted others since, it does not want this client. Where clients are not held, those
+        // that it greeted earlier count instead.
         let is_unwanted = match first_wordless {
             Some(at) => server.greeted_since(at),
             None => service.hold.limit.is_zero() && server.greeted_lately(),
@@ -101,7 +100,7 @@ async fn converse<D: Dial>(
     }
 }
 
-/// Relays, and ends on one side what was cut on the other.
+/// Relays. If one side was reset, resets the other.
 async fn pass_on<D: Dial>(
     service: &Service<D>,
     client: &mut TcpStream,
@@ -119,8 +118,8 @@ async fn pass_on<D: Dial>(
         }
     };
     let outcome = {
-        // By reference, since an idle connection would otherwise hold each
-        // twice: as an argument and as what is polled.
+        // Passed by reference: otherwise each idle connection would hold both futures twice, as an argument and as
+        // the future being polled.
         let (drain, client_gone) = (pin!(service.drain.cancelled()), pin!(reset(client)));
         let has_header = service.proxy_protocol != ProxyProtocol::Off;
         let watch = has_header.then(|| HeaderWatch::new(service.protocol)).flatten().map(Box::new);
@@ -132,7 +131,7 @@ async fn pass_on<D: Dial>(
         service.upstream.distrusted(&service.name, server);
     }
     match outcome.end {
-        // The client has not been told, and goes on with another upstream.
+        // The client does not know of this, and gets another upstream.
         End::Wordless => {}
         End::Failed { side: Side::Client, .. } => upstream.reset(),
         End::Failed { side: Side::Upstream, .. } => client.reset(),
@@ -147,13 +146,16 @@ async fn pass_on<D: Dial>(
 }
 
 impl Outcome {
-    /// What its line of the log is to say.
+    /// The end state and the reason for the log line.
     fn ended(&self, server: &Server) -> Ended {
         let (state, why) = match &self.end {
             End::Failed { side: Side::Upstream, .. } if server.is_given_up() => {
-                (EndState::ServerVanished, "the mailbox's node vanished".to_owned())
+                (EndState::ServerVanished, "the mailbox's node no longer answers".to_owned())
             }
-            End::Wordless => (EndState::ServerWordless, "upstream closed without a word".to_owned()),
+            End::Wordless => (
+                EndState::ServerWordless,
+                "upstream closed the connection before it sent anything".to_owned(),
+            ),
             End::Closed { first } => (self.closed_by(*first), format!("{first} closed")),
             End::Failed { side, error } => (self.failed_by(*side), format!("{side} failed: {error}")),
             End::Idle => (EndState::Idle, "idle time-out".to_owned()),

@@ -1,6 +1,7 @@
-//! What is said on the wire: the protocols, the PROXY header, and what a server answers that does not trust it.
+//! It answers: what is sent on the wire. The protocols, the PROXY header, the meaning of a server's first lines,
+//! and what to set in a mail server that does not trust the header.
 //!
-//! Promise: no input or output; bytes in, bytes or a verdict out.
+//! Promise: no input or output; a function takes bytes and returns bytes or a verdict.
 //!
 //! Deliberately not here: parsing mail protocols beyond a server's first lines, and TLS.
 
@@ -14,8 +15,7 @@ use std::time::Duration;
 
 pub(crate) use advice::advice;
 
-/// What is spoken on a listener: decides its default port, its idle timeout and how a failure is
-/// told to the client.
+/// The protocol of a listener: decides its default port, its idle timeout and how a client is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Protocol {
     /// Mail from other servers, 25.
@@ -101,9 +101,9 @@ impl Protocol {
         }
     }
 
-    /// The idle timeout when the listener names none. Mail needs more than the servers' own limits,
-    /// so that the server is the one to say goodbye: 10 minutes in SMTP (RFC 5321) and POP3 (RFC
-    /// 1939), 30 in IMAP (RFC 9051) and ManageSieve (RFC 5804).
+    /// The idle timeout when the listener names none. For mail it is longer than the servers' own limits, so that
+    /// the server closes first, with a goodbye: 10 minutes in SMTP (RFC 5321) and POP3 (RFC 1939), 30 in IMAP (RFC
+    /// 9051) and ManageSieve (RFC 5804).
     pub const fn default_idle_timeout(self) -> Duration {
         match self {
             Protocol::Smtp | Protocol::Submission | Protocol::Submissions => Duration::from_secs(15 * 60),

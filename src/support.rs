@@ -1,9 +1,9 @@
-//! Small things that know nothing of the rest: text, secrets, time, lines that repeat each other, tasks that must
-//! live, asking over HTTP.
+//! Small tools that know nothing of the rest of the edge: text for printing, secrets, the wall clock, limits on
+//! similar log lines, tasks that must not end, a small HTTP client.
 //!
-//! Promise: nothing here names another folder of `src/`.
+//! Promise: nothing here uses another folder of `src/`.
 //!
-//! Deliberately not here: what has a single user, which keeps it beside itself.
+//! Deliberately not here: a tool with a single user; it is kept beside that user.
 
 pub(crate) mod http_client;
 pub(crate) mod output;

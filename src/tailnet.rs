@@ -1,12 +1,14 @@
 //! A tailnet node inside this process, and streams to its peers.
 //!
-//! It answers: how does the edge get onto the tailnet and stay there, what is known of the node, how is a peer
-//! reached. [`Node`] joins with no help from the host: no `tailscaled`, no TUN, no root. [`TailnetStream`] is a TCP
-//! connection on the node's own stack as tokio's `AsyncRead + AsyncWrite`; while idle it costs no descriptor, no
-//! thread and no buffer.
+//! It answers: how the edge gets onto the tailnet and stays there, what is known of the node, and how a peer is
+//! reached. [`Node`] joins with no help from the host: no `tailscaled`, no TUN, no root. [`TailnetStream`] is a
+//! TCP connection on the node's own stack as tokio's `AsyncRead + AsyncWrite`; while idle it costs no descriptor,
+//! no thread and no buffer.
 //!
-//! Nothing here falls back to the host's resolver or network: a name that the
-//! tailnet's map does not hold is an error.
+//! Promise: nothing here falls back to the host's resolver or network; a name that is not in the tailnet's map is
+//! an error.
+//!
+//! Deliberately not here: which peer is dialled and when (see `upstream.rs`), and calls into C (see `ffi.rs`).
 
 pub mod credential;
 mod error;

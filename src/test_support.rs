@@ -1,4 +1,4 @@
-//! What unit tests of several modules use. Nothing here is in the program.
+//! Helpers for the unit tests of several modules. They are not part of the program.
 
 use std::net::SocketAddr;
 use std::sync::atomic::AtomicU64;
@@ -22,7 +22,7 @@ use crate::upstream::Upstream;
 use crate::upstream::dial::Dial;
 use crate::upstream::peers::Peer;
 
-/// Addresses that are free, as the other tests find them.
+/// Free addresses, found as in the integration tests.
 #[path = "../tests/common/net.rs"]
 #[expect(dead_code, reason = "the other tests use the rest")]
 pub mod net;
@@ -74,7 +74,7 @@ pub fn service_to<D: Dial>(dialler: D, proxy_protocol: ProxyProtocol) -> Service
     }
 }
 
-/// What is known of an edge in this state.
+/// The overview of an edge in this state.
 pub fn overview(node: Option<NodeStatus>, draining: bool, board: Option<Board>) -> Overview {
     let drain = CancellationToken::new();
     if draining {
@@ -130,6 +130,6 @@ pub const STATUS: &str = r#"{
     ],
     "failures": [
         {"last": "2026-01-03T04:00:00Z", "count": 12, "listener": "smtp", "upstream": "stalwart:25",
-         "client": "192.0.2.9:25", "end": "sQ", "why": "held until its time was over"}
+         "client": "192.0.2.9:25", "end": "sQ", "why": "held for the whole hold time"}
     ]
 }"#;

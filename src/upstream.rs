@@ -1,19 +1,20 @@
-//! Where a listener's connections go, and how long to try.
+//! It answers: where a listener's connections go, which server is tried when, and why none can be reached.
 //!
-//! [`dial`] is the seam to the network: the tailnet in production, anything that makes streams in
-//! tests. [`Upstream::connect`] tries each server once, in the order of the configuration, and says
-//! of each why it could not be reached; when one was met by silence it finds out what can be known:
-//! an access rule that denies a port swallows the SYN, and not every peer says so.
-//! [`Upstream::reconnect`] goes on trying for clients that are held.
+//! [`dial`] is the interface to the network: the tailnet in production, anything that makes streams in tests.
+//! [`Upstream::connect`] tries each server once, in the order of the configuration, and gives the reason for each
+//! that could not be reached. If a server does not answer at all, it pings the peer to find the cause: an access
+//! rule that denies a port drops the SYN, and not every peer reports that. [`Upstream::reconnect`] goes on trying
+//! for clients that are held.
 //!
 //! Invariants
-//! - A server that its probe calls down, or that has just cost a client its time, is tried last,
-//!   not never: it may be well again, and the probe may be wrong.
-//! - However many clients wait for a mailbox that cannot be reached, one of them tries; when it
-//!   succeeds, the others follow a few at a time.
-//! - Nothing is ever sent here, so that trying again repeats nothing.
+//! - A server that its probe calls down, or that has just made a client wait for nothing, is tried last, but it is
+//!   tried: it may be up again, and the probe may be wrong.
+//! - However many clients wait for a mailbox that cannot be reached, only one of them tries. When it succeeds, the
+//!   others follow, a limited number at a time.
+//! - Nothing is sent to a server here, so another attempt repeats nothing.
 //!
-//! Deliberately not here: how long a client waits (see `connection.rs`), and probing.
+//! Deliberately not here: how long a client waits and what it is told (see `connection.rs`). What decides whether
+//! a server is up is in `health.rs` and `probe.rs`.
 
 pub mod dial;
 mod failure;
@@ -45,26 +46,26 @@ pub use server::Server;
 /// How long a peer has to answer the ping that follows a silent connect.
 const PING_LIMIT: Duration = Duration::from_secs(2);
 
-/// How long a SYN may go unanswered before a second attempt is made beside the first, from another
-/// port. A userspace stack at the other end (tsnet, a tailscaled without TUN) may keep an old
-/// connection from the first one's port and answer nothing.
+/// How long a SYN may go unanswered before a second attempt is made beside the first, from another local port. A
+/// userspace stack of the peer (tsnet, a tailscaled without TUN) may still have an old connection from the first
+/// port, and then does not answer.
 const SECOND_ATTEMPT: Duration = Duration::from_secs(2);
 
-/// How long whoever tries for the held clients pauses after a failure: twice as long each time, and
-/// never so long that a mailbox that is back waits noticeably.
+/// The first pause after a failed attempt for the held clients. Each further pause is twice as long, up to a limit
+/// that clients hardly notice when the mailbox is back.
 const PAUSE_FIRST: Duration = Duration::from_millis(100);
 const PAUSE_LAST: Duration = Duration::from_secs(2);
 
-/// How long a client that cannot be held waits for the one who tries: a dial to a server that is
-/// back takes less.
+/// How long a client that cannot be held waits for the client that tries for all. A dial to a server that is back
+/// takes less.
 const TURN_LIMIT: Duration = Duration::from_secs(1);
 
-/// How many held clients dial at once when their mailbox is back: it has just started, and its
-/// backlog is short (Postfix asks for 100).
+/// How many held clients dial at once when their mailbox is back: it has just started, and its backlog is short
+/// (100 in Postfix).
 const RETURNING: usize = 64;
 
-/// How often a minute it is told that no server can be reached, for each kind of reason: an upstream
-/// may come and go.
+/// How many lines a minute say that no server can be reached, for each kind of reason: an upstream may come and
+/// go.
 const TOLD_PER_MINUTE: u32 = 3;
 
 /// The mailbox's servers as one listener sees them, and how to reach them.
@@ -73,14 +74,14 @@ pub struct Upstream<D> {
     dialler: Arc<D>,
     servers: Vec<Arc<Server>>,
     connect_timeout: Duration,
-    /// Why no server could be reached at the last attempt; none while one can.
+    /// Why no server could be reached at the last attempt; `None` while one can be reached.
     away: watch::Sender<Option<UpstreamError>>,
-    /// What was told of that, and how often.
+    /// What was logged about that, and how often.
     told: Repeats<Vec<FailureKind>>,
     is_told: AtomicBool,
-    /// How often a server was reached: a failure that began before the last success is old news.
+    /// How often a server was reached: an attempt that began before the last success says nothing if it fails.
     successes: Arc<AtomicU64>,
-    /// Held by the one who tries for all that wait.
+    /// Held by the client that tries for all that wait.
     turn: Mutex<Turn>,
     returning: Semaphore,
 }
@@ -92,22 +93,22 @@ pub struct Reached<S> {
     pub stream: S,
     /// The server that took the connection.
     pub server: Arc<Server>,
-    /// How long this attempt took, without those before it.
+    /// How long the successful attempt took, without the attempts before it.
     pub dial: Duration,
 }
 
-/// When to try again for those who wait.
+/// When to try again for the clients that wait.
 #[derive(Debug)]
 struct Turn {
     next: Instant,
     pause: Duration,
-    /// The successes before this outage.
+    /// The number of successes before this outage.
     successes: u64,
 }
 
 impl<D: Dial> Upstream<D> {
-    /// The same port of one peer or several, in the order they are tried; nothing is dialled or
-    /// looked up yet.
+    /// The same port of one peer or several, in the order they are tried; nothing is dialled or looked up before
+    /// the first connection.
     pub fn new(dialler: Arc<D>, peers: Vec<Arc<Peer>>, port: u16, connect_timeout: Duration) -> Upstream<D> {
         Upstream {
             dialler,
@@ -142,17 +143,17 @@ impl<D: Dial> Upstream<D> {
         self.away.borrow().clone()
     }
 
-    /// As [`Upstream::away`], for somebody who does not know how it is dialled.
+    /// As [`Upstream::away`], to be watched by code that does not know the dialler's type.
     pub fn watch_away(&self) -> watch::Receiver<Option<UpstreamError>> {
         self.away.subscribe()
     }
 
-    /// How often a server was reached, for the same.
+    /// How often a server was reached, for the same code.
     pub fn watch_successes(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.successes)
     }
 
-    /// Takes over what came of the last attempt to reach the same servers.
+    /// Takes over the result of the last attempt to reach the same servers.
     pub fn continues(&self, before: &Upstream<D>) {
         self.successes.store(before.successes.load(Ordering::Relaxed), Ordering::Relaxed);
         self.away.send_replace(before.away());
@@ -161,17 +162,17 @@ impl<D: Dial> Upstream<D> {
 
     /// Completes when no server could be reached at the last attempt.
     pub async fn until_away(&self) {
-        // It fails only when there is no sender, which is here.
+        // It fails only without a sender, and `self` holds the sender.
         let _ = self.away.subscribe().wait_for(Option::is_some).await;
     }
 
-    /// Forgets what a probe has found: without probes every server is as good as another.
+    /// Forgets what a probe has found: without probes all servers count as equal.
     pub fn unprobed(&self, server: &Server) {
         server.set_up(true);
     }
 
-    /// Notes what a probe has found: a server that is down is tried last, and one that is up is
-    /// worth an attempt by those who wait.
+    /// Notes what a probe has found: a server that is down is tried last; if one is up, the clients that wait try
+    /// at once.
     pub fn found(&self, server: &Server, up: bool) {
         server.set_up(up);
         if up {
@@ -179,14 +180,13 @@ impl<D: Dial> Upstream<D> {
         }
     }
 
-    /// Connects to the first server that can be reached, or says why none can: for each server
-    /// within the connect time-out and, after a silence, up to four seconds more. Dropping the future
-    /// gives up.
+    /// Connects to the first server that can be reached, or says why none can. Each server takes at most the
+    /// connect time-out and, if it did not answer at all, up to four seconds more. Dropping the future gives up.
     pub async fn connect(&self) -> Result<Reached<D::Stream>, UpstreamError> {
         let successes = self.successes.load(Ordering::Relaxed);
         let mut failures = Vec::new();
         let mut servers: Vec<&Arc<Server>> = self.servers.iter().collect();
-        servers.sort_by_cached_key(|server| server.comes_last()); // keeps their order
+        servers.sort_by_cached_key(|server| server.comes_last()); // stable sort: keeps the configured order
         for server in servers {
             let began = Instant::now();
             match self.connect_to(server).await {
@@ -207,8 +207,8 @@ impl<D: Dial> Upstream<D> {
         Err(error)
     }
 
-    /// Notes that a server took the PROXY header for a command, and says so with what to do about
-    /// it; not with every connection.
+    /// Notes that a server took the PROXY header for a command, and logs that with a remedy, but not for every
+    /// connection.
     pub fn distrusted(&self, listener: &str, server: &Server) {
         if !server.distrusts() {
             return;
@@ -236,13 +236,13 @@ impl<D: Dial> Upstream<D> {
                 self.is_told.store(true, Ordering::Relaxed);
             }
             *away = Some(error.clone());
-            false // those who wait are not woken for another reason to wait
+            false // waiting clients are not woken just because the reason has changed
         });
     }
 
-    /// Warns, unless that was done often enough; false then.
+    /// Logs a warning, unless that was done too often; then false.
     fn tell(&self, what: &str, error: &UpstreamError) -> bool {
-        let kinds = error.kinds(); // of which there are few
+        let kinds = error.kinds(); // there are few kinds
         let Some(repeats) = self.told.may_tell(kinds.clone(), kinds) else { return false };
         warn!(upstream = %self, repeats = (repeats > 0).then_some(repeats), "{what}: {error}");
         true
@@ -256,9 +256,9 @@ impl<D: Dial> Upstream<D> {
         }
     }
 
-    /// Connects as soon as a server can be reached. Of all who wait, one tries, again and again with
-    /// growing pauses; when it succeeds, or a probe does, the others try too. It has no time limit;
-    /// dropping the future gives up, and another one tries on.
+    /// Connects as soon as a server can be reached. Of all clients that wait, only one tries, again and again with
+    /// growing pauses; when it or a probe succeeds, the others try too. There is no time limit; dropping the
+    /// future gives up, and then another client tries.
     pub async fn reconnect(&self) -> Reached<D::Stream> {
         loop {
             tokio::select! {
@@ -274,7 +274,7 @@ impl<D: Dial> Upstream<D> {
                 () = self.back() => {
                     let _few = self.returning.acquire().await;
                     if self.is_away() {
-                        continue; // again, while this one waited
+                        continue; // the mailbox went away again while this client waited
                     }
                     if let Ok(connected) = self.connect().await {
                         return connected;
@@ -284,8 +284,8 @@ impl<D: Dial> Upstream<D> {
         }
     }
 
-    /// As [`Upstream::connect`], unless another one is trying for those who wait and has no success
-    /// soon: then, or if it fails, the reason why no server could be reached.
+    /// As [`Upstream::connect`]. If another client is trying for all, waits shortly for its success. The error is
+    /// why no server could be reached.
     pub async fn connect_in_turn(&self) -> Result<Reached<D::Stream>, Option<UpstreamError>> {
         let Ok(mut turn) = timeout(TURN_LIMIT, self.turn.lock()).await else { return Err(self.away()) };
         let connected = self.connect().await;
@@ -295,7 +295,7 @@ impl<D: Dial> Upstream<D> {
 
     /// Completes when the last attempt was a success.
     async fn back(&self) {
-        // What it returns is a lock, and must not outlive this line.
+        // The result holds a lock and must not outlive this line.
         let _ = self.away.subscribe().wait_for(Option::is_none).await;
     }
 
@@ -323,7 +323,7 @@ impl<D: Dial> Upstream<D> {
         }
     }
 
-    /// Finds out what is behind a silent port; one ping at a time.
+    /// Finds out why a port does not answer; one ping at a time.
     async fn silence(&self, server: &Server) -> Silence {
         server.silence(|| self.dialler.ping(server.host(), PING_LIMIT)).await
     }

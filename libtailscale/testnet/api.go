@@ -15,7 +15,7 @@ import (
 	tsapi "tailscale.com/client/tailscale"
 )
 
-// How long what the API makes is said to last. Neither ends it here.
+// The stated lifetimes of what the API makes. They are not enforced here.
 const (
 	tokenLife = time.Hour
 	keyLife   = 90 * 24 * time.Hour
@@ -27,7 +27,7 @@ type OAuthClient struct {
 	ID     string   `json:"id"`
 	Secret string   `json:"secret"`
 	JWT    string   `json:"jwt"`
-	Tags   []string `json:"tags"` // those it may give to keys
+	Tags   []string `json:"tags"` // the tags it may give to keys
 }
 
 // api is Tailscale's HTTP API, as far as nodes use it to get an auth key.
@@ -50,8 +50,8 @@ func newAPI(reg *registry) *api {
 	return a
 }
 
-// SetOAuthClients replaces the API's clients. The access tokens of those before
-// are no longer valid; the auth keys they made are.
+// SetOAuthClients replaces the API's clients. The access tokens of the former clients
+// are no longer valid; the auth keys that they made still are.
 func (n *Net) SetOAuthClients(clients []OAuthClient) {
 	a := n.control.api
 	a.mu.Lock()

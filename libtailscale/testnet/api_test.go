@@ -129,7 +129,7 @@ func TestCreateKey(t *testing.T) {
 	}
 }
 
-// Tailscale's own client for the API, which is what tsnet makes of a secret.
+// Tailscale's own client for the API, which tsnet uses with a secret.
 func TestJoinWithClientSecret(t *testing.T) {
 	n := apiNet(t, Options{AuthKeys: []string{}})
 	n.RequireApproval(true)

@@ -11,10 +11,10 @@ type AuthKey struct {
 	Key           string `json:"key"`
 	SingleUse     bool   `json:"single_use"` // the first node it admits spends it
 	Expired       bool   `json:"expired"`
-	Ephemeral     bool   `json:"ephemeral"`     // its nodes are, whether they ask or not
+	Ephemeral     bool   `json:"ephemeral"`     // its nodes are ephemeral, whether they ask for it or not
 	Preauthorized bool   `json:"preauthorized"` // its nodes need no approval
-	// Tags are those of its nodes. Headscale gives them to a node; Tailscale's control
-	// server is asked for them.
+	// Tags are the tags of its nodes. Headscale gives them to a node; with Tailscale's
+	// control server the node asks for them.
 	Tags []string `json:"tags"`
 
 	spent bool
@@ -28,7 +28,7 @@ func (k *AuthKey) UnmarshalJSON(b []byte) error {
 	}
 	type plain AuthKey // without this method
 	dec := json.NewDecoder(bytes.NewReader(b))
-	dec.DisallowUnknownFields() // which the caller's decoder does not pass on
+	dec.DisallowUnknownFields() // the caller's decoder does not pass this setting on
 	return dec.Decode((*plain)(k))
 }
 

@@ -24,7 +24,7 @@ type controlConfig struct {
 	host      string
 	domain    string
 	derpMap   *tailcfg.DERPMap
-	authKeys  []string // nil: anything goes
+	authKeys  []string // nil: any key, or none, is accepted
 	masterKey string   // always accepted; used by the nodes of this process
 	headscale bool     // as Headscale does
 	logf      logger.Logf
@@ -97,7 +97,7 @@ func (c *control) serve(ln net.Listener) {
 	go c.server.Serve(c.tracker)
 }
 
-// alias answers at another URL too, until the end.
+// alias makes control answer at another URL too, until the end.
 func (c *control) alias() (url string, err error) {
 	ln, err := net.Listen("tcp", net.JoinHostPort(c.host, "0"))
 	if err != nil {
@@ -111,8 +111,8 @@ func (c *control) alias() (url string, err error) {
 	return "http://" + ln.Addr().String(), nil
 }
 
-// stop refuses new connections and cuts the present ones. What nodes were seen
-// online stays so, as long as control cannot know better.
+// stop refuses new connections and cuts the present ones. Nodes that were online stay
+// listed as online until control starts again.
 func (c *control) stop() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -136,7 +136,7 @@ func (c *control) close() {
 	}
 }
 
-// outerMux answers what comes in without encryption.
+// outerMux answers requests without encryption.
 func (c *control) outerMux() http.Handler {
 	mux := http.NewServeMux()
 	if c.headscale {
@@ -151,7 +151,7 @@ func (c *control) outerMux() http.Handler {
 	return mux
 }
 
-// noiseMux answers what comes in over the encrypted channel of machine.
+// noiseMux answers requests over the encrypted channel of machine.
 func (c *control) noiseMux(machine key.MachinePublic) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /machine/register", func(w http.ResponseWriter, r *http.Request) {
@@ -195,7 +195,7 @@ func (c *control) serveNoise(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// readJSON decodes a node's request. On failure it has answered already.
+// readJSON decodes a node's request. On failure it sends the error response itself.
 func readJSON(w http.ResponseWriter, r *http.Request, v any) bool {
 	err := json.NewDecoder(io.LimitReader(r.Body, maxRequestBytes)).Decode(v)
 	if err != nil {
@@ -206,7 +206,8 @@ func readJSON(w http.ResponseWriter, r *http.Request, v any) bool {
 }
 
 // trackingListener remembers its connections, because http.Server.Close leaves
-// those open that a handler has taken over, and here that is every one of a node.
+// connections open that a handler has taken over, and here all connections of nodes are
+// taken over.
 type trackingListener struct {
 	net.Listener
 	mu     sync.Mutex

@@ -102,8 +102,8 @@ func (d *derpAndSTUN) start() error {
 	return nil
 }
 
-// stop ends the relay and its connections, and leaves STUN alone. A connection
-// that the relay is just taking over is known to neither of the two servers.
+// stop ends the relay and its connections, and leaves STUN alone. While the relay takes
+// a connection over, neither of the two servers knows it.
 func (d *derpAndSTUN) stop() {
 	d.mu.Lock()
 	defer d.mu.Unlock()

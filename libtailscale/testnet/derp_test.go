@@ -37,7 +37,7 @@ func TestDERPOnly(t *testing.T) {
 	for _, ip := range info.IPs {
 		mustEcho(t, mustDial(t, client.Server, ip, 25))
 	}
-	overRelay() // traffic is what makes nodes look for a direct path
+	overRelay() // nodes look for a direct path when there is traffic
 }
 
 func TestStopAndStartDERP(t *testing.T) {
@@ -60,7 +60,7 @@ func TestStopAndStartDERP(t *testing.T) {
 	mustEcho(t, c) // TCP has survived it
 }
 
-// Direct paths do without the relay.
+// Direct paths work without the relay.
 func TestStopDERPLeavesDirectPaths(t *testing.T) {
 	n, client, ips := mailbox(t, echo)
 	mustEcho(t, mustDial(t, client, ips[0], 25)) // makes them look for a path

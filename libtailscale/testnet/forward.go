@@ -18,24 +18,23 @@ import (
 
 // Limits for dialling a forward's target, which is on this host.
 const (
-	// decideTimeout is how long the answer to a SYN waits for the target to
-	// accept or refuse. Both take microseconds on loopback; a target whose
-	// backlog is full takes longer, and the answer is then yes. It is short
-	// because tsnet holds a lock meanwhile.
+	// decideTimeout is how long the answer to a SYN waits for the target to accept or
+	// refuse. Both take microseconds on loopback. A target with a full backlog takes
+	// longer, and then the SYN is accepted. The time is short because tsnet holds a lock
+	// meanwhile.
 	decideTimeout = 250 * time.Millisecond
 	// targetTimeout is how long the target may take to accept.
 	targetTimeout = 10 * time.Second
-	// handshakeTimeout is how long an open connection to the target waits for
-	// the tailnet side's handshake to finish, before it is taken for abandoned.
+	// handshakeTimeout is how long an open connection to the target waits for the tailnet
+	// side's handshake to finish, before it counts as abandoned.
 	handshakeTimeout = 30 * time.Second
 )
 
 // forwards is a node's table of forwarded ports.
 //
-// It is hooked in as a fallback handler, not as listeners: it is asked about
-// each SYN before it is answered, so a server that is down looks from the
-// tailnet as on a real host (the SYN is refused), and so does a port without a
-// forward.
+// It is a fallback handler and not a set of listeners: it is asked before a SYN is
+// answered. So from the tailnet a server that is down looks as on a real host (the SYN
+// is refused), and so does a port without a forward.
 type forwards struct {
 	logf        logger.Logf
 	open, total atomic.Int64 // connections
@@ -77,7 +76,7 @@ func (f *forwards) drop(port uint16, on bool) {
 	f.dropped[port] = on
 }
 
-// firewall is what the host does with a packet that Tailscale's filter let through.
+// firewall is the host's decision about a packet that Tailscale's filter let through.
 func (f *forwards) firewall(p *packet.Parsed, _ *tstun.Wrapper) filter.Response {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -117,7 +116,7 @@ func (f *forwards) handle(src, dst netip.AddrPort) (handler func(net.Conn), inte
 	}, true
 }
 
-// source is where the connection to a target comes from; nil leaves it to the
+// source is the local address of the connection to a target; nil leaves it to the
 // kernel.
 func (f *forwards) source(peer netip.Addr) net.Addr {
 	if !f.showPeers.Load() || !peer.Is4() {
@@ -135,7 +134,7 @@ func (f *forwards) serve(c net.Conn, dial *pendingDial) {
 
 	tailnet, err := newTailnetLeg(c)
 	if err != nil {
-		// A gVisor that has changed: tests would hang without the reason.
+		// gVisor has changed. Without a panic, tests would hang and not show the reason.
 		panic(err)
 	}
 	<-dial.done

@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// bigBytes is more than every buffer on the way together.
+// bigBytes is more than all buffers on the path together.
 const bigBytes = 8 << 20
 
 func randomBytes(n int) []byte {
@@ -122,7 +122,7 @@ func TestServerResetReachesClient(t *testing.T) {
 	}
 }
 
-// A RST after the sender's own FIN finds nobody reading.
+// A RST after the sender's own FIN comes when nothing reads any more.
 func TestResetAfterOwnEndOfFile(t *testing.T) {
 	serverDone := make(chan error, 1)
 	proceed := make(chan struct{})
@@ -221,7 +221,7 @@ func TestRefused(t *testing.T) {
 	refused("no forward any more", 26)
 }
 
-// More connections than netstack's outgoing queue holds, which see stop_node as
+// More connections than netstack's outgoing queue holds; for them stop_node looks like
 // silence (see runningNode.unplug).
 func TestStopNodeWithManyConnections(t *testing.T) {
 	const conns = 600

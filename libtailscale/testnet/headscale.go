@@ -10,8 +10,8 @@ import (
 	"tailscale.com/types/key"
 )
 
-// This file is what a Headscale of 2026 (0.28 and newer) does otherwise than
-// Tailscale's control server, in its own words. The rules are those of its
+// This file has what a Headscale of 2026 (0.28 and newer) does differently from
+// Tailscale's control server, with its own texts. The rules are those of its
 // hscontrol/auth.go (handleRegister), hscontrol/state/state.go
 // (HandleNodeFromPreAuthKey, createAndSaveNewNode, processReauthTags),
 // hscontrol/handlers.go, hscontrol/noise.go and hscontrol/mapper/batcher.go
@@ -50,15 +50,15 @@ func (c *control) registerAsHeadscale(req *tailcfg.RegisterRequest, machine key.
 	return r.admitByKeyLocked(req, machine)
 }
 
-// admitByKeyLocked lets a node in by its pre-auth key, which alone says what the
-// node is to be.
+// admitByKeyLocked lets a node in by its pre-auth key, which alone decides the node's
+// tags.
 func (r *registry) admitByKeyLocked(req *tailcfg.RegisterRequest, machine key.MachinePublic) *tailcfg.RegisterResponse {
 	k := r.policy.authKeys[req.Auth.AuthKey]
 	if k == nil {
 		return &tailcfg.RegisterResponse{Error: "invalid pre auth key"}
 	}
 	rec := r.byMachineLocked(machine)
-	// A node that comes back as it was needs no good key.
+	// A node that comes back unchanged needs no valid key.
 	isSame := rec != nil && rec.node.Key == req.NodeKey && !rec.isExpired() && (len(k.Tags) == 0 || len(rec.node.Tags) > 0)
 	switch {
 	case isSame:
@@ -67,8 +67,8 @@ func (r *registry) admitByKeyLocked(req *tailcfg.RegisterRequest, machine key.Ma
 	case k.spent:
 		return &tailcfg.RegisterResponse{Error: "authkey already used"}
 	}
-	// A new node may ask for no tags, be they the key's own. An old one may, and keeps
-	// those it has.
+	// A new node must not ask for tags, not even for those of the key. An existing node
+	// may ask, and keeps the tags it has.
 	if asked := req.Hostinfo.RequestTags; rec == nil && len(asked) > 0 {
 		return &tailcfg.RegisterResponse{
 			Error: "handling register with auth key: creating new node: " + refusedTagsText(asked),
@@ -78,15 +78,15 @@ func (r *registry) admitByKeyLocked(req *tailcfg.RegisterRequest, machine key.Ma
 		r.admitWithLocked(req, machine, k, k.Tags)
 		return &tailcfg.RegisterResponse{MachineAuthorized: true}
 	}
-	// A tagged one keeps its expiry too: a key does not bring an expired one back.
+	// A tagged node keeps its expiry too: a key does not renew an expired one.
 	tags, expiry := rec.node.Tags, rec.node.KeyExpiry
 	r.admitWithLocked(req, machine, k, tags)
 	rec.node.KeyExpiry = expiry
 	return &tailcfg.RegisterResponse{MachineAuthorized: true, NodeKeyExpired: rec.isExpired()}
 }
 
-// admitByPersonLocked lets a node in whose login URL was visited. It gets what it
-// asks for, and if that is nothing an old one loses what it had.
+// admitByPersonLocked lets a node in whose login URL was visited. It gets the tags that
+// it asks for; if it asks for none, an existing node loses its tags.
 func (c *control) admitByPersonLocked(req *tailcfg.RegisterRequest, machine key.MachinePublic) *tailcfg.RegisterResponse {
 	asked := req.Hostinfo.RequestTags
 	if bad := c.reg.policy.refusedTags(asked); len(bad) > 0 {
@@ -107,8 +107,8 @@ func (c *control) serveHeadscaleKey(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// refuseUnupgraded answers a request for the encrypted channel from which something
-// on the way has taken the Upgrade header.
+// refuseUnupgraded answers a request for the encrypted channel whose Upgrade header was
+// removed on the way.
 func refuseUnupgraded(w http.ResponseWriter, r *http.Request) bool {
 	if r.Header.Get("Upgrade") != "" {
 		return false

@@ -84,8 +84,8 @@ func (l *tailnetLeg) awaitReset() error {
 		case tcp.StateError:
 			return errReset
 		case tcp.StateClose:
-			// In order, or by a RST in CLOSE-WAIT: only the error tells. If a
-			// Write has taken the error, that one resets the relay.
+			// Ended in order, or by a RST in CLOSE-WAIT: only the error shows which. If a Write
+			// has taken the error, that Write resets the relay.
 			if l.ep.LastError() != nil {
 				return errReset
 			}

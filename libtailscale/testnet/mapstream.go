@@ -20,9 +20,9 @@ import (
 // gives the stream up (controlclient.watchdogTimeout).
 const keepAliveInterval = 50 * time.Second
 
-// session is one node's map stream. A stream is sent the difference to what it
-// was sent before, as real control does; a full list of peers would not do,
-// since an empty list means "no change".
+// session is one node's map stream. A stream is sent the difference to what it was sent
+// before, as real control does; a full list of peers would not work, since an empty
+// list means "no change".
 //
 // After each map the node is asked for a ping over a plain HTTP request. A node
 // starts on the ping only when it has handled the map before it, so the answer
@@ -32,13 +32,13 @@ type session struct {
 	rec      *record
 	replaced chan struct{} // closed when a newer stream of the node takes over
 
-	// Guarded by registry.mu: the last change looked at, the last one that made
-	// a difference to this node and so was sent, and the last acknowledged.
+	// Guarded by registry.mu: the last change examined, the last change that concerned
+	// this node and so was sent, and the last change acknowledged.
 	seen, sent, acked uint64
 }
 
-// serveMap answers a node's map request: either an update of what it says about
-// itself, or the long-lived stream of maps.
+// serveMap answers a node's map request: either an update about the node itself, or the
+// long-lived stream of maps.
 func (c *control) serveMap(w http.ResponseWriter, r *http.Request, machine key.MachinePublic) {
 	var req tailcfg.MapRequest
 	if !readJSON(w, r, &req) {
@@ -111,7 +111,7 @@ func (c *control) streamMaps(ctx context.Context, w *mapWriter, rec *record) {
 		for waiting := true; waiting; {
 			select {
 			case <-changed:
-				// A stream that outlives its node (Headscale) has nothing but keep-alives.
+				// A stream that outlives its node (Headscale) sends only keep-alives.
 				changed, waiting = nil, c.reg.isRemoved(rec)
 			case <-keepAlive.C:
 				if w.send(&tailcfg.MapResponse{KeepAlive: true}) != nil {
@@ -126,7 +126,7 @@ func (c *control) streamMaps(ctx context.Context, w *mapWriter, rec *record) {
 	}
 }
 
-// addConstants adds to the first map of a stream what never changes.
+// addConstants adds the constant parts to the first map of a stream.
 func (c *control) addConstants(msg *tailcfg.MapResponse) {
 	msg.DERPMap = c.derpMap
 	msg.Domain = c.domain
@@ -157,7 +157,7 @@ func redialPlan(host string) *tailcfg.ControlDialPlan {
 	return plan
 }
 
-// pingRequest asks the node for a request to url. It goes as a keep-alive, which
+// pingRequest asks the node for a request to url. It is sent as a keep-alive, so it
 // changes nothing else.
 func pingRequest(url string) *tailcfg.MapResponse {
 	return &tailcfg.MapResponse{KeepAlive: true, PingRequest: &tailcfg.PingRequest{URL: url}}
@@ -173,8 +173,8 @@ func (c *control) serveAck(w http.ResponseWriter, r *http.Request) {
 	c.reg.noteAck(r.PathValue("session"), gen)
 }
 
-// openSession makes a session the one of its node, which is thereby online. It
-// is false if control is being stopped.
+// openSession makes a session the current one of its node, which makes the node online.
+// It is false if control is being stopped.
 func (r *registry) openSession(rec *record) (*session, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -191,8 +191,8 @@ func (r *registry) openSession(rec *record) (*session, bool) {
 	return s, true
 }
 
-// closeSession notes that the stream has ended and the node is offline, unless
-// the session does not count any more.
+// closeSession notes that the stream has ended and the node is offline, unless a newer
+// session has replaced it.
 func (r *registry) closeSession(s *session) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -2,11 +2,11 @@
 // control server, a DERP relay, a STUN server and any number of tsnet nodes,
 // on one IP address, with no internet and no root.
 //
-// The control server is our own (control.go) rather than tailscale.com's
-// testcontrol: what the edge's tests turn on and off (accepted keys, login
-// URLs, approval, peers that vanish, denied ports, online flags, removal) is
-// exactly what testcontrol cannot do without replacing its private handlers,
-// and what was left of it after that was smaller than the hooks.
+// The control server is our own (control.go) rather than tailscale.com's testcontrol:
+// what the edge's tests turn on and off (accepted keys, login URLs, approval, peers
+// that vanish, denied ports, online flags, removal) is exactly what testcontrol cannot
+// do without replacing its private handlers, and the rest of testcontrol was smaller
+// than the hooks.
 //
 // Every method that changes what nodes are told returns only after each
 // connected node has handled the change (see mapstream.go), so that tests need
@@ -132,8 +132,8 @@ var stayOnThisHost = sync.OnceFunc(func() {
 // Net, also over StopControl and StartControl.
 func (n *Net) ControlURL() string { return n.control.baseURL() }
 
-// AliasControl makes the control server answer at another URL too, with the same
-// key and the same nodes: one that was renamed.
+// AliasControl makes the control server answer at another URL too, with the same key
+// and the same nodes, like a server with a new name.
 func (n *Net) AliasControl() (url string, err error) { return n.control.alias() }
 
 // Close stops everything and removes the temporary directory.

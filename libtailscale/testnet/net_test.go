@@ -64,8 +64,8 @@ func TestMisuse(t *testing.T) {
 
 func second[T any](_ T, err error) error { return err }
 
-// Nobody else is given the port of a server that is stopped: its nodes go on asking
-// there, and it comes back there.
+// The port of a stopped server is not given to others: its nodes go on asking there,
+// and the server comes back there.
 func TestStoppedServersKeepTheirPorts(t *testing.T) {
 	n := startNet(t, Options{})
 	n.StopControl()
@@ -75,7 +75,8 @@ func TestStoppedServersKeepTheirPorts(t *testing.T) {
 			c.Close()
 			t.Errorf("%v is served", port.addr)
 		}
-		// As the kernel does that looks for a free port, it does not share.
+		// This socket does not share its port, like one for which the kernel looks for a free
+		// port.
 		another, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 		check(t, err)
 		defer unix.Close(another)

@@ -17,7 +17,7 @@ import (
 	"tailscale.com/wgengine/filter"
 )
 
-// pollInterval is how often a condition is looked at that cannot be waited for.
+// pollInterval is how often a condition is polled that cannot be waited for.
 const pollInterval = 5 * time.Millisecond
 
 // NodeConfig describes a node for AddNode.
@@ -89,8 +89,8 @@ func (n *Net) StartNode(name string) (NodeInfo, error) {
 	return n.startNode(nd)
 }
 
-// StopNode stops the node without logging it out, as a process that ends. Its
-// peers see it go offline.
+// StopNode stops the node without logging it out, like a process that ends. Its peers
+// see it go offline.
 func (n *Net) StopNode(name string) error {
 	nd, err := n.nodeByName(name)
 	if err != nil {
@@ -137,8 +137,7 @@ func (n *Net) Forward(name string, port uint16, to string) error {
 	return nil
 }
 
-// DropPort makes the node drop what comes for the port without a word, as a host's
-// firewall does.
+// DropPort makes the node silently drop packets to the port, as a host's firewall does.
 func (n *Net) DropPort(name string, port uint16) error { return n.setDropped(name, port, true) }
 
 // PassPort ends DropPort.
@@ -231,7 +230,7 @@ func (n *Net) bringUp(rn *runningNode, fw *forwards) (NodeInfo, error) {
 		return NodeInfo{}, err
 	}
 	rn.RegisterFallbackTCPHandler(fw.handle)
-	// Nobody else has it, and no packet comes before there are peers.
+	// Nothing else uses this hook, and no packet comes before there are peers.
 	rn.Sys().Tun.Get().PostFilterPacketInboundFromWireGuardAppConnector = fw.firewall
 	st, err := rn.Up(ctx)
 	if err != nil {
@@ -240,8 +239,8 @@ func (n *Net) bringUp(rn *runningNode, fw *forwards) (NodeInfo, error) {
 	if err := rn.awaitHomeDERP(ctx); err != nil {
 		return NodeInfo{}, err
 	}
-	// By now control has the node's home DERP, or is being told: the peers'
-	// maps must have it before anybody dials.
+	// By now control knows the node's home DERP, or will soon: the peers' maps must have
+	// it before a peer dials.
 	if err := n.awaitHomeDERPKnown(ctx, rn.name); err != nil {
 		return NodeInfo{}, err
 	}
@@ -276,7 +275,7 @@ func (n *Net) awaitHomeDERPKnown(ctx context.Context, name string) error {
 	return reg.waitPushed(ctx, gen)
 }
 
-// shutDown ends the node without a word to its peers.
+// shutDown ends the node without telling its peers.
 func (rn *runningNode) shutDown() error {
 	unplugErr := rn.unplug()
 	return errors.Join(unplugErr, rn.Close())
@@ -335,7 +334,7 @@ func (rn *runningNode) contact(peers []netip.Addr) error {
 	return nil
 }
 
-// checkPort is what the node's packet filter does with a new connection.
+// checkPort is the decision of the node's packet filter about a new connection.
 func (rn *runningNode) checkPort(port uint16) filter.Response {
 	v4, _ := rn.TailscaleIPs()
 	somePeer := netip.AddrFrom4([4]byte{100, 64, 255, 254})

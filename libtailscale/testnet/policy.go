@@ -60,8 +60,8 @@ func (n *Net) RevokeApproval(name string) error {
 	return n.changeNode(name, func(rec *record) { rec.node.MachineAuthorized = false })
 }
 
-// HoldMaps has control answer no request for a network map that comes from now on, or
-// ends that for those to come.
+// HoldMaps makes control leave new requests for a network map unanswered, or ends that
+// for later requests.
 func (n *Net) HoldMaps(on bool) { n.control.mapsHeld.Store(on) }
 
 // RequireFlowLogs sets whether the tailnet demands the upload of flow logs from
@@ -119,7 +119,7 @@ func (n *Net) SetKeyExpiry(name string, at time.Time) error {
 	return n.changeNode(name, func(rec *record) { rec.node.KeyExpiry = at })
 }
 
-// SetHealth sets what the node is told to be wrong with it.
+// SetHealth sets the health problems that the node is told to have.
 func (n *Net) SetHealth(name string, texts []string) error {
 	return n.changeNode(name, func(rec *record) { rec.health = slices.Clone(texts) })
 }
@@ -181,8 +181,8 @@ func (n *Net) RejoinNode(name string) error {
 	return nil
 }
 
-// DenyPort makes the node's packet filter drop new connections to the port, as
-// an access rule does. The dialler's TCP hears nothing, its Tailscale a reject.
+// DenyPort makes the node's packet filter drop new connections to the port, as an
+// access rule does. The dialler's TCP gets no answer; its Tailscale gets a reject.
 func (n *Net) DenyPort(name string, port uint16) error { return n.setDenied(name, port, true) }
 
 // AllowPort ends DenyPort.
@@ -210,8 +210,7 @@ func (n *Net) RemoveNode(name string) error {
 	return n.changeNode(name, n.control.reg.removeLocked)
 }
 
-// RestoreNode takes RemoveNode back, as a control server does that was restored
-// from a backup.
+// RestoreNode undoes RemoveNode, like a control server that was restored from a backup.
 func (n *Net) RestoreNode(name string) error {
 	gen, err := n.control.reg.restore(name)
 	if err != nil {

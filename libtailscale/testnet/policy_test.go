@@ -161,7 +161,7 @@ type outsider struct {
 	unsubscribe context.CancelFunc
 }
 
-// Close ends the subscription first, which would hold up the server's Close.
+// Close ends the subscription first, since an open one would delay the server's Close.
 func (o *outsider) Close() {
 	o.unsubscribe()
 	o.Server.Close()
@@ -243,7 +243,7 @@ func TestAuthKeys(t *testing.T) {
 	}
 	accepted.Close()
 
-	// An enrolled node needs no key, and one that is not accepted goes unused.
+	// An enrolled node needs no key, and does not use a key that is not accepted.
 	n.SetAuthKeys([]string{})
 	join(t, n, filepath.Join(dir, "accepted"), "", "tag:edge").untilState(t, ipn.Running)
 	if len(n.Nodes()) != 1 {
@@ -367,14 +367,14 @@ func TestSetIP(t *testing.T) {
 	}
 }
 
-// The nodes here upload nothing, so the demand stops an outsider, which says so.
+// The nodes here upload nothing, so the demand stops an outsider, which reports that.
 func TestRequireFlowLogs(t *testing.T) {
 	n, client, ips := mailbox(t, echo)
 	s := join(t, n, t.TempDir(), "")
 	s.untilState(t, ipn.Running)
 	check(t, n.RequireFlowLogs(true))
 	s.untilError(t, "requires logging")
-	mustEcho(t, mustDial(t, client, ips[0], 25)) // those of this process go on
+	mustEcho(t, mustDial(t, client, ips[0], 25)) // the nodes of this process go on
 }
 
 func TestRemoveNodeAndJoinAgain(t *testing.T) {

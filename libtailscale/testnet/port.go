@@ -11,14 +11,14 @@ import (
 )
 
 // keptPort is the TCP port of a server that may stop and start again. While it is
-// stopped, connections are refused, and nobody else is given the port: this tailnet's
-// nodes would ask another test's server, and the start would fail.
+// stopped, connections are refused, and the port is not given to others: otherwise this
+// tailnet's nodes would ask another test's server, and the start would fail.
 type keptPort struct {
 	addr   netip.AddrPort
 	socket *os.File // closed once, whoever closes it again
 }
 
-// Ports that the kernel gives to nobody by itself: Linux gives away those from 32,768 on.
+// Ports that the kernel does not assign by itself: Linux assigns ports from 32,768 on.
 const (
 	firstPort = 10_000
 	portCount = 22_000
@@ -55,7 +55,7 @@ func keepThis(addr netip.AddrPort) (*keptPort, error) {
 		p.close()
 		return nil, fmt.Errorf("binding %v: %w", addr, err)
 	}
-	// Only now: a port that somebody else has must not be shared.
+	// Only after bind: a port that is in use must not be shared.
 	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
 		p.close()
 		return nil, fmt.Errorf("sharing %v: %w", addr, err)

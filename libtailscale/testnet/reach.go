@@ -8,10 +8,10 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 )
 
-// Reach gives an address of this host from which connections leave through a node
-// of this process, to a port of another node: a peer's client. One that cannot be
-// made within opTimeout, or is refused, is closed without a byte. It ends with the
-// Net.
+// Reach opens an address of this host. Connections to it go through a node of this
+// process to a port of another node, like those of a peer's client. A connection that
+// cannot be made within opTimeout, or is refused, is closed without a byte. It ends
+// with the Net.
 func (n *Net) Reach(name string, to netip.AddrPort) (address string, err error) {
 	if n.Server(name) == nil {
 		return "", fmt.Errorf("no node %q is running", name)

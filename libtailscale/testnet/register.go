@@ -96,10 +96,10 @@ func refusedTagsText(tags []string) string {
 	return fmt.Sprintf("requested tags [%s] are invalid or not permitted", strings.Join(tags, " "))
 }
 
-// findKey returns the key that comes along, one without properties if there is
-// none or it is not in the table, or else real control's text for a key it does
-// not accept: tailscale/tailscale#9715 and #13005 for one that is spent, revoked
-// or expired, where the id stands for the key, and #6215 for one that is no key.
+// findKey returns the key of the request (a key without properties if there is none or
+// it is not in the table), or real control's text for a key that it does not accept:
+// tailscale/tailscale#9715 and #13005 for one that is spent, revoked or expired, where
+// the id stands for the key, and #6215 for one that is no key.
 func (p *policy) findKey(auth *tailcfg.RegisterResponseAuth, masterKey string) (_ *AuthKey, err string) {
 	if auth == nil || auth.AuthKey == "" || auth.AuthKey == masterKey {
 		return new(AuthKey), ""

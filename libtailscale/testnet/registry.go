@@ -24,7 +24,7 @@ type record struct {
 	hidden    bool // peers are not told about it
 	isolated  bool // it is not told about peers
 	denied    map[uint16]bool
-	health    []string // what it is told to be wrong with it
+	health    []string // the health problems it is told to have
 
 	// online is whether it was last seen with a map stream open; override, if
 	// set, is what peers are told instead.
@@ -167,8 +167,8 @@ func (r *registry) peersLocked(rec *record) (peers []*record) {
 	return peers
 }
 
-// onlinePeersLocked are the v4 addresses of those that have a map stream, and so
-// can be expected to answer, unless they are told nothing about rec.
+// onlinePeersLocked are the v4 addresses of peers that should answer: they have a map
+// stream and are told about rec.
 func (r *registry) onlinePeersLocked(rec *record) (addrs []netip.Addr) {
 	for _, p := range r.peersLocked(rec) {
 		if p.session != nil && slices.Contains(r.peersLocked(p), rec) {
@@ -252,8 +252,8 @@ func (r *registry) restore(name string) (uint64, error) {
 	return 0, fmt.Errorf("no node called %q was removed", name)
 }
 
-// suspend is called before control stops: open map streams no longer count, and
-// what they said about who is online stays.
+// suspend is called before control stops: open map streams no longer count, and the
+// nodes that are online stay listed as online.
 func (r *registry) suspend() {
 	r.mu.Lock()
 	defer r.mu.Unlock()

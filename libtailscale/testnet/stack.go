@@ -16,12 +16,11 @@ const nicID = 1
 // unplug takes the network interface out of the node's stack, so that nothing
 // leaves it any more.
 //
-// It is to be called before the server is closed, for two reasons. What is
-// stopped should fall silent, as a host does that goes down, and not reset its
-// connections first. And netstack.Impl.Close hangs for ever otherwise if there
-// are many connections, those in TIME_WAIT included: it stops the reader of the
-// outgoing queue, and then writes a RST for each of them into that queue, which
-// takes 512 packets.
+// It is to be called before the server is closed, for two reasons. A stopped node
+// should be silent, like a host that goes down, and not reset its connections first.
+// And netstack.Impl.Close hangs for ever otherwise if there are many connections, those
+// in TIME_WAIT included: it stops the reader of the outgoing queue, and then writes a
+// RST for each of them into that queue, which takes 512 packets.
 func (rn *runningNode) unplug() error {
 	impl, ok := rn.Sys().Netstack.Get().(*netstack.Impl)
 	if !ok {
@@ -31,7 +30,7 @@ func (rn *runningNode) unplug() error {
 	if err := readField(impl, "ipstack", &ipstack); err != nil {
 		return err
 	}
-	// Who reads the outgoing queues takes it for a bug when they are closed before this.
+	// The reader of the outgoing queues takes it for a bug if they are closed before this.
 	var cancel context.CancelFunc
 	if err := readField(impl, "ctxCancel", &cancel); err != nil {
 		return err

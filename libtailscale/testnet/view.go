@@ -8,7 +8,7 @@ import (
 	"tailscale.com/tailcfg"
 )
 
-// nodeView is what one node is to know at one moment.
+// nodeView is what a node should know at one moment.
 type nodeView struct {
 	self   *tailcfg.Node
 	peers  []*tailcfg.Node
@@ -32,7 +32,7 @@ func (r *registry) viewFor(rec *record) (*nodeView, uint64, <-chan struct{}) {
 // capsLocked is what rec is told about itself beside its own data.
 func (r *registry) capsLocked(rec *record) tailcfg.NodeCapMap {
 	caps := tailcfg.NodeCapMap{
-		// Both would look for the internet.
+		// Both would try to reach the internet.
 		tailcfg.NodeAttrDisableUPnP:                   nil,
 		tailcfg.NodeAttrDisableCaptivePortalDetection: nil,
 	}
@@ -116,7 +116,7 @@ func (v *nodeView) changesSince(old *nodeView) *tailcfg.MapResponse {
 	return msg
 }
 
-// messages replaces what the node was told before to be wrong with it.
+// messages replaces the health problems that the node was told before.
 func (v *nodeView) messages() map[tailcfg.DisplayMessageID]*tailcfg.DisplayMessage {
 	messages := map[tailcfg.DisplayMessageID]*tailcfg.DisplayMessage{"*": nil}
 	for i, text := range v.health {

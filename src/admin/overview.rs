@@ -289,7 +289,7 @@ mod tests {
         let _one = enter("192.0.2.7:1");
         let two = [enter("[2001:db8::1]:1"), enter("[2001:db8::2]:1")];
         two[0].moved(10, 200);
-        let why = "held until its time was over".to_owned();
+        let why = "held for the whole hold time".to_owned();
         enter("192.0.2.9:1").end(&Ended { state: EndState::HoldEnded, why });
         let left = overview
             .connections

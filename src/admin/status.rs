@@ -327,7 +327,7 @@ CLIENT     OPEN  FROM IT  TO IT
 192.0.2.7  1     10 B     2.0 kB
 
 LAST FAILURES         TIMES  LISTENER  LAST CLIENT  END  WHY
-2026-01-03T04:00:00Z  12     smtp      192.0.2.9    sQ   held until its time was over
+2026-01-03T04:00:00Z  12     smtp      192.0.2.9    sQ   held for the whole hold time
 ";
         assert_eq!(status.to_string(), expected);
         status.not_ready = vec!["the tailnet node is not started".into(), "the edge is stopping".into()];

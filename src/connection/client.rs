@@ -1,4 +1,4 @@
-//! The client's socket: whether it has left, and both directions through one reference.
+//! The client's socket: notices when the client has left, and reads and writes through a shared reference.
 
 use std::io;
 use std::net::Shutdown;
@@ -9,9 +9,8 @@ use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
-/// Completes when a client that is held has left: it has reset the connection,
-/// or ended it without having said a word. One that has said something may wait
-/// for the reply.
+/// Completes when a held client has left: it has reset the connection, or has closed it before it sent anything. A
+/// client that sent something and then closed its side may still wait for the reply.
 pub(super) async fn left(client: &TcpStream) {
     let ended = async {
         match client.peek(&mut [0]).await {
@@ -25,8 +24,8 @@ pub(super) async fn left(client: &TcpStream) {
     }
 }
 
-/// Completes when the client has reset the connection. A FIN is no reason to
-/// give up: a client may have said all it wanted and wait for the reply.
+/// Completes when the client has reset the connection. A FIN is no reason to give up: the client may have sent
+/// everything and still wait for the reply.
 pub(super) async fn reset(client: &TcpStream) -> io::Error {
     loop {
         if client.ready(Interest::ERROR).await.is_err() {
@@ -35,13 +34,13 @@ pub(super) async fn reset(client: &TcpStream) -> io::Error {
         if let Ok(Some(error)) = client.take_error() {
             return error;
         }
-        // Nothing to it, or reading has found it first: wait for the next.
+        // No error, or a read took it first: wait for the next event.
         let _ = client.try_io(Interest::ERROR, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
     }
 }
 
-/// A socket that is read and written through a shared reference, so that it can
-/// be watched for a reset meanwhile.
+/// A socket that is read and written through a shared reference, so that another future can watch it for a reset
+/// at the same time.
 pub(super) struct SharedTcp<'a>(pub(super) &'a TcpStream);
 
 impl AsyncRead for SharedTcp<'_> {

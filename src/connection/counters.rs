@@ -1,7 +1,7 @@
-//! What is counted while the edge runs, for as long as the process lives.
+//! The counters behind `/metrics`, from the start of the process.
 //!
-//! Invariant: what a listener has counted stays when a reload takes it away, and goes on when it comes
-//! back: a counter only grows.
+//! Invariant: a counter only grows. If a reload removes a listener, its counters stay, and they go on if the
+//! listener comes back.
 
 use prometheus::{
     Histogram, HistogramVec, IntCounter, IntCounterVec, Registry, histogram_opts,
@@ -14,18 +14,18 @@ use crate::connection::end_state::EndState;
 /// a handshake.
 const DIAL_BUCKETS_SECONDS: [f64; 11] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 6.0, 15.0];
 
-/// Until the client hears the mailbox: the dial, the greeting (postscreen waits for six seconds), the
-/// hold.
+/// From accept to the mailbox's first byte: the hold, the dial, and the greeting (postscreen waits for six
+/// seconds).
 const FIRST_BYTE_BUCKETS_SECONDS: [f64; 11] =
     [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 2.5, 7.5, 25.0, 60.0];
 
-/// What is counted from the start of the process.
+/// All counters, from the start of the process.
 ///
-/// The library takes two series for one when their labels' values are the same text one after the other.
-/// A listener may have any name, so no end and no reason may end with another one.
+/// The library confuses two series if their label values, joined, are the same text. A listener may have any name,
+/// so no end state and no reason may end with the text of another one.
 #[derive(Debug)]
 pub struct Counters {
-    /// What `/metrics` is made of.
+    /// The source of `/metrics`.
     pub(crate) registry: Registry,
     ended: IntCounterVec,
     refused: IntCounterVec,
@@ -35,25 +35,25 @@ pub struct Counters {
     first_byte: HistogramVec,
 }
 
-/// Those of one listener that are needed often.
+/// The counters of one listener that are needed often.
 #[derive(Debug)]
 pub struct ListenerCounters {
     /// Bytes to the mailbox.
     pub sent: IntCounter,
     /// Bytes to clients.
     pub received: IntCounter,
-    /// Seconds that a dial took which succeeded.
+    /// Seconds that each successful dial took.
     pub dial: Histogram,
-    /// Seconds from a client's coming to the mailbox's first byte.
+    /// Seconds from accept to the mailbox's first byte.
     pub first_byte: Histogram,
 }
 
-/// What the connections of a listener have come to since the start.
+/// How a listener's connections have ended since the start of the process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Those that have ended.
+    /// Connections that have ended.
     pub ended: u64,
-    /// Of these, those that our side or the mailbox has failed.
+    /// Of these, the ones that failed because of our side or the mailbox.
     pub failed: u64,
     /// Bytes to the mailbox.
     pub sent: u64,
@@ -72,12 +72,12 @@ impl Counters {
         let registry = Registry::new();
         let dial = histogram_opts!(
             "tailwart_edge_dial_seconds",
-            "How long it took to connect to the mailbox, when it succeeded.",
+            "How long connecting to the mailbox took; failed attempts are not counted.",
             DIAL_BUCKETS_SECONDS.to_vec()
         );
         let first_byte = histogram_opts!(
             "tailwart_edge_first_byte_seconds",
-            "From a client's coming to the mailbox's first byte, the hold included.",
+            "From the client's connection to the mailbox's first byte, including the time the client was held.",
             FIRST_BYTE_BUCKETS_SECONDS.to_vec()
         );
         Ok(Counters {
@@ -89,19 +89,19 @@ impl Counters {
             )?,
             refused: register_int_counter_vec_with_registry!(
                 "tailwart_edge_refused_connections_total",
-                "Clients that were turned away, or closed where their protocol has no word for it.",
+                "Clients that were refused, or just closed where their protocol has no refusal.",
                 &["listener", "reason"],
                 registry
             )?,
             sent: register_int_counter_vec_with_registry!(
                 "tailwart_edge_sent_bytes_total",
-                "Bytes to the mailbox.",
+                "Bytes sent to the mailbox.",
                 &["listener"],
                 registry
             )?,
             received: register_int_counter_vec_with_registry!(
                 "tailwart_edge_received_bytes_total",
-                "Bytes to clients.",
+                "Bytes sent to clients.",
                 &["listener"],
                 registry
             )?,
@@ -111,7 +111,7 @@ impl Counters {
         })
     }
 
-    /// Those of a listener; all of them are there from now on, at zero.
+    /// The counters of a listener; from now on all of them are shown, starting at zero.
     pub fn listener(&self, listener: &str) -> ListenerCounters {
         for state in EndState::ALL {
             self.of_end(listener, state);
@@ -133,7 +133,7 @@ impl Counters {
         });
     }
 
-    /// What a listener's connections have come to.
+    /// How a listener's connections have ended so far.
     pub fn totals(&self, listener: &str) -> Totals {
         let ended = |wanted: fn(EndState) -> bool| {
             let states = EndState::ALL.into_iter().filter(|state| wanted(*state));
@@ -147,7 +147,7 @@ impl Counters {
         }
     }
 
-    /// How many connections of a listener have ended so.
+    /// How many connections of a listener have ended in this state.
     pub fn count(&self, listener: &str, state: EndState) -> u64 {
         self.of_end(listener, state).get()
     }

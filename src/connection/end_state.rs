@@ -4,36 +4,36 @@
 //! Invariant: every connection that was accepted ends in exactly one of these states, and no state
 //! means two things that an operator would treat differently.
 //!
-//! Deliberately not here: finding out which it is (see `connection.rs`), and telling it (see
-//! `connection/open.rs`).
+//! Deliberately not here: deciding which state it is (see `connection.rs`), and logging it (see
+//! `connection/ended.rs`).
 
 use std::fmt;
 
 /// How a connection ended.
 ///
-/// The first letter: `C` client, `S` mailbox (server), small when it was waited for in vain, `A` the
-/// tailnet's access rules, `P` a limit of this proxy, `T` the tailnet, which this edge was not on, `D` the
-/// mailbox's node was found dead, `K` the edge stops (killed), `I` an error inside the edge. The second:
-/// `C` connecting, `Q` held (queued), `H` before the mailbox's first byte, `R` the same, but to this client
-/// alone (refused), `D` data, `L` after one side's end (last), `-` in order. As with HAProxy, `C` and `D`
-/// mean one thing in the first place and another in the second; no other letter is used in both.
+/// The first letter says who ended it: `C` client, `S` mailbox (server), lower case for a time-out of that side,
+/// `A` the tailnet's access rules, `P` a limit of this proxy, `T` the tailnet (this edge was not on it), `D` the
+/// mailbox's node was found dead, `K` the edge stops (killed), `I` an error inside the edge. The second letter
+/// says when: `C` connecting, `Q` held (queued), `H` before the mailbox's first byte, `R` the same, but for this
+/// client only (refused), `D` data, `L` after one side's end (last), `-` in order. As with HAProxy, `C` and `D`
+/// have one meaning as first letter and another as second; no other letter is used in both places.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum EndState {
-    /// Orderly, the client first.
+    /// Orderly; the client closed first.
     ClientClosed,
-    /// Orderly, the mailbox first.
+    /// Orderly; the mailbox closed first.
     ServerClosed,
     /// The client left while the mailbox was dialled.
     ClientLeftConnecting,
     /// The client left while it was held.
     ClientLeftHeld,
-    /// The client left before the mailbox had said anything.
+    /// The client left before the mailbox had sent anything.
     ClientLeftUngreeted,
     /// The client's connection failed.
     ClientFailed,
-    /// The mailbox had ended its side, and the client made no progress.
+    /// The mailbox had closed its side, and then the client made no progress.
     ClientStalled,
-    /// Neither side said anything for the idle time-out.
+    /// Neither side sent anything for the idle time-out.
     Idle,
     /// The mailbox cannot be reached.
     ServerUnreachable,
@@ -41,25 +41,26 @@ pub enum EndState {
     ServerSilent,
     /// The tailnet's policy denies the mailbox's port.
     PolicyDenied,
-    /// The mailbox could not be reached for as long as clients are held.
+    /// No mailbox served the client within the hold time.
     HoldEnded,
-    /// The mailbox left before it had said anything.
+    /// The mailbox closed before it sent anything.
     ServerWordless,
-    /// The same, after it had lately greeted others: it has banned this client, or does not like what it said.
+    /// The same, although it had lately greeted others: it has banned this client, or does not like what the
+    /// client sent.
     ServerRefused,
     /// The mailbox's connection failed.
     ServerFailed,
-    /// The client had ended its side, and the mailbox made no progress.
+    /// The client had closed its side, and then the mailbox made no progress.
     ServerStalled,
     /// The mailbox's node vanished.
     ServerVanished,
     /// This edge is not on the tailnet.
     NoTailnet,
-    /// The client has its share of connections.
+    /// The client has as many connections as one client may have.
     ClientLimit,
-    /// As many clients are held as may be.
+    /// `hold_max` clients are held already.
     HoldFull,
-    /// The edge stops, and the connection was waiting for its client.
+    /// The edge stops, and the connection was idle, waiting for its client.
     StoppedQuiet,
     /// The edge stops, and the client was waiting for the mailbox.
     StoppedWaiting,
@@ -108,8 +109,7 @@ impl EndState {
         self.entry().1
     }
 
-    /// The label of `refused_connections`, for a client that was not let through to the mailbox
-    /// though it wanted to be.
+    /// The `reason` label of `refused_connections`; `None` for a client that was not refused.
     pub const fn refusal(self) -> Option<&'static str> {
         match self {
             EndState::ServerUnreachable | EndState::ServerSilent => Some("unreachable"),
@@ -123,7 +123,7 @@ impl EndState {
         }
     }
 
-    /// Whether our side or the mailbox has failed a client, so that the operator may want to know.
+    /// Whether our side or the mailbox is to blame, so that the operator may want to know.
     pub const fn is_failure(self) -> bool {
         matches!(
             self,
@@ -148,13 +148,13 @@ impl EndState {
             EndState::ServerClosed => ("S-", "the mailbox closed first, and both sides ended in order"),
             EndState::ClientLeftConnecting => ("CC", "the client left while the mailbox was being dialled"),
             EndState::ClientLeftHeld => ("CQ", "the client left while it was held"),
-            EndState::ClientLeftUngreeted => ("CH", "the client left before the mailbox had said a word"),
+            EndState::ClientLeftUngreeted => ("CH", "the client left before the mailbox had sent anything"),
             EndState::ClientFailed => ("CD", "the client's connection failed, most often by a reset"),
             EndState::ClientStalled => (
                 "cL",
                 "the mailbox had ended its side, and the client made no progress for timeouts.half_close",
             ),
-            EndState::Idle => ("cD", "neither side said a word for the listener's idle_timeout"),
+            EndState::Idle => ("cD", "neither side sent anything for the listener's idle_timeout"),
             EndState::ServerUnreachable => ("SC", "the mailbox could not be reached; the client was told"),
             EndState::ServerSilent => {
                 ("sC", "the mailbox did not answer within timeouts.connect; the client was told")
@@ -163,13 +163,14 @@ impl EndState {
                 "AC",
                 "the tailnet's policy denies this edge the mailbox's port; the client was told, after it was held for as long as its listener holds clients",
             ),
-            EndState::HoldEnded => {
-                ("sQ", "held until its time was over, since no mailbox would serve it; the client was told")
-            }
-            EndState::ServerWordless => ("SH", "the mailbox left before it had said a word"),
+            EndState::HoldEnded => (
+                "sQ",
+                "the client was held for the whole hold time, and no mailbox served it; the client was told",
+            ),
+            EndState::ServerWordless => ("SH", "the mailbox closed the connection before it sent anything"),
             EndState::ServerRefused => (
                 "SR",
-                "the mailbox left this client without a word, and had greeted another in the ten minutes before",
+                "the mailbox closed this client's connection before it sent anything, although it had greeted another client in the ten minutes before",
             ),
             EndState::ServerFailed => ("SD", "the mailbox's connection failed, most often by a reset"),
             EndState::ServerStalled => (
@@ -188,7 +189,7 @@ impl EndState {
                 ("PQ", "as many clients were held as limits.hold_max allows; the client was told")
             }
             EndState::StoppedQuiet => {
-                ("K-", "the edge was stopping, and the connection waited for its client")
+                ("K-", "the edge was stopping, and the connection was idle, waiting for its client")
             }
             EndState::StoppedWaiting => {
                 ("KQ", "the edge was stopping while the client waited for the mailbox; the client was told")

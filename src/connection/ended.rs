@@ -1,10 +1,11 @@
-//! The end of a connection: one line in the log, one count in the metrics, and a place among the last failures.
+//! The end of a connection: one log line, one count in the metrics, and, for a failure, an entry in the list of
+//! last failures.
 //!
 //! Invariants
-//! - A connection is told and counted once, however it ends: one whose task is dropped, too.
-//! - Log lines that repeat each other are held back and then counted: soon about connections that came
-//!   to nothing, and late about sessions in which the mailbox has heard the client.
-//! - Nothing here grows without bound: failures of a kind are one, and the last few kinds are kept.
+//! - A connection is logged and counted once, however it ends, also if its task is dropped.
+//! - Similar log lines are held back and counted. The limit is low for connections that came to nothing, and
+//!   higher for sessions in which the mailbox received something from the client.
+//! - Memory is bounded: failures of one kind share one entry, and only the last kinds are kept.
 //!
 //! Deliberately not here: deciding how a connection ended (see `connection.rs`).
 
@@ -22,36 +23,36 @@ use super::open::{Connections, Entry, ListenerConnections, Stage};
 use super::view::FailureView;
 use crate::support::wall_clock;
 
-/// Kinds of failures that are kept to be shown.
+/// How many kinds of failures are kept to be shown.
 pub(super) const FAILURES: usize = 30;
 
 /// How a connection ended.
 #[derive(Debug)]
 pub struct Ended {
-    /// In two letters.
+    /// The end state, shown as two letters.
     pub state: EndState,
-    /// In words, without what to do about it.
+    /// The reason in words, without a remedy.
     pub why: String,
 }
 
 impl Ended {
-    /// Of a client that has as many connections as it may.
+    /// For a client at `max_connections_per_client`.
     pub fn client_limit() -> Ended {
         let why = "refused: this client has as many connections as max_connections_per_client allows";
         Ended { state: EndState::ClientLimit, why: why.to_owned() }
     }
 }
 
-/// What log lines have in common that repeat each other.
+/// What similar log lines have in common.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct LineKind {
     listener: Arc<str>,
     state: EndState,
-    /// Whose they are, unless many have the same reason.
+    /// The client; none where many clients share the reason.
     client: Option<IpAddr>,
 }
 
-/// Of one whose task was dropped.
+/// For a connection whose task was dropped.
 pub(super) fn cut() -> Ended {
     let (state, why) = match std::thread::panicking() {
         true => (EndState::Internal, "error inside the edge"),
@@ -130,7 +131,7 @@ impl ListenerConnections {
         );
     }
 
-    /// Not when it repeats others. How many were held back before is told with it.
+    /// Whether this end is logged, and how many similar lines were held back before; `None` holds it back.
     pub(super) fn may_tell(&self, entry: &Entry, state: EndState) -> Option<u64> {
         let of_many = LineKind { listener: Arc::clone(&self.listener), state, client: None };
         let of_client = || LineKind { client: Some(network_of(entry.client.ip())), ..of_many.clone() };

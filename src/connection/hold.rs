@@ -1,6 +1,7 @@
-//! A client until a server has it: reaches the upstream, and holds the client while it cannot be reached.
+//! A client that has no server yet: reaches the upstream, and holds the client while the upstream cannot be
+//! reached.
 //!
-//! Deliberately not here: which server is tried when (see `upstream.rs`), and what the client is told in the end
+//! Deliberately not here: which server is tried when (see `upstream.rs`), and what the client is told at the end
 //! (see `refusal.rs`).
 
 use std::future::Future;
@@ -22,16 +23,15 @@ use crate::tailnet::ConnectError;
 use crate::upstream::dial::Dial;
 use crate::upstream::{Failure, Reached, Server, Upstream, UpstreamError};
 
-/// How long the stack may take to accept the header: a new connection's send
-/// buffer is empty, so it is immediate unless the connection has failed.
+/// How long the stack may take to accept the header: the send buffer of a new connection is empty, so only a
+/// failed connection takes any time.
 const HEADER_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long the first attempt may take before the client counts as held.
 pub(super) const HELD_AFTER: Duration = Duration::from_secs(1);
 
-/// How long a client that is held pauses before it tries a server again that has
-/// closed its connection without a word: twice as long each time, since every
-/// attempt may be a line in the server's log.
+/// The first pause before a held client tries again, after a server closed before it sent anything. Each further
+/// pause is twice as long, since each attempt may be a line in the server's log.
 const PAUSE_FIRST: Duration = Duration::from_secs(1);
 const PAUSE_LAST: Duration = Duration::from_secs(8);
 
@@ -39,33 +39,32 @@ const PAUSE_LAST: Duration = Duration::from_secs(8);
 pub(super) enum Refusal {
     /// The client left while it waited.
     ClientGone {
-        /// Whether it was held.
+        /// Whether the client was held.
         held: bool,
     },
     /// The upstream cannot be reached, and clients are not held.
     Away(UpstreamError),
-    /// Nor could it be for as long as clients are held.
+    /// The upstream could not be reached within the hold time.
     HoldEnded(Option<UpstreamError>),
-    /// As many clients as may be are held already.
+    /// `hold_max` clients are held already.
     HoldFull(Option<UpstreamError>),
     /// The edge is stopping.
     Stopping,
 }
 
-/// A client that no server has.
+/// A client that has no server yet.
 pub(super) struct Waiting<'a, D> {
     pub(super) service: &'a Service<D>,
     pub(super) client: &'a TcpStream,
     pub(super) connection: &'a Connection,
 }
 
-/// What a client waits for, as far as it is known.
+/// Asks why the client still has to wait; `None` if that is not known.
 type Why<'a> = &'a (dyn Fn() -> Option<UpstreamError> + Sync);
 
 impl<D: Dial> Waiting<'_, D> {
-    /// Reaches the upstream and gives it the header, holding the client until that has succeeded. `failed` is
-    /// what came of the attempt before, and `tries` how often there was one: after each round of all servers
-    /// there is a pause.
+    /// Reaches the upstream and gives it the header, holding the client until that has succeeded. `failed` is the
+    /// error of the attempt before; `tries` counts the attempts: after each round of all servers there is a pause.
     pub(super) async fn open(
         &self,
         header: Option<&[u8]>,
@@ -103,8 +102,8 @@ impl<D: Dial> Waiting<'_, D> {
         self.connection.connecting();
         let holds = !self.service.hold.limit.is_zero();
         if holds && upstream.is_away() {
-            // While others wait for it already there is no use in trying too, unless
-            // those who have the places may wait for something else.
+            // A client that can be held waits for the attempts of those who are held already. If no place is free,
+            // the client makes one attempt itself, since the places may be taken by clients of other upstreams.
             return match self.service.hold.places.available_permits() {
                 0 => self.wait(&why, upstream.connect_in_turn()).await?.map_err(Refusal::HoldFull),
                 _ => self.hold(&why, upstream.reconnect()).await,
@@ -151,15 +150,15 @@ impl<D: Dial> Waiting<'_, D> {
         }
     }
 
-    /// Completes when the edge is stopping and the mailbox is away, or does not answer in time. Before
-    /// that, whoever is being connected is served.
+    /// Completes when the edge is stopping and the mailbox is away, or does not answer in time. Until then a
+    /// client whose connection is being made is still served.
     async fn dismissed(&self) {
         self.service.drain.cancelled().await;
         let _ = timeout(self.service.hold.last_dial, self.service.upstream.until_away()).await;
     }
 }
 
-/// How long a client pauses after so many rounds of all servers.
+/// The pause after this many rounds of all servers.
 fn pause_after(round: usize) -> Duration {
     let doublings = u32::try_from(round.saturating_sub(1)).unwrap_or(u32::MAX).min(8);
     (PAUSE_FIRST * 2_u32.pow(doublings)).min(PAUSE_LAST)
@@ -171,7 +170,7 @@ async fn write_header<S: AsyncWrite + Unpin>(upstream: &mut S, header: Option<&[
 }
 
 impl Refusal {
-    /// What its line of the log is to say.
+    /// The end state and the reason for the log line.
     pub(super) fn ended<D>(&self, upstream: &Upstream<D>) -> Ended {
         let cannot = |before: &str, error: &Option<UpstreamError>| {
             let what = error.as_ref().map_or_else(|| "no answer so far".to_owned(), UpstreamError::what);
@@ -188,10 +187,10 @@ impl Refusal {
             Refusal::HoldEnded(error) => {
                 let is_denied = error.as_ref().is_some_and(UpstreamError::is_denied);
                 let state = if is_denied { EndState::PolicyDenied } else { EndState::HoldEnded };
-                (state, cannot("held until its time was over: ", error))
+                (state, cannot("held for the whole hold time: ", error))
             }
             Refusal::HoldFull(error) => {
-                (EndState::HoldFull, cannot("as many clients are held as hold_max allows: ", error))
+                (EndState::HoldFull, cannot("not held, since hold_max clients are held already: ", error))
             }
             Refusal::Stopping => {
                 (EndState::StoppedWaiting, "turned away because the edge is stopping".to_owned())
@@ -201,7 +200,7 @@ impl Refusal {
     }
 }
 
-/// How a connection ends whose upstream cannot be reached.
+/// The end state of a connection whose upstream cannot be reached.
 fn away(error: &UpstreamError) -> EndState {
     let all = |kind: fn(&Failure) -> bool| error.failures().all(kind);
     if all(|failure| *failure == Failure::Connect(ConnectError::NotRunning)) {

@@ -1,11 +1,9 @@
 //! How many connections there may be: in all, and per client.
 //!
-//! A permit for the whole edge is taken when a client is there and *before* it
-//! is accepted, so that at the limit the kernel's backlog holds the line instead of clients
-//! being accepted and turned away. The client's own share can only be known
-//! after accepting. Both are given back by drop. Either limit may change while
-//! connections are open: none is cut, and nobody is let in until there are fewer
-//! than the new one allows.
+//! A permit for the whole edge is taken when a client is there but *before* it is accepted: at the limit clients
+//! wait in the kernel's backlog instead of being accepted and refused. The limit per client can only be checked
+//! after accepting. Dropping gives both back. Either limit may change while connections are open: no connection is
+//! cut, and no client is accepted until there are fewer connections than the new limit allows.
 //!
 //! A client is an IPv4 address or an IPv6 /64, which is what one customer
 //! gets; rates are not limited here.
@@ -27,10 +25,10 @@ use crate::process::memory::MemoryLimit;
 /// sockets and state files, DERP and control connections, admin requests.
 const RESERVED_DESCRIPTORS: u64 = 128;
 
-/// The default never exceeds this.
+/// The default limit is never higher than this.
 const DEFAULT_CEILING: usize = 20_000;
 
-/// What an idle connection takes of the memory, and what there has to be before the first.
+/// Memory of one idle connection, and the memory that has to be there before the first.
 const CONNECTION_BYTES: u64 = 10_000;
 const PROGRAM_BYTES: u64 = 48 * 1024 * 1024;
 
@@ -43,9 +41,9 @@ pub struct ConnectionLimit {
     pub reason: String,
 }
 
-/// Derives the limit from the descriptor limit of the process, one descriptor
-/// a connection, unless configured lower; the default also from what idle connections take
-/// of the memory. `listeners` is the number of listening sockets.
+/// Derives the limit from the descriptor limit of the process, one descriptor a connection, unless it is
+/// configured lower. The default is also limited by the memory of idle connections. `listeners` is the number of
+/// listening sockets.
 pub fn connection_limit(
     configured: Option<usize>,
     listeners: usize,
@@ -79,40 +77,40 @@ fn limit_for(
         },
         None if free > ceiling => ConnectionLimit {
             connections: ceiling,
-            reason: "what the limit on memory has room for; max_connections can raise it".into(),
+            reason: "as many as the memory limit allows; max_connections can raise it".into(),
         },
         None => ConnectionLimit { connections: free, reason: format!("descriptor limit of {descriptors}") },
     }
 }
 
-/// Permits whose number can change while they are out.
+/// Permits whose number can change while some of them are taken.
 #[derive(Debug)]
 pub struct Permits {
     semaphore: Arc<Semaphore>,
     size: usize,
-    /// How many were out that are not to come back, and who waits for them.
+    /// How many taken permits are too many, and the task that waits for them.
     owed: Option<(usize, AbortOnDropHandle<()>)>,
 }
 
 impl Permits {
-    /// `size` permits, all of them free.
+    /// Makes `size` permits, all of them free.
     pub fn new(size: usize) -> Permits {
         Permits { semaphore: Arc::new(Semaphore::new(size)), size, owed: None }
     }
 
-    /// Where they are taken from.
+    /// The semaphore that the permits are taken from.
     pub fn semaphore(&self) -> &Arc<Semaphore> {
         &self.semaphore
     }
 
-    /// How many there are to be.
+    /// The configured number of permits.
     pub fn size(&self) -> usize {
         self.size
     }
 
-    /// Changes their number. Those that are out and too many are taken out of use as they come back,
-    /// before anybody who begins to wait after this call gets one. The same number again changes nothing:
-    /// what is owed keeps its place ahead of those who wait by now.
+    /// Changes the number of permits. Taken permits that are now too many are removed as they come back, before
+    /// anybody gets one who begins to wait after this call. The same number again changes nothing: the task that
+    /// waits for owed permits keeps its place in the queue.
     pub async fn resize(&mut self, size: usize) {
         if size == self.size {
             return;
@@ -121,7 +119,7 @@ impl Permits {
         if let Some((short, waiting)) = self.owed.take() {
             waiting.abort();
             if waiting.await.is_err() {
-                existing += short; // it has given back what it had of them
+                existing += short; // the task has given back the permits it had
             }
         }
         self.size = size;
@@ -135,7 +133,7 @@ impl Permits {
         }
     }
 
-    /// Queues for these permits, ahead of whoever comes later.
+    /// Waits for these permits, ahead of everybody who comes later, to remove them.
     async fn await_return(&self, short: usize) -> AbortOnDropHandle<()> {
         let many = u32::try_from(short).unwrap_or(u32::MAX);
         let semaphore = Arc::clone(&self.semaphore);
@@ -164,11 +162,11 @@ impl Permits {
 pub struct ClientLimit {
     /// `limits.max_connections_per_client`; 0 is no limit.
     max: AtomicUsize,
-    /// How many each client has.
+    /// Open connections of each client.
     open: Mutex<HashMap<IpAddr, usize>>,
 }
 
-/// A client has as many connections as it may.
+/// The client is at its connection limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClientLimitReached;
 
@@ -190,7 +188,7 @@ impl ClientLimit {
         self.max.store(max, Ordering::Relaxed);
     }
 
-    /// A place for the client, unless it has as many as it may.
+    /// Takes a place for the client, unless the client is at its limit.
     pub fn admit(self: &Arc<Self>, client: IpAddr) -> Result<ClientPermit, ClientLimitReached> {
         let max = self.max.load(Ordering::Relaxed);
         let client = network_of(client);

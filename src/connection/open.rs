@@ -1,7 +1,7 @@
-//! The open connections. Each begins with [`ListenerConnections::enter`] and ends with [`Connection::end`], or
-//! when it is dropped; in between anybody may look.
+//! The open connections. Each begins with [`ListenerConnections::enter`] and ends with [`Connection::end`] or when
+//! it is dropped; in between it can be listed.
 //!
-//! Deliberately not here: what is told of an end (see `ended.rs`), and how a connection is shown (see `view.rs`).
+//! Deliberately not here: how an end is logged (see `ended.rs`), and how a connection is shown (see `view.rs`).
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -17,12 +17,11 @@ use crate::connection::view::FailureView;
 use crate::support::repeats::Repeats;
 use crate::upstream::Server;
 
-/// How many times as many lines a minute a client's sessions have as what came to nothing: who has a
-/// session has cost the mailbox something too, and is worth a line; but one byte must not be enough to
-/// fill the log.
+/// Log lines a minute for a client's sessions, as a multiple of those for connections that came to nothing. A
+/// session is worth a line, since it used the mailbox; but sending one byte must not be enough to fill the log.
 const OF_SESSIONS: u32 = 10;
 
-/// Between two looks for lines that were held back.
+/// How often lines that were held back are looked for.
 const TELL_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Every connection of this edge.
@@ -34,13 +33,13 @@ pub struct Connections {
     pub(super) dismissed: AtomicUsize,
     /// Counts since the start of the process, of every listener.
     pub counters: Counters,
-    /// What is held back of the log: of connections that came to nothing, and of sessions, in which the
-    /// mailbox has heard the client. The one cannot use up the other's lines.
+    /// Log lines that were held back. Connections that came to nothing, and sessions in which the mailbox received
+    /// something, have limits of their own.
     pub(super) repeats: Repeats<LineKind>,
     pub(super) session_repeats: Repeats<LineKind>,
 }
 
-/// A connection that is open.
+/// An open connection, to be listed.
 #[derive(Clone, Debug)]
 pub struct Open(pub(super) Arc<Entry>);
 
@@ -49,7 +48,7 @@ pub struct Open(pub(super) Arc<Entry>);
 pub struct ListenerConnections {
     pub(super) all: Arc<Connections>,
     pub(super) listener: Arc<str>,
-    /// All its servers, for those who have met none.
+    /// All its servers, in words; shown for connections that have no server yet.
     pub(super) upstream: String,
     pub(super) counters: ListenerCounters,
 }
@@ -70,7 +69,7 @@ pub(super) struct Entry {
     pub(super) ended: AtomicBool,
 }
 
-/// How far a connection can have come, in words.
+/// How far a connection has come, in words.
 pub const STAGES: [&str; 3] = ["connecting", "held", "relaying"];
 
 /// How far a connection has come.
@@ -81,14 +80,14 @@ pub(super) enum Stage {
     Relaying { server: Arc<Server>, connected: Duration },
 }
 
-/// A connection as long as it lasts. When it is dropped without an end, it was cut.
+/// The owner's handle of an open connection. If it is dropped without an end, the connection was cut.
 #[derive(Debug)]
 pub struct Connection {
     entry: Arc<Entry>,
 }
 
 impl Connections {
-    /// An empty one, which tells so many lines of a kind a minute; 0 for no limit.
+    /// No connections yet; at most this many similar log lines a minute, 0 for no limit.
     pub fn new(repeats_per_minute: u32) -> Arc<Connections> {
         Arc::new(Connections {
             ids: AtomicU64::new(1),
@@ -101,20 +100,20 @@ impl Connections {
         })
     }
 
-    /// Changes the limit on lines of a kind.
+    /// Changes the limit on similar log lines.
     pub fn set_repeats(&self, per_minute: u32) {
         self.repeats.set_limit(per_minute);
         self.session_repeats.set_limit(per_minute.saturating_mul(OF_SESSIONS));
     }
 
-    /// Those of one listener; `upstream` is where it leads, in words.
+    /// The connections of one listener; `upstream` names its servers, in words.
     pub fn of_listener(self: &Arc<Self>, listener: &str, upstream: String) -> Arc<ListenerConnections> {
         let counters = self.counters.listener(listener);
         Arc::new(ListenerConnections { all: Arc::clone(self), listener: listener.into(), upstream, counters })
     }
 
-    /// The connections there are now, the oldest first. Whatever is done with them, it does not keep
-    /// others from coming and going.
+    /// The connections there are now, the oldest first. The list is a copy, so connections can begin and end
+    /// meanwhile.
     pub fn open(&self) -> Vec<Open> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
@@ -129,7 +128,7 @@ impl Connections {
         self.failures.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 
-    /// Tells, for as long as it is not dropped, how many lines were held back.
+    /// Logs, again and again, how many lines were held back. Runs until it is dropped.
     pub async fn keep_telling(&self) {
         loop {
             sleep(TELL_INTERVAL).await;
@@ -137,8 +136,8 @@ impl Connections {
         }
     }
 
-    /// Strikes out every connection there is, for want of time, and tells what is left to tell;
-    /// returns how many there were.
+    /// Ends every open connection as cut, since the drain time is over, and logs how many lines were held back;
+    /// returns how many connections there were.
     pub fn cut(&self) -> usize {
         let open = self.open();
         for Open(entry) in &open {
@@ -150,7 +149,7 @@ impl Connections {
 }
 
 impl ListenerConnections {
-    /// Those of all listeners.
+    /// The connections of all listeners.
     pub fn all(&self) -> &Arc<Connections> {
         &self.all
     }
@@ -180,12 +179,12 @@ impl Connection {
         self.entry.client
     }
 
-    /// When it was accepted, from which its times are counted.
+    /// When it was accepted. Its times are counted from here.
     pub fn accepted(&self) -> Instant {
         self.entry.accepted
     }
 
-    /// Notes that no server has it, or not any more.
+    /// Notes that it has no server, or no longer has one.
     pub fn connecting(&self) {
         self.entry.set_stage(Stage::Connecting);
     }
@@ -195,23 +194,23 @@ impl Connection {
         self.entry.set_stage(Stage::Held);
     }
 
-    /// Whether the client waits so.
+    /// Whether the client is held.
     pub fn is_held(&self) -> bool {
         matches!(self.entry.stage(), Stage::Held)
     }
 
-    /// Notes that this server has the header; the dial that led there took so long.
+    /// Notes that this server has the header, and how long the dial took.
     pub fn relaying(&self, server: &Arc<Server>, dial: Duration) {
         let connected = self.entry.accepted.elapsed();
         self.entry.of_listener.counters.dial.observe(dial.as_secs_f64());
         self.entry.set_stage(Stage::Relaying { server: Arc::clone(server), connected });
     }
 
-    /// Notes bytes that have moved, to the mailbox and to the client. True when with them the
-    /// mailbox has said its first word.
+    /// Notes bytes that have moved, to the mailbox and to the client. True if they hold the mailbox's first byte.
     pub fn moved(&self, sent: u64, received: u64) -> bool {
         let (entry, of_listener) = (&self.entry, &self.entry.of_listener);
-        // Mostly it is one of them, and the listener's counters are shared by all of its connections.
+        // Usually only one of the two has moved. The listener's counters are shared by all of its connections, so
+        // they are left alone if nothing has changed.
         if sent > 0 {
             entry.sent.fetch_add(sent, Ordering::Relaxed);
             of_listener.counters.sent.inc_by(sent);
@@ -223,7 +222,7 @@ impl Connection {
         received > 0 && entry.first_byte.get().is_none() && entry.first_byte.set(Instant::now()).is_ok()
     }
 
-    /// Strikes it out.
+    /// Ends the connection: logs and counts it.
     pub fn end(self, ended: &Ended) {
         self.entry.of_listener.end(&self.entry, ended);
     }

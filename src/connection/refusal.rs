@@ -1,17 +1,17 @@
-//! What a client is told when there is no mailbox to speak to it: the refusal of its protocol, and
-//! a close that leaves it time to read it.
+//! What a client is told when no mailbox can serve it: the refusal of its protocol, and then a close that leaves
+//! the client time to read it.
 //!
-//! A mail client that is told "later" comes back later; one whose connection is reset tells its user
-//! that something is broken.
+//! A mail client that gets a temporary refusal comes back later; a client whose connection is reset shows its user
+//! an error.
 //!
 //! Invariants
-//! - The text is the first thing that the client gets, and the last.
-//! - No RST goes before it: what the client has sent and nobody read would make the kernel send one,
-//!   and a RST takes the text out of the client's hands. So its bytes are read, and thrown away.
+//! - The text is all that the client gets.
+//! - No RST overtakes the text. Unread bytes of the client would make the kernel send a RST, and the client would
+//!   then lose the text. So the client's bytes are read and thrown away.
 //! - It ends within ten seconds, whatever the client does.
 //!
-//! Deliberately not here: when to answer (see `connection.rs`). On a port whose protocol is not known
-//! (http, tcp) nothing is said.
+//! Deliberately not here: when to refuse (see `connection.rs`). On a port whose protocol has no refusal (http,
+//! tcp) nothing is sent.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -23,28 +23,27 @@ use tokio::time::timeout;
 
 use crate::protocol::Protocol;
 
-/// How long the client may take to accept the text: it fits into any window.
+/// How long the client may take to accept the text. The text fits into any window.
 const WRITE_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long the client may take to close its side after it.
+/// How long the client may take to close its side after the text.
 const LINGER_LIMIT: Duration = Duration::from_secs(5);
 
-/// How much of what the client sends is read meanwhile: more than its first window, and a flood is
-/// cut all the same.
+/// How many bytes of the client are read meanwhile: more than its first window, but a flood is cut.
 const LINGER_BYTES: u64 = 256 * 1024;
 
-/// A fatal TLS alert, internal_error (RFC 8446 section 6.2), in a record of the version that every
-/// client takes before one is agreed upon (section 5.1). Clients show it as a failure of the server,
-/// not as an attack, and try again.
+/// A fatal TLS alert, internal_error (RFC 8446 section 6.2), in a record of the version that every client accepts
+/// before a version is agreed on (section 5.1). Clients show it as a failure of the server, not as an attack, and
+/// try again.
 const TLS_ALERT: [u8; 7] = [0x15, 0x03, 0x03, 0x00, 0x02, 0x02, 0x50];
 
-/// Who the edge is when it speaks for itself.
+/// The name of the edge in its own replies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PublicName(Option<String>);
 
 impl PublicName {
-    /// The configured name, else the system's if it is a full one. There is no look-up: a name that
-    /// needs one is not what the world calls this box by.
+    /// The configured name, else the system's host name if it is fully qualified. There is no DNS look-up: a name
+    /// that needs one is not the public name of this machine.
     pub fn new(configured: Option<String>) -> PublicName {
         let system = rustix::system::uname().nodename().to_string_lossy().into_owned();
         PublicName(configured.or_else(|| is_public(&system).then_some(system)))
@@ -61,16 +60,15 @@ impl PublicName {
     }
 }
 
-/// Whether the world may know a name: it is a full one, and not of those that mean something only at
-/// home.
+/// Whether a name can be public: fully qualified, and not under a suffix for local networks.
 fn is_public(name: &str) -> bool {
     const HOME: [&str; 7] = ["localdomain", "local", "internal", "lan", "home", "arpa", "localhost"];
     let last = name.rsplit_once('.').map(|(_, last)| last);
     last.is_some_and(|last| !last.is_empty() && !HOME.contains(&last))
 }
 
-/// Tells the client that the service is away for now, and closes the connection in order. Whatever
-/// goes wrong is the client's loss alone. The caller drops the connection then.
+/// Tells the client that the service is not available now, and closes the connection in order. Errors are ignored.
+/// The caller then drops the connection.
 pub async fn refuse(client: &mut TcpStream, protocol: Protocol, name: &PublicName) {
     let text = refusal(protocol, &name.of(client.local_addr().ok()));
     let told = async {
@@ -83,10 +81,10 @@ pub async fn refuse(client: &mut TcpStream, protocol: Protocol, name: &PublicNam
     }
 }
 
-/// As [`refuse`], for a client that is not worth waiting for: it is told what the kernel takes at
-/// once, and may lose even that if it talks over it.
+/// As [`refuse`], but without waiting: only what the kernel accepts at once is sent, and a client that is sending
+/// may lose even that.
 pub fn refuse_at_once(client: &TcpStream, protocol: Protocol, name: &PublicName) {
-    // Straight to the kernel: the runtime does not know yet that it may be written to.
+    // Directly to the kernel: the runtime does not know yet that the socket is writable.
     let _ = SockRef::from(client).send(&refusal(protocol, &name.of(client.local_addr().ok())));
 }
 

@@ -1,23 +1,20 @@
 //! Moves bytes between a client and its upstream until both directions ended.
 //!
-//! Each direction is read, written and half-closed on its own: an end of
-//! stream on one side becomes a FIN on the other, and the other direction goes
-//! on. That is what a client that sends everything, shuts down writing and
-//! then reads the reply depends on.
+//! Each direction is read, written and half-closed on its own: an end of stream on one side becomes a FIN on the
+//! other, and the other direction goes on. Clients depend on that which send everything, shut down writing and
+//! then read the reply.
 //!
 //! Invariants
-//! - Nothing is buffered while idle: reads go through one buffer per worker
-//!   thread, and only bytes that the other side would not take are kept, at
-//!   most one buffer per direction, during which nothing more is read. The more
-//!   all connections keep, the less is read at once.
+//! - Nothing is buffered while idle: reads go through one buffer per worker thread. Only bytes that the other side
+//!   did not take are kept, at most one buffer per direction, and while they are kept nothing more is read. The
+//!   more bytes all connections keep, the less is read at once.
 //! - Every wait is bounded: by the idle time-out while both directions are
 //!   open, by the half-close time-out after the first ended.
 //! - The outcome names the side that ended it.
 //!
-//! It does not dial, does not know the PROXY header, and closes neither side:
-//! the caller owns both streams and decides between FIN and RST. A reset of an
-//! upstream that had already ended its own direction is noticed with the next
-//! byte for it, or by the half-close time-out.
+//! It does not dial, does not know the PROXY header, and closes neither side: the caller owns both streams and
+//! decides between FIN and RST. If an upstream has closed its direction and then resets, that is noticed with the
+//! next byte sent to it, or by the half-close time-out.
 
 mod direction;
 mod timer;
@@ -62,16 +59,16 @@ pub struct Timeouts {
     pub idle: Duration,
     /// After one direction has ended.
     pub half_close: Duration,
-    /// After draining began, for a connection that waits for its client.
+    /// After draining began, for an idle connection that waits for its client.
     pub quiet: Duration,
 }
 
 /// What is expected of the upstream before the client speaks.
 #[derive(Debug, Default)]
 pub struct FirstWords {
-    /// Whether it is to speak first.
+    /// Whether the upstream has to speak first.
     pub due: bool,
-    /// Recognises one that takes the PROXY header for a command.
+    /// Notices an upstream that takes the PROXY header for a command.
     pub watch: Option<Box<HeaderWatch>>,
 }
 
@@ -80,8 +77,7 @@ pub struct FirstWords {
 pub struct Outcome {
     /// When the first byte from the upstream arrived.
     pub first_byte: Option<Instant>,
-    /// Whether bytes or an end of stream were taken from one side that the
-    /// other has not got.
+    /// Whether one side sent bytes or an end of stream that the other has not received.
     pub unfinished: bool,
     /// Whether the upstream took the PROXY header for a command.
     pub header_taken: bool,
@@ -92,8 +88,8 @@ pub struct Outcome {
 /// Why a relay ended.
 #[derive(Debug)]
 pub enum End {
-    /// The upstream ended or failed before any byte had moved either way, and was to speak first. The
-    /// client has not been told.
+    /// The upstream had to speak first, but closed or failed before any byte moved in either direction. The client
+    /// does not know of this.
     Wordless,
     /// Both directions ended in order.
     Closed {
@@ -119,10 +115,9 @@ pub enum End {
     Drained,
 }
 
-/// Relays until both directions ended, one side failed, or a time-out. `moved` is
-/// told how many bytes have moved since the last time, to the upstream and to the
-/// client. `drain` completes when the edge begins to stop, `client_gone` when the
-/// client has reset its connection: reading does not tell while the upstream takes
+/// Relays until both directions ended, one side failed, or a time-out. `moved` is called with the bytes that have
+/// moved since its last call, to the upstream and to the client. `drain` completes when the edge begins to stop,
+/// `client_gone` when the client has reset its connection: a read does not show that while the upstream takes
 /// nothing, nor after the client's end of stream.
 ///
 /// Cancellation drops bytes that were read but not yet written.
@@ -194,20 +189,18 @@ struct Relay {
     first_words_due: bool,
     /// Whose end of stream came first.
     first: Option<Side>,
-    /// Whether the client's bytes were the last to move: the upstream may be
-    /// at work on them. Closing between the end of a message and its reply
-    /// would make the client send it again.
+    /// Whether the client's bytes were the last to move: then the upstream may be working on them. Closing between
+    /// the end of a message and its reply would make the client send it again.
     awaits_reply: bool,
 }
 
 impl Relay {
-    /// What changes whenever anything moved.
+    /// A value that changes whenever anything moved.
     fn progress(&self) -> (u64, u64, Option<Side>) {
         (self.sent.bytes, self.received.bytes, self.first)
     }
 
-    /// Whether the connection waits for nothing but its client, as one in IMAP
-    /// IDLE or between two commands.
+    /// Whether the connection only waits for its client, for example in IMAP IDLE or between two commands.
     fn is_quiet(&self) -> bool {
         !self.awaits_reply
             && !self.awaits_first_word()
@@ -215,7 +208,7 @@ impl Relay {
             && self.received.is_settled()
     }
 
-    /// Whether nothing has happened yet, and the upstream is to speak first.
+    /// Whether nothing has moved yet, and the upstream has to speak first.
     fn awaits_first_word(&self) -> bool {
         let silent = self.sent.first_byte.is_none() && self.received.first_byte.is_none();
         self.first_words_due && self.first.is_none() && silent
@@ -230,11 +223,11 @@ impl Relay {
         if self.sent.first_byte.is_some() || self.sent.state != DirectionState::Open {
             self.received.watch = None; // what comes now may be the answer to it
         }
-        // The upstream first: what it says in this turn is then no answer to what the client says in it,
-        // and whose bytes were the last to move is known.
+        // The upstream first: then its bytes of this turn are no answer to the client's bytes of this turn, and it
+        // is clear whose bytes were the last to move.
         let received = self.received.poll(cx, upstream, client);
         if matches!(received, Poll::Ready(Err(Fault::Source(_)))) && self.awaits_first_word() {
-            return Poll::Ready(End::Wordless); // with nothing taken from the client
+            return Poll::Ready(End::Wordless); // nothing was taken from the client
         }
         if self.first.is_none() && self.received.ended() {
             self.first = Some(Side::Upstream);
@@ -259,9 +252,9 @@ impl Relay {
     }
 }
 
-/// Why a connection failed, where the error only says what we could not do any more. The kernel tells of a
-/// reset once; if that was not seen, writing and half-closing fail in their own words. Neither is tried
-/// after we have ended a direction ourselves.
+/// Makes a reset of errors that only follow from one. The kernel reports a reset once. If that report was missed,
+/// a later write or half-close fails with another error. Neither is tried after we have closed a direction
+/// ourselves.
 fn cause(error: io::Error) -> io::Error {
     match (error.kind(), error.raw_os_error()) {
         (io::ErrorKind::NotConnected | io::ErrorKind::BrokenPipe, Some(_)) => {

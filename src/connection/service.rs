@@ -21,24 +21,24 @@ pub struct Service<D> {
     pub protocol: Protocol,
     /// Where its connections go.
     pub upstream: Arc<Upstream<D>>,
-    /// The header that they demand.
+    /// The PROXY header that its servers expect.
     pub proxy_protocol: ProxyProtocol,
-    /// How long they may be silent.
+    /// How long its connections may make no progress.
     pub timeouts: Timeouts,
     /// For how long clients wait for the upstream, and how many.
     pub hold: Hold,
-    /// Who the edge is when it answers itself.
+    /// The name of the edge in its own replies.
     pub public_name: PublicName,
     /// Fires when the edge begins to stop.
     pub drain: CancellationToken,
-    /// Where its connections are entered.
+    /// The list of its open connections.
     pub connections: Arc<ListenerConnections>,
 }
 
 /// For how long clients wait for an upstream that is away, and how many.
 #[derive(Debug)]
 pub struct Hold {
-    /// From the moment the client came; zero does not hold it at all.
+    /// Counted from accept; zero: clients are not held.
     pub limit: Duration,
     /// One permit for each client that may be held, over all listeners.
     pub places: Arc<Semaphore>,

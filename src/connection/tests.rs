@@ -317,7 +317,7 @@ async fn a_client_that_the_mailbox_does_not_want_is_not_held() {
     let serving = spawn(&service, accepted, peer);
     drop(mailbox.accept().await.unwrap());
     until(|| service.hold.places.available_permits() == 0).await;
-    service.upstream.servers()[0].greeted(Instant::now()); // as its probe finds out
+    service.upstream.servers()[0].greeted(Instant::now()); // as if its probe had reported it
     drop(mailbox.accept().await.unwrap());
     assert_eq!(client.read(&mut [0]).await.unwrap(), 0, "as the mailbox does: not a word");
     timeout(Duration::from_secs(20), serving).await.expect("it is held").unwrap();

@@ -29,7 +29,7 @@ pub struct ConnectionView {
     /// Bytes to the client.
     #[serde(default)]
     pub received: u64,
-    /// How long it has lasted.
+    /// Seconds since it was accepted.
     #[serde(default)]
     pub seconds: u64,
 }
@@ -39,27 +39,27 @@ pub struct ConnectionView {
 pub struct FailureView {
     /// When the last one was.
     pub last: Timestamp,
-    /// How many there were in a row.
+    /// How many there were since this kind is in the list.
     #[serde(default)]
     pub count: u64,
     /// The listener's name.
     #[serde(default)]
     pub listener: String,
-    /// Where the client was to go.
+    /// The server that the client was meant for.
     #[serde(default)]
     pub upstream: String,
     /// The last one's client.
     pub client: SocketAddr,
-    /// In two letters.
+    /// The end state, in two letters.
     #[serde(default)]
     pub end: String,
-    /// In words.
+    /// The reason, in words.
     #[serde(default)]
     pub why: String,
 }
 
 impl Open {
-    /// As it is to be shown.
+    /// This connection, as it is shown.
     pub fn view(&self) -> ConnectionView {
         let (stage, (sent, received)) = (self.0.stage(), self.bytes());
         let name = stage.name().to_owned();

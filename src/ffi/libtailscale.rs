@@ -4,7 +4,7 @@
 //! - A [`Conn`] or [`Listener`] closes its handle before its wakers are freed, and
 //!   closing returns only when no wake is in progress, so a wake never sees freed
 //!   memory.
-//! - Calls on one of them never overlap: they all take `&mut self`.
+//! - Calls on one connection or listener never overlap: they all take `&mut self`.
 //! - No lock is held across a call into Go: a wake may come during the call,
 //!   on the calling thread.
 #![allow(unsafe_code)]
@@ -28,7 +28,7 @@ use bindings::*;
 
 /// Why a call into libtailscale failed; the meaning of each is in
 /// `tailscale.h`.
-#[allow(missing_docs)] // the header's words would only be repeated
+#[allow(missing_docs)] // tailscale.h explains them
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Code {
     Error,
@@ -155,15 +155,14 @@ pub fn linked_version() -> &'static str {
     version.to_str().unwrap_or("unknown")
 }
 
-/// Room for a node's state: a few hundred bytes, and as much again for each tag
-/// and each complaint of Tailscale's.
+/// Buffer size for a node's state: a few hundred bytes, and as much again for each tag and each health warning.
 const STATUS_BYTES: usize = 64 * 1024;
 
-/// One node; closing it is explicit because it waits for the peers.
+/// A node; it has to be closed explicitly, because closing waits for the peers.
 #[derive(Debug)]
 pub struct NodeHandle(c_int);
 
-/// A text setting. Those of a credential may change at any time, the others before the start.
+/// A text setting. Parts of a credential may be set at any time, the others only before the start.
 #[derive(Clone, Copy, Debug)]
 pub enum Setting {
     /// The directory of the node's identity.
@@ -174,7 +173,7 @@ pub enum Setting {
     ControlUrl,
     /// Comma-separated tags.
     Tags,
-    /// Of a credential: the key given to the control server when it wants a login.
+    /// Of a credential: the auth key, given to the control server when it demands a login.
     AuthKey,
     /// Of a credential: the id of an OAuth client or a federated identity.
     ClientId,
@@ -184,7 +183,7 @@ pub enum Setting {
     IdToken,
 }
 
-/// A descriptor that the node writes lines to, from the start to the close.
+/// What a descriptor is for that the node writes lines to, from the start to the close.
 #[derive(Clone, Copy, Debug)]
 pub enum LineSink {
     /// Tailscale's own log; lines are dropped while the pipe is full.
@@ -222,13 +221,13 @@ impl NodeHandle {
         check(unsafe { set(self.0, value.as_ptr()) })
     }
 
-    /// Whether the identity is in memory only and goes with the node; before the start.
+    /// Whether the identity is in memory only and ends with the node; only before the start.
     pub fn set_ephemeral(&self, on: bool) -> Result<(), Code> {
         // SAFETY: no pointers.
         check(unsafe { tailscale_set_ephemeral(self.0, on.into()) })
     }
 
-    /// Whether keys made for an OAuth client go past device approval.
+    /// Whether nodes with keys made for an OAuth client need no device approval.
     pub fn set_preauthorized(&self, on: bool) -> Result<(), Code> {
         // SAFETY: no pointers.
         check(unsafe { tailscale_set_preauthorized(self.0, on.into()) })
@@ -286,8 +285,8 @@ impl NodeHandle {
         text_in(&buffer)
     }
 
-    /// Pings a peer beneath TCP; blocks for up to `limit`. The report is JSON
-    /// and present also when the peer did not answer (`Code::TimedOut`).
+    /// Pings a peer below TCP; blocks for up to `limit`. The report is JSON, and is given also when the peer did
+    /// not answer (`Code::TimedOut`).
     pub fn ping(&self, host: &str, limit: Duration) -> Result<String, Code> {
         let host = CString::new(host).map_err(|_| Code::BadArgument)?;
         let limit = i64::try_from(limit.as_millis()).unwrap_or(i64::MAX);
@@ -322,7 +321,7 @@ impl NodeHandle {
         Ok(Conn { handle, wakers })
     }
 
-    /// What the library costs at this moment, in JSON.
+    /// The resources that the library uses now, in JSON.
     pub fn figures(&self) -> Result<String, Code> {
         let mut buffer = [0 as c_char; 1024];
         // SAFETY: the buffer is writable for the length given.
@@ -341,9 +340,8 @@ impl NodeHandle {
         Ok(Listener { handle, wakers })
     }
 
-    /// Stops the node. Blocks for up to several seconds: it waits for the
-    /// peers to acknowledge what was sent. Again or later calls do nothing.
-    /// Fails when the node is closed and, though ephemeral, still on the tailnet.
+    /// Stops the node. Blocks for up to several seconds: it waits for the peers to acknowledge what was sent.
+    /// Closing again does nothing. Fails if an ephemeral node is closed but could not be removed from the tailnet.
     pub fn close(&self) -> Result<(), Code> {
         // SAFETY: no pointers; a stale handle is answered with an error.
         check(unsafe { tailscale_close(self.0) }).or_else(|code| match code {
@@ -363,15 +361,14 @@ fn text_in(buffer: &[c_char]) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// Who waits for a connection or listener to become ready.
+/// The tasks that wait for a connection or listener to become ready.
 #[derive(Debug, Default)]
 struct Wakers {
     read: AtomicWaker,
     write: AtomicWaker,
 }
 
-/// Called by the network stack, under its locks and from any thread. Waking a
-/// task is all it may do.
+/// Called by the network stack, under its locks and from any thread. It may only wake tasks.
 extern "C" fn wake(token: usize, ready: u32) {
     // SAFETY: the token is the address of the `Wakers` that the handle's
     // `Conn` or `Listener` owns and frees only after closing the handle, which waits
@@ -385,7 +382,7 @@ extern "C" fn wake(token: usize, ready: u32) {
     }
 }
 
-/// A port that takes connections. Dropping it closes it, and resets those that wait in it.
+/// A port that takes connections. Dropping it closes the port and resets the connections that were not accepted.
 #[derive(Debug)]
 pub struct Listener {
     handle: tailscale_listener,
@@ -393,7 +390,7 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Ready with the next connection, or once there will be none because the node was closed.
+    /// Ready with the next connection, or with an error once the node is closed.
     pub fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<Result<Conn, Code>> {
         self.wakers.read.register(cx.waker()); // before asking, as in `Conn`
         let wakers = Arc::new(Wakers::default());

@@ -1,5 +1,5 @@
-//! What of the process has no safe interface: signal handlers beside the Go runtime, and descriptors that it is
-//! started with.
+//! Parts of the process without a safe interface: signal handlers beside the Go runtime, and inherited
+//! descriptors.
 
 #![allow(unsafe_code)]
 
@@ -8,9 +8,9 @@ use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Takes over those of the descriptors from 3 on, so many of them, that are sockets: what a
-/// supervisor hands over (sd_listen_fds(3)). What is none, or was opened by this process, is left
-/// alone. The second call gets nothing.
+/// Takes over the sockets among the `count` descriptors from 3 on, which a supervisor hands over
+/// (sd_listen_fds(3)). A descriptor that is no socket, or was opened by this process, is left alone. A second call
+/// gets nothing.
 pub fn take_inherited_sockets(count: usize) -> Vec<Option<OwnedFd>> {
     const FIRST: RawFd = 3;
     static TAKEN: AtomicBool = AtomicBool::new(false);
@@ -19,14 +19,14 @@ pub fn take_inherited_sockets(count: usize) -> Vec<Option<OwnedFd>> {
     let take = |number| {
         let mut kind: c_int = 0;
         let mut size = size_of::<c_int>() as libc::socklen_t;
-        // SAFETY: the pointers are to variables of the right size. A number that is not open, or is
-        // no socket's, is an error of the call.
+        // SAFETY: the pointers are to variables of the right size. For a descriptor that is not open or no socket,
+        // the call only fails.
         let failed = unsafe {
             libc::getsockopt(number, libc::SOL_SOCKET, libc::SO_TYPE, (&raw mut kind).cast(), &raw mut size)
         };
         // SAFETY: no pointers; as above.
         let flags = if failed == 0 { unsafe { libc::fcntl(number, libc::F_GETFD) } } else { -1 };
-        // Rust's library and Go's set the flag on all that they open.
+        // Rust's and Go's libraries set the flag on every descriptor that they open.
         if flags == -1 || flags & libc::FD_CLOEXEC != 0 {
             return None;
         }
@@ -37,15 +37,14 @@ pub fn take_inherited_sockets(count: usize) -> Vec<Option<OwnedFd>> {
     numbers.map(take).collect()
 }
 
-/// Whether somebody listens to signals.
+/// Whether the edge listens to signals.
 static IS_HEARD: AtomicBool = AtomicBool::new(false);
 
-/// Whether a SIGHUP has come, which matters until somebody listens.
+/// Whether a SIGHUP has come before the edge listens.
 static HUNG_UP: AtomicBool = AtomicBool::new(false);
 
-/// What a signal means before anybody listens to it, instead of the kernel's default, which is to kill the
-/// process: SIGTERM and SIGINT end it in order, since nothing has begun; SIGHUP is remembered. To be called
-/// first; `signals_are_heard` ends it.
+/// Handles signals until the edge listens to them; the kernel's default would kill the process. SIGTERM and SIGINT
+/// exit with 0, since nothing has begun; SIGHUP is remembered. Call it first; `signals_are_heard` ends it.
 pub fn expect_signals() -> io::Result<()> {
     extern "C" fn remember(_: c_int) {
         HUNG_UP.store(true, Ordering::SeqCst);
@@ -73,8 +72,8 @@ pub fn expect_signals() -> io::Result<()> {
     Ok(())
 }
 
-/// From now on the handlers that were installed since decide. They call those before them, too, which do
-/// nothing any more. Returns whether a SIGHUP came before.
+/// From now on only the handlers that were installed later act. They also call the handlers of `expect_signals`,
+/// which now do nothing. Returns whether a SIGHUP came before.
 pub fn signals_are_heard() -> bool {
     IS_HEARD.store(true, Ordering::SeqCst);
     HUNG_UP.load(Ordering::SeqCst)

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 pub fn advice(tailnet_addresses: &[IpAddr]) -> String {
     let mut networks: Vec<String> = tailnet_addresses.iter().map(network).collect();
     if networks.is_empty() {
-        networks.push("EDGE_TAILNET_ADDRESS".to_owned()); // the line is of use all the same
+        networks.push("EDGE_TAILNET_ADDRESS".to_owned()); // the advice is useful without the address too
     }
     format!(
         "let the mail server take the PROXY protocol from {listed}; \

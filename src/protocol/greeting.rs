@@ -1,26 +1,26 @@
-//! What a mail server says before it was spoken to: a greeting, a refusal, or an answer to a command that nobody
-//! sent.
+//! What a mail server's first lines mean, before a client has sent anything: a greeting, a refusal, or an answer
+//! to a command that nobody sent.
 //!
 //! Deliberately not here: what follows from that (see `header_watch.rs` and `upstream/probe.rs`).
 
 use crate::protocol::Protocol;
 
-/// What a line means that a server says before it was spoken to.
+/// The meaning of a line that a server sends before a client has sent anything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Line {
-    /// Part of a greeting that goes on, or an addition to one.
+    /// A part of a greeting that is not its last line, or an addition to it.
     More,
     /// The greeting, or the last line of it.
     Greeting,
-    /// The server does not want this client, or not now.
+    /// The server refuses this client, perhaps only for now.
     Refusal,
-    /// An answer to a command that nobody sent: to the header.
+    /// An answer to a command, but nobody sent one: the server took the header for it.
     Complaint,
-    /// Nothing that is said in this language.
+    /// Not a line of this protocol.
     Other,
 }
 
-/// What is spoken on a mail port, with TLS around it or without.
+/// The mail protocol on a port, inside TLS or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Language {
     Smtp,
@@ -46,8 +46,7 @@ impl Language {
         Language::of(protocol).filter(|_| !protocol.is_tls())
     }
 
-    /// What a line says; its beginning is enough. `greeted`: whether the
-    /// greeting is complete.
+    /// The meaning of a line; the beginning of the line is enough. `greeted`: whether the greeting is complete.
     pub(crate) fn line(self, line: &[u8], greeted: bool) -> Line {
         match self {
             Language::Smtp => smtp(line, greeted),
@@ -105,7 +104,7 @@ fn pop3(line: &[u8], greeted: bool) -> Line {
     match word(line, 0) {
         b"+OK" if greeted => Line::Complaint, // the QUIT in the v2 signature
         b"+OK" => Line::Greeting,
-        // With a response code it is about the mailbox: [SYS/TEMP], [IN-USE].
+        // With a response code such as [SYS/TEMP] or [IN-USE] it is not about a command.
         b"-ERR" if greeted && !word(line, 1).starts_with(b"[") => Line::Complaint,
         b"-ERR" => Line::Refusal,
         _ => Line::Other,
@@ -117,7 +116,7 @@ fn sieve(line: &[u8], greeted: bool) -> Line {
         b"OK" if greeted => Line::More,
         b"OK" => Line::Greeting,
         [b'"', ..] => Line::More, // a capability
-        // With a response code it is about the mailbox: (TRYLATER).
+        // With a response code such as (TRYLATER) it is not about a command.
         b"NO" if greeted && !word(line, 1).starts_with(b"(") => Line::Complaint,
         b"NO" | b"BYE" => Line::Refusal,
         _ => Line::Other,

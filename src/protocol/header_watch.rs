@@ -1,23 +1,19 @@
-//! Does the mailbox take our PROXY header for what it is?
+//! Does the mailbox understand our PROXY header?
 //!
-//! Purpose: a mailbox that does not expect a header, or not from this edge,
-//! reads it as commands and complains of them. Nothing in what it says names
-//! the PROXY protocol, so operators look everywhere else. [`HeaderWatch`]
-//! recognises the complaint in what the server says before the client has
-//! spoken; [`advice`](super::advice()) names the settings to change.
+//! Purpose: a mailbox that does not expect a header, or not from this edge, reads it as commands and answers with
+//! errors. The errors do not name the PROXY protocol, so operators look for the cause elsewhere. [`HeaderWatch`]
+//! recognises the complaint in what the server says before the client has spoken; [`advice`](super::advice())
+//! names the settings to change.
 //!
 //! Invariants
-//! - A server that speaks before it was spoken to greets, or refuses. An answer
-//!   to a command, "syntax error" or "bye", is an answer to the header, as
-//!   nothing else was sent.
-//! - A refusal for another reason (load, policy, a ban list, an idle client)
-//!   is never taken for a complaint: a false alarm would send the operator
-//!   astray. In doubt there is none.
-//! - A watch is a few bytes, and holds the beginning of one line at most.
+//! - Before the client has sent anything, a server greets or refuses. An answer to a command, such as "syntax
+//!   error" or "bye", is an answer to the header, since nothing else was sent.
+//! - A refusal for another reason (load, policy, a ban list, an idle client) is never taken for a complaint: a
+//!   false alarm would mislead the operator. In doubt there is no alarm.
+//! - A watch has a few bytes, and keeps at most the beginning of one line.
 //!
-//! Deliberately not here: anything about protocols in which the client speaks
-//! first (there the header's effect cannot be told from the client's), and
-//! anything active, see [`crate::upstream::probe`].
+//! Deliberately not here: anything about protocols in which the client speaks first (there an answer to the header
+//! looks like an answer to the client), and anything active, see [`crate::upstream::probe`].
 
 use std::time::Duration;
 
@@ -33,9 +29,8 @@ const LINE_START: usize = 32;
 /// After this many bytes without a complaint there will be none.
 const WATCHED: usize = 8192;
 
-/// A complaint about the header follows on the greeting's heels (10 ms with
-/// Stalwart). What a server says by itself later is about something else:
-/// Dovecot ends an idle POP3 client with `-ERR`.
+/// A complaint about the header follows the greeting at once (10 ms with Stalwart). Later lines are about
+/// something else: Dovecot sends `-ERR` to an idle POP3 client.
 const ON_THE_HEELS: Duration = Duration::from_secs(5);
 
 /// What the server's first bytes say about our header.
@@ -43,15 +38,15 @@ const ON_THE_HEELS: Duration = Duration::from_secs(5);
 pub enum Verdict {
     /// Not enough was heard.
     Undecided,
-    /// It was taken for commands: the mailbox does not expect it from us.
+    /// The header was taken for commands: the mailbox does not expect it from this edge.
     Taken,
-    /// There is nothing to find out any more.
+    /// There is no complaint, and none will come.
     Fine,
 }
 
 /// Watches what a server says before its client has spoken.
 ///
-/// Ask no more once it has decided, or once the client has sent a byte.
+/// Do not use it any more once it has decided, or once the client has sent a byte.
 #[derive(Debug)]
 pub struct HeaderWatch {
     language: Language,

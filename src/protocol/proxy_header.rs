@@ -1,20 +1,17 @@
 //! The PROXY protocol header: (client, local) addresses to bytes.
 //!
-//! Rules, of <https://www.haproxy.org/download/3.2/doc/proxy-protocol.txt> and
-//! of the receivers we serve:
+//! Rules, from <https://www.haproxy.org/download/3.2/doc/proxy-protocol.txt> and from the receivers we support:
 //! - The client's true family decides. A v4-mapped IPv6 address is IPv4; where
 //!   the two addresses still differ in family, both become IPv6, since `ppp`
 //!   would otherwise turn the pair into UNKNOWN and hide the client.
-//! - Never UNKNOWN or UNSPEC: Postfix refuses it, since it would sidestep its
-//!   access controls.
-//! - No TLV. Stalwart takes the TLS one (0x20) as proof that the client is on
-//!   TLS. And an older Dovecot reads at most 232 bytes.
+//! - Never UNKNOWN or UNSPEC: Postfix refuses them, since they would bypass its access controls.
+//! - No TLV. Stalwart takes the TLS TLV (0x20) as proof that the client uses TLS, and an older Dovecot reads at
+//!   most 232 bytes.
 //! - v1 is at most 107 bytes (section 2.1), v2 without TLVs at most 52.
-//! - Who speaks for nobody, a probe, says so: [`LOCAL`], in v2 also where the
-//!   listener sends v1, since v1 has no such thing.
+//! - A probe stands for no client and sends [`LOCAL`], in v2 even where the listener sends v1, since v1 has no
+//!   LOCAL.
 //!
-//! This module writes headers only; it never parses one, and whether a header
-//! is sent is the connection's business.
+//! Deliberately not here: parsing headers, and deciding whether a header is sent (see `connection.rs`).
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -22,9 +19,8 @@ use ppp::{v1, v2};
 
 use crate::protocol::ProxyProtocol;
 
-/// The v2 header of a connection that is on nobody's behalf (section 2.2):
-/// receivers go on with our own address. Its length is 0, as the reader of some
-/// Dovecots chokes on LOCAL with an address block.
+/// The v2 header of a connection that stands for no client (section 2.2): receivers then use our own address. Its
+/// length is 0, since some Dovecot versions fail on LOCAL with an address block.
 pub const LOCAL: [u8; 16] = *b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
 
 /// The header for a client that connected to `local`, as seen on our own

@@ -1,8 +1,8 @@
-//! One GET: how a running edge is asked by `status`, `healthcheck` and the doctor, and the control server
+//! A single GET request: to a running edge, by `status`, `healthcheck` and the doctor, and to the control server,
 //! for the time.
 //!
-//! Invariant: an answer is of bounded length, and text of an error is harmless. A deadline is the
-//! caller's, but for [`ask_edge`].
+//! Invariant: an answer has bounded length, and an error text is safe to print. The caller sets the deadline,
+//! except for [`ask_edge`].
 //!
 //! Deliberately not here: what the answers mean, TLS, redirects.
 
@@ -35,7 +35,7 @@ pub async fn ask_edge(admin: SocketAddr, path: &str, limit: Duration) -> Result<
 /// Why the edge at this admin address cannot be asked, and what to check.
 pub fn cannot_ask(admin: SocketAddr, reason: &str) -> String {
     format!(
-        "cannot ask the edge at {admin}: {reason}; check that the edge runs, and that admin.listen is what it was started with"
+        "cannot ask the edge at {admin}: {reason}; check that the edge runs, and that admin.listen is the address it was started with"
     )
 }
 
@@ -52,7 +52,7 @@ where
 {
     let words = |error: hyper::Error| harmless(&error.to_string());
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(words)?;
-    // A task of its own moves the bytes, and ends with this set.
+    // A separate task moves the bytes; it ends when this set is dropped.
     let mut driving = JoinSet::new();
     driving.spawn(connection);
     let request = Request::get(path).header(HOST, host).body(Empty::<Bytes>::new());

@@ -1,9 +1,7 @@
-//! What a command writes for its user: on standard output what was asked for, on standard error what went
-//! wrong.
+//! Output of a command: results on standard output, errors on standard error.
 //!
-//! Invariant: a reader that has gone (`tailwart-edge status | head -1`) is no error, and no panic; a full disk
-//! is an error, also for scripts. For that reason nobody else uses `println!` and `eprintln!`; clippy sees to
-//! it.
+//! Invariant: a closed pipe (`tailwart-edge status | head -1`) is no error and no panic; a full disk is an error
+//! that scripts can see. So nothing else uses `println!` and `eprintln!`; clippy checks that.
 
 use std::fmt::Display;
 use std::io::{self, ErrorKind, Write};
@@ -11,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 static IS_INCOMPLETE: AtomicBool = AtomicBool::new(false);
 
-/// Whether something that was asked for could not be written, and somebody wanted to read it.
+/// Whether a result could not be written, other than to a closed pipe.
 pub fn is_incomplete() -> bool {
     IS_INCOMPLETE.load(Ordering::Relaxed)
 }

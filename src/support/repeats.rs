@@ -1,8 +1,8 @@
-//! Lines that repeat each other, held back when they come too often.
+//! Holds back similar log lines when they come too often.
 //!
-//! Invariants: of each kind a number of lines a minute is told, and of all kinds together 6,000 at most;
-//! what was held back is counted, for the next line of its kind or for whoever asks when the minute is
-//! over; the memory for it is bounded.
+//! Invariants: a limited number of lines of each kind is logged a minute, and at most 6,000 of all kinds together.
+//! Lines that were held back are counted; the next line of the kind has the count, or a summary after the minute.
+//! Memory is bounded.
 //!
 //! Deliberately not here: what makes two lines one kind (see `connection/open.rs` and `upstream.rs`).
 
@@ -19,8 +19,8 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// Kinds that are remembered at once: less than a megabyte.
 const MAX_KINDS: usize = 4096;
 
-/// Lines a minute after which kinds are no longer told apart, and after which none is told. journald drops
-/// what is more than 10,000 in 30 seconds, and with it what is no repeat.
+/// After the first number of lines a minute, kinds are no longer distinguished; after the second, nothing is
+/// logged. journald drops lines beyond 10,000 in 30 seconds, important ones included.
 const FINE_LINES: u32 = 3000;
 const MAX_LINES: u32 = 6000;
 
@@ -45,7 +45,7 @@ struct Told {
     held_back: u64,
 }
 
-/// How many lines were told since.
+/// How many lines were logged since the minute began.
 #[derive(Debug)]
 struct Minute {
     since: Instant,
@@ -61,7 +61,7 @@ impl Minute {
         self.since.elapsed() >= MINUTE
     }
 
-    /// Whether it has had fewer lines than that, or is over and another one has begun.
+    /// Whether another line fits into the minute. If the minute is over, begins another.
     fn has_room(&mut self, limit: u32) -> bool {
         if self.is_over() {
             *self = Minute::new();
@@ -71,20 +71,20 @@ impl Minute {
 }
 
 impl<K: Hash + Eq + Clone> Repeats<K> {
-    /// Tells so many lines of a kind a minute; 0 for no limit.
+    /// At most `per_minute` lines of a kind; 0 for no limit.
     pub fn new(per_minute: u32) -> Repeats<K> {
         let told = AllTold { kinds: HashMap::new(), minute: Minute::new() };
         Repeats { per_minute: AtomicU32::new(per_minute), told: Mutex::new(told) }
     }
 
-    /// Changes the limit for what comes.
+    /// Changes the limit from now on.
     pub fn set_limit(&self, per_minute: u32) {
         self.per_minute.store(per_minute, Ordering::Relaxed);
     }
 
-    /// Whether one more line of this kind is to be told, and then how many were held back before;
-    /// `None` holds it back. When too many kinds or lines have come, it counts as `coarse`, which must be
-    /// one of few.
+    /// Whether one more line of this kind may be logged, and how many were held back before it; `None` holds it
+    /// back. When there are too many kinds or lines, the line counts as of the kind `coarse`, of which there must
+    /// be few.
     pub fn may_tell(&self, kind: K, coarse: K) -> Option<u64> {
         let per_minute = self.per_minute.load(Ordering::Relaxed);
         if per_minute == 0 {
@@ -104,8 +104,7 @@ impl<K: Hash + Eq + Clone> Repeats<K> {
         None
     }
 
-    /// Forgets the kinds whose minute is over, or all of them, and returns how many lines were held
-    /// back of each.
+    /// Forgets the kinds whose minute is over, or all kinds, and returns how many lines of each were held back.
     pub fn take_over(&self, all_of_them: bool) -> Vec<(K, u64)> {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         let mut held_back = Vec::new();

@@ -4,16 +4,15 @@
 //! `Clone`, `Display` or comparable, its `Debug` prints `[secret]`, and its memory is cleared when
 //! it is dropped.
 //!
-//! Deliberately not here: where secrets come from (see [`crate::tailnet::credential`]), and clearing the
-//! copies others hold (the process environment, which the caller removes the variable from, and the
-//! copy Go made of it when it was loaded).
+//! Deliberately not here: where secrets come from (see [`crate::tailnet::credential`]), and clearing copies
+//! elsewhere: the caller removes the variable from the environment, and from Go's copy of it.
 
 use std::fmt;
 
 use zeroize::Zeroize;
 
-/// Whether a key of Tailscale's or Headscale's may be in this text, wherever it came from: then it
-/// must not be shown. A harmless text that merely looks so is a small loss.
+/// Whether this text may contain a key of Tailscale or Headscale: then it must not be shown. Hiding a harmless
+/// text that only looks like it does little damage.
 pub(crate) fn looks_like_key(text: &str) -> bool {
     ["tskey-", "hskey-"].iter().any(|prefix| text.contains(prefix))
 }
@@ -22,7 +21,7 @@ pub(crate) fn looks_like_key(text: &str) -> bool {
 pub struct Secret(String);
 
 impl Secret {
-    /// Takes the string over; what the caller copied elsewhere is the caller's.
+    /// Takes the string over. Copies that the caller has made are not cleared.
     pub fn new(secret: String) -> Secret {
         Secret(secret)
     }
@@ -57,8 +56,8 @@ mod tests {
     #[test]
     fn cannot_be_printed_or_copied() {
         struct Probe<T>(PhantomData<T>);
-        // An inherent constant goes before one of a trait, so each probe is true only if `T` has
-        // the trait.
+        // An inherent constant hides a trait's constant of that name, so each probe is true only if `T` has the
+        // trait.
         impl<T: Display> Probe<T> {
             const DISPLAY: bool = true;
         }

@@ -1,6 +1,6 @@
 //! Text fit to be printed: in a log line, on a terminal, in an answer.
 //!
-//! Invariant: whatever text comes in from elsewhere, what goes out of [`harmless`] is printable ASCII of bounded length on one line.
+//! Invariant: whatever the input, the output of [`harmless`] is printable ASCII of bounded length, on one line.
 //!
 //! Deliberately not here: hiding what is secret (see `secret.rs`), and text from the control server,
 //! which passes `words.go` before it leaves the library.
@@ -30,13 +30,13 @@ pub fn harmless_up_to(chars: usize, text: &str) -> String {
     shown
 }
 
-/// Several values of one field, as people write them; none is no field.
+/// Several values as one text, separated by commas; `None` if there are no values.
 pub fn list<T: fmt::Display>(items: &[T]) -> Option<String> {
     let items: Vec<String> = items.iter().map(ToString::to_string).collect();
     (!items.is_empty()).then(|| items.join(", "))
 }
 
-/// Columns under their heads, after an empty line; nothing without rows.
+/// An empty line, a heading and rows in columns; nothing if there are no rows.
 pub fn table(
     f: &mut fmt::Formatter<'_>,
     heads: &[&str],
@@ -51,8 +51,8 @@ pub fn table(
     columns(f, &rows, usize::MAX)
 }
 
-/// Rows of equally many cells, each column as wide as its widest cell, but `at_most` so wide: one long cell
-/// then stands out instead of pushing all others to the right.
+/// Rows with the same number of cells. Each column is as wide as its widest cell, but at most `at_most`, so that
+/// one long cell does not push all others to the right.
 pub fn columns(f: &mut fmt::Formatter<'_>, rows: &[Vec<String>], at_most: usize) -> fmt::Result {
     let count = rows.first().map_or(0, Vec::len);
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);

@@ -1,11 +1,11 @@
-//! Tasks that must live: without one of them the edge would look well and not do its work.
+//! Tasks that must not end: without one of them the edge would look healthy but not do its work.
 //!
 //! Invariants
-//! - A task that panics, or returns although it is to run for as long as it is wanted, is an error in the
-//!   log at once, by name, and `edge::run` then stops the edge.
+//! - If a task panics, or returns although it should run until it is dropped, an error with its name is logged at
+//!   once, and `edge::run` stops the edge.
 //! - A task that is ended by its [`Vital`] is not reported.
 //!
-//! Deliberately not here: tasks of one client or one request, whose panic costs nobody else anything.
+//! Deliberately not here: tasks of one client or one request: their panic affects nobody else.
 
 use std::any::Any;
 use std::fmt;
@@ -23,7 +23,7 @@ use tracing::error;
 #[derive(Clone, Debug)]
 pub struct Vitals(mpsc::UnboundedSender<UnexpectedEnd>);
 
-/// Hears of vital tasks that have ended unexpectedly.
+/// Receives the vital tasks that have ended unexpectedly.
 #[derive(Debug)]
 pub struct UnexpectedEnds(mpsc::UnboundedReceiver<UnexpectedEnd>);
 
@@ -56,7 +56,7 @@ impl fmt::Display for How {
 }
 
 impl Vitals {
-    /// For one edge, and who hears of its tasks.
+    /// For one edge: starts its tasks, and receives their unexpected ends.
     pub fn new() -> (Vitals, UnexpectedEnds) {
         let (sender, receiver) = mpsc::unbounded_channel();
         (Vitals(sender), UnexpectedEnds(receiver))
@@ -121,14 +121,14 @@ impl UnexpectedEnds {
         }
     }
 
-    /// One that was not heard of yet.
+    /// One that was not returned yet, without waiting.
     pub fn take(&mut self) -> Option<UnexpectedEnd> {
         self.0.try_recv().ok()
     }
 }
 
 impl Vital {
-    /// Ends the task, and waits until it has given back what it had.
+    /// Ends the task, and waits until its resources are freed.
     pub async fn stop(self) {
         self.0.abort();
         let _ = self.0.await;

@@ -1,10 +1,9 @@
-//! What the node may enrol with, and where that comes from.
+//! The credential that the node may enrol with, and where it comes from.
 //!
-//! Invariants: secrets stay in `Secret`s; errors name the source of a credential (a variable, a
-//! file), never a part of it. [`Sources`] only remembers where to look: a file is read at the moment
-//! its content is needed, so that a node that is enrolled starts without it, and one that has to
-//! enrol again finds what was put there since. Only regular files are read, since a pipe or a
-//! terminal in their place could make the edge wait for ever.
+//! Invariants: secrets stay in `Secret`s; errors name the source of a credential (a variable, a file), never a
+//! part of it. [`Sources`] only remembers where to look: a file is read only when its content is needed. So an
+//! enrolled node starts without the file, and a node that has to enrol again reads the file's current content.
+//! Only regular files are read, since a pipe or a terminal could make the edge wait for ever.
 //!
 //! Deliberately not here: deciding whether a credential is needed (see `membership.rs`), and
 //! making an auth key from the other kinds (libtailscale's `credential.go`).
@@ -22,18 +21,18 @@ use zeroize::Zeroizing;
 use crate::config::Env;
 use crate::support::secret::{Secret, looks_like_key};
 
-/// The most that is read of a file; keys have about 60 bytes, identity tokens some thousand.
+/// How much of a file is read at most; a key has about 60 bytes, an identity token a few thousand.
 const MAX_BYTES: u64 = 16 * 1024;
 
-/// The variables that hold a credential or the path of one, in the order in which they count.
+/// The variables that hold a credential or the path of one; the first that is set is used.
 pub(crate) const VARIABLES: [&str; 6] =
     ["TS_AUTHKEY", "TS_AUTH_KEY", "TS_AUTHKEY_FILE", "TS_CLIENT_SECRET", "TS_CLIENT_ID", "TS_ID_TOKEN"];
 
-/// Where systemd puts what `LoadCredential=` names (systemd.exec(5)), and the name expected there.
+/// The directory where systemd puts credentials of `LoadCredential=` (systemd.exec(5)), and the expected name.
 const SYSTEMD_DIRECTORY: &str = "CREDENTIALS_DIRECTORY";
 const SYSTEMD_NAME: &str = "ts_authkey";
 
-/// What to enrol with.
+/// A credential to enrol with.
 #[derive(Debug)]
 pub struct Credential {
     /// Its kind, and the secret itself.
@@ -45,7 +44,7 @@ pub struct Credential {
 /// The kinds of credential.
 #[derive(Debug)]
 pub enum CredentialKind {
-    /// A key of Tailscale's or Headscale's that lets a node in.
+    /// A key of Tailscale or Headscale that lets a node in.
     AuthKey(Secret),
     /// An OAuth client that may make such keys.
     OAuthClient {
@@ -56,7 +55,7 @@ pub enum CredentialKind {
     },
     /// A workload identity that may make such keys.
     FederatedIdentity {
-        /// The id that the tailnet knows it by.
+        /// Its id on the tailnet.
         client_id: String,
         /// The token of its identity provider.
         token: Secret,
@@ -64,9 +63,8 @@ pub enum CredentialKind {
 }
 
 impl Credential {
-    /// A number that another credential hardly has, so that a caller can see whether what is at hand
-    /// has changed. Where it comes from does not count. Not for storage, as it may differ between
-    /// builds, and not to be logged or shown: who guesses a credential could prove it with this.
+    /// A hash, so that a caller can see whether the credential has changed; its source does not count. Do not
+    /// store it, as it may differ between builds. Do not log or show it: it would confirm a guessed credential.
     pub(crate) fn fingerprint(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         discriminant(&self.kind).hash(&mut hasher);
@@ -92,7 +90,7 @@ impl fmt::Display for Credential {
     }
 }
 
-/// Why a source that was named gave no credential.
+/// Why a configured source gave no credential.
 #[derive(Debug, thiserror::Error)]
 pub enum CredentialError {
     /// The file cannot be read.
@@ -108,19 +106,18 @@ pub enum CredentialError {
         /// The system's answer.
         error: std::io::Error,
     },
-    /// As [`CredentialError::Read`], but what was given as a path looks like a key, so it is not
-    /// here.
+    /// As [`CredentialError::Read`], but the given path looks like a key, so it is not shown.
     #[error(
         "cannot read the credential from [not shown] (named by {origin}): {error}; \
-         it looks like a key itself, where the path of a file that holds one is expected"
+         this looks like a key, but the path of a file that holds the key is expected"
     )]
     KeyAsPath {
-        /// What should have named a file.
+        /// The variable or setting that should name a file.
         origin: &'static str,
         /// The system's answer.
         error: std::io::Error,
     },
-    /// What was named is a directory, a pipe, a device.
+    /// The path leads to a directory, a pipe or a device.
     #[error(
         "the credential from {path} (named by {origin}) is not a regular file; \
          name a file that holds the key"
@@ -131,7 +128,7 @@ pub enum CredentialError {
         /// Its path.
         path: PathBuf,
     },
-    /// There is a file, and nothing in it.
+    /// The file is empty.
     #[error("the file {path} (named by {origin}) is empty; put the key into it")]
     Empty {
         /// What named the file.
@@ -139,15 +136,15 @@ pub enum CredentialError {
         /// The file.
         path: PathBuf,
     },
-    /// The content is nothing to enrol with.
+    /// The content is no credential.
     #[error("the credential from {origin} {problem}")]
     Malformed {
         /// The variable or setting that gave the content or named its file.
         origin: &'static str,
-        /// What it is instead, and what is expected.
+        /// What is wrong with it, and what is expected.
         problem: &'static str,
     },
-    /// Variables that do not go together.
+    /// Variables that do not fit together.
     #[error("{0}")]
     Incomplete(&'static str),
 }
@@ -171,7 +168,7 @@ impl Sources {
         Sources { variables, key_file, systemd }
     }
 
-    /// The credential, from the first of these that is there:
+    /// The credential, from the first of these sources that is set:
     ///
     /// 1. an auth key in `TS_AUTHKEY` (or `TS_AUTH_KEY`): the key, or `file:` and the path of a file
     /// 2. in the file that `TS_AUTHKEY_FILE` names
@@ -180,8 +177,8 @@ impl Sources {
     /// 5. an OAuth client in `TS_CLIENT_SECRET`, which may say `file:` too, and `TS_CLIENT_ID`
     /// 6. a workload identity in `TS_CLIENT_ID` and `TS_ID_TOKEN`, both may say `file:`
     ///
-    /// An OAuth client's secret in the place of an auth key counts as one. A source that is there
-    /// and no good is an error even if a later one is: the operator meant the first.
+    /// An OAuth client's secret in place of an auth key counts as an OAuth client. If the first source is not
+    /// usable, that is an error even if a later source is good: the operator meant the first.
     pub fn read(&self) -> Result<Option<Credential>, CredentialError> {
         for origin in ["TS_AUTHKEY", "TS_AUTH_KEY"] {
             if let Some(secret) = self.value_or_file(origin)? {
@@ -190,7 +187,7 @@ impl Sources {
         }
         let named = self.variable("TS_AUTHKEY_FILE").map(|path| ("TS_AUTHKEY_FILE", PathBuf::from(path)));
         let configured = self.key_file.clone().map(|path| ("tailnet.auth_key_file", path));
-        // One that may not be looked at is there too, and reading it tells why.
+        // If access is denied, the file counts as there, and reading it gives the reason.
         let systemd = self.systemd.clone().filter(|path| path.try_exists().unwrap_or(true));
         let systemd = systemd.map(|path| ("the systemd credential ts_authkey", path));
         if let Some((origin, path)) = named.or(configured).or(systemd) {
@@ -207,7 +204,7 @@ impl Sources {
         let secret = checked(secret, origin, &KEY_PROBLEMS)?;
         refuse_other_purpose(&secret, origin)?;
         if ["tskey-auth-", "hskey-auth-"].iter().any(|prefix| secret.expose().starts_with(prefix)) {
-            let problem = "is an auth key and no OAuth client's secret; set it as TS_AUTHKEY";
+            let problem = "is an auth key, not an OAuth client's secret; set it as TS_AUTHKEY";
             return Err(CredentialError::Malformed { origin, problem });
         }
         let id = self.client_id()?;
@@ -221,7 +218,7 @@ impl Sources {
             (Some(id), Some(token)) => (id, checked(token, "TS_ID_TOKEN", &TOKEN_PROBLEMS)?),
             (Some(_), None) => {
                 return Err(CredentialError::Incomplete(
-                    "TS_CLIENT_ID is set without what goes with it: TS_CLIENT_SECRET for an OAuth client, TS_ID_TOKEN for a workload identity (no token is fetched for TS_AUDIENCE)",
+                    "TS_CLIENT_ID is set alone; set TS_CLIENT_SECRET too for an OAuth client, or TS_ID_TOKEN for a workload identity (no token is fetched for TS_AUDIENCE)",
                 ));
             }
             (None, Some(_)) => {
@@ -246,7 +243,7 @@ impl Sources {
         Some(trim(value.expose()))
     }
 
-    /// A variable's value, or what is in the file that it names with `file:`.
+    /// A variable's value, or the content of the file that it names with `file:`.
     fn value_or_file(&self, origin: &'static str) -> Result<Option<Secret>, CredentialError> {
         let Some(value) = self.variable(origin) else { return Ok(None) };
         let Some((_, path)) =
@@ -255,14 +252,14 @@ impl Sources {
             return Ok(Some(Secret::new(value.to_owned())));
         };
         if trim(path).is_empty() {
-            let problem = "names no file after file:; write the path of the file that holds it there";
+            let problem = "has no path after file:; write the path of the file there";
             return Err(CredentialError::Malformed { origin, problem });
         }
         from_file(Path::new(trim(path)), origin).map(Some)
     }
 }
 
-/// Without white space around it, and without what editors and web pages leave there unseen: a byte
+/// Removes white space around the text, and invisible characters that editors and web pages leave there: a byte
 /// order mark, a zero-width space.
 fn trim(text: &str) -> &str {
     text.trim_matches(|c: char| c.is_whitespace() || matches!(c, '\u{feff}' | '\u{200b}'))
@@ -270,18 +267,18 @@ fn trim(text: &str) -> &str {
 
 fn from_file(path: &Path, origin: &'static str) -> Result<Secret, CredentialError> {
     let file = open(path, origin)?;
-    // Room for all from the start: a buffer that grows leaves copies behind that nobody clears.
+    // Full size from the start: a buffer that grows leaves copies behind that are not cleared.
     let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_BYTES as usize + 1));
     file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|error| unreadable(path, origin, error))?;
     if bytes.len() as u64 > MAX_BYTES {
         return Err(CredentialError::Malformed {
             origin,
-            problem: "has more than 16 KiB; a key has one line",
+            problem: "is larger than 16 KiB; a key is one line",
         });
     }
     let text = str::from_utf8(&bytes).map_err(|_| CredentialError::Malformed {
         origin,
-        problem: "is not text; a key has one line of it",
+        problem: "is not text; a key is one line of text",
     })?;
     if trim(text).is_empty() {
         return Err(CredentialError::Empty { origin, path: path.to_owned() });
@@ -289,11 +286,11 @@ fn from_file(path: &Path, origin: &'static str) -> Result<Secret, CredentialErro
     Ok(Secret::new(trim(text).to_owned()))
 }
 
-/// Opens a regular file, and never waits: opening a pipe for reading would, until somebody writes.
+/// Opens a regular file, and never waits: opening a pipe for reading would wait for a writer.
 fn open(path: &Path, origin: &'static str) -> Result<File, CredentialError> {
     let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path);
     let file = opened.map_err(|error| unreadable(path, origin, error))?;
-    // Of what has been opened: what the path leads to may have changed since.
+    // Checked on the open file: the path may lead to another file by now.
     match file.metadata().map_err(|error| unreadable(path, origin, error))?.is_file() {
         true => Ok(file),
         false if looks_like_key(&path.to_string_lossy()) => {
@@ -310,8 +307,8 @@ fn unreadable(path: &Path, origin: &'static str, error: std::io::Error) -> Crede
     CredentialError::Read { origin, path: path.to_owned(), error }
 }
 
-/// What was given as an auth key, by its prefix (tailscale.com/kb/1101 and 1215). Headscale's older
-/// keys have none.
+/// The kind of what was given as an auth key, by its prefix (tailscale.com/kb/1101 and 1215). Headscale's older
+/// keys have no prefix.
 fn key(secret: Secret, origin: &'static str) -> Result<Credential, CredentialError> {
     let secret = checked(secret, origin, &KEY_PROBLEMS)?;
     refuse_other_purpose(&secret, origin)?;
@@ -324,7 +321,7 @@ fn key(secret: Secret, origin: &'static str) -> Result<Credential, CredentialErr
     Ok(Credential { kind, origin })
 }
 
-/// Refuses the keys that neither let a node in nor make others that do.
+/// Refuses keys that neither let a node in nor can make keys that do.
 fn refuse_other_purpose(secret: &Secret, origin: &'static str) -> Result<(), CredentialError> {
     let others = ["tskey-api-", "tskey-webhook-", "tskey-scim-", "hskey-api-"];
     if !others.iter().any(|prefix| secret.expose().starts_with(prefix)) {
@@ -334,44 +331,44 @@ fn refuse_other_purpose(secret: &Secret, origin: &'static str) -> Result<(), Cre
     Err(CredentialError::Malformed { origin, problem })
 }
 
-/// A mistake: how to know it, and what to say, as [`CredentialError::Malformed`] does. The control
-/// server would only say that the key is invalid.
+/// A mistake: the test for it, and the text for [`CredentialError::Malformed`]. The control server would only say
+/// that the key is invalid.
 type Problem = (fn(&str) -> bool, &'static str);
 
-/// A header pasted along.
+/// A header was pasted too.
 const SPACED_WORD: Problem =
-    (SPACED.0, "has white space or control characters in it; expected it alone, on one line");
+    (SPACED.0, "contains white space or control characters; write the value alone, on one line");
 
-/// A header pasted along, or two keys.
+/// A header was pasted too, or there are two keys.
 const SPACED: Problem = (
     |text| text.contains(|c: char| c.is_whitespace() || c.is_control()),
-    "has white space or control characters in it; expected one line such as tskey-auth-... and nothing else",
+    "contains white space or control characters; write the key alone, on one line, such as tskey-auth-...",
 );
 
-/// `docker run --env-file` leaves quotes where they are; a shell takes them away.
+/// `docker run --env-file` keeps quotes; a shell removes them.
 const QUOTED: Problem =
     (|text| text.starts_with(['\'', '"']) || text.ends_with(['\'', '"']), "is in quotes; remove the quotes");
 
-/// What is no single word, as every credential is.
+/// A credential is a single word; these are not.
 const WORD_PROBLEMS: [Problem; 2] = [SPACED_WORD, QUOTED];
 
-/// What is no identity token.
+/// Mistakes in an identity token.
 const TOKEN_PROBLEMS: [Problem; 3] = [
     SPACED_WORD,
     QUOTED,
     (|text| text.starts_with(['/', '.', '~']), "looks like a path; write file: in front of it"),
 ];
 
-/// What is no key; the first that applies is told, so the most telling ones come first.
+/// Mistakes in a key. Only the first that applies is reported, so the most precise come first.
 const KEY_PROBLEMS: [Problem; 6] = [
     SPACED,
-    // Such as ?ephemeral=false&preauthorized=true, which tailscale takes there.
+    // For example ?ephemeral=false&preauthorized=true, which tailscale accepts there.
     (
         |text| text.contains('?'),
-        "has a ? in it; set tailnet.ephemeral and tailnet.preauthorized in the configuration instead, and remove it and what follows",
+        "contains a ?; remove the ? and everything after it, and set tailnet.ephemeral and tailnet.preauthorized in the configuration instead",
     ),
     QUOTED,
-    (|text| text.contains('='), "has an = in it; only what follows it is the key"),
+    (|text| text.contains('='), "contains an =; only what follows the = is the key"),
     (
         |text| unsigned(text).contains('/'),
         "looks like a path; write file: in front of it, or set TS_AUTHKEY_FILE; a file has to hold the key itself",
@@ -382,12 +379,12 @@ const KEY_PROBLEMS: [Problem; 6] = [
             let of_signature = |c: char| of_key(c) || matches!(c, '+' | '/');
             !unsigned(text).chars().all(of_key) || !text.chars().all(of_signature)
         },
-        "has a character in it that no key has; copy the key again",
+        "contains a character that no key contains; copy the key again",
     ),
 ];
 
-/// A key without what `tailscale lock sign` appends to it for a tailnet with Tailnet Lock: `--TL`, a
-/// signature, `-` and a private key, both in base64, which has `+` and `/` too.
+/// A key without the part that `tailscale lock sign` appends for a tailnet with Tailnet Lock: `--TL`, a signature,
+/// `-` and a private key, both in base64, which may contain `+` and `/`.
 fn unsigned(text: &str) -> &str {
     text.split_once("--TL").map_or(text, |(key, _)| key)
 }

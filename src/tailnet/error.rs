@@ -10,26 +10,26 @@ use crate::tailnet::credential::CredentialError;
 /// Why the node could not start or join; the text of each ends with what to do.
 #[derive(Debug, Error)]
 pub enum JoinError {
-    /// Not enrolled, and nothing to enrol with.
+    /// Not enrolled, and no credential.
     #[error(
-        "this node is not enrolled on the tailnet and there is no auth key; set TS_AUTHKEY, TS_AUTHKEY_FILE or tailnet.auth_key_file to a key that may use {tags}, or TS_CLIENT_SECRET to an OAuth client that may, or run this once on a terminal to log in with a browser"
+        "this node is not enrolled on the tailnet and there is no auth key; set TS_AUTHKEY, TS_AUTHKEY_FILE or tailnet.auth_key_file to a key that may use {tags}, or TS_CLIENT_SECRET to the secret of an OAuth client that may use them too, or run this once on a terminal to log in with a browser"
     )]
     NotEnrolled {
         /// The configured tags.
         tags: String,
     },
-    /// As [`JoinError::NotEnrolled`], of a node that has been.
+    /// As [`JoinError::NotEnrolled`], for a node that was enrolled before.
     #[error(
-        "this node's place on the tailnet is gone (it was removed or logged out, or its key has expired) and there is no auth key to enrol it again; set TS_AUTHKEY, TS_AUTHKEY_FILE or tailnet.auth_key_file to a key that may use {tags}, or TS_CLIENT_SECRET to an OAuth client that may"
+        "this node's place on the tailnet is gone (it was removed or logged out, or its key has expired) and there is no auth key to enrol it again; set TS_AUTHKEY, TS_AUTHKEY_FILE or tailnet.auth_key_file to a key that may use {tags}, or TS_CLIENT_SECRET to the secret of an OAuth client that may use them too"
     )]
     EnrolmentEnded {
         /// The configured tags.
         tags: String,
     },
-    /// There should be something to enrol with, and it is no good.
+    /// There is a credential, but it is not usable.
     #[error("this node has to enrol on the tailnet: {0}")]
     Credential(#[from] CredentialError),
-    /// The control server or its API said no; the reason is in its own words.
+    /// The control server or its API refused; the reason is in its own words.
     #[error("the control server {control} refused this node: {reason}; {remedy}")]
     Refused {
         /// The control server.
@@ -42,7 +42,7 @@ pub enum JoinError {
     /// The credential cannot become an auth key.
     #[error("this node has to enrol on the tailnet, and its credential cannot be used: {reason}; {remedy}")]
     Unusable {
-        /// What the library or the API said of it.
+        /// The error of the library or the API.
         reason: String,
         /// What to do, which depends on the credential.
         remedy: String,
@@ -57,7 +57,7 @@ pub enum JoinError {
         /// What to do, which depends on the credential.
         remedy: String,
     },
-    /// Expired on a Headscale, where no credential brings a tagged node back.
+    /// The key expired on a Headscale, where no credential renews a tagged node's key.
     #[error(
         "the control server {control} keeps this node's key expired, so no auth key was used; run `headscale nodes expire --identifier N --disable` there, or delete the node there and start again"
     )]
@@ -65,7 +65,7 @@ pub enum JoinError {
         /// The control server.
         control: String,
     },
-    /// Waiting for a person.
+    /// An admin has to approve the node.
     #[error(
         "this node waits for approval by an admin of the tailnet; approve it in the admin console, or use a pre-approved auth key (tailnet.preauthorized = true for an OAuth client)"
     )]
@@ -75,7 +75,7 @@ pub enum JoinError {
         "this tailnet has network flow logs and admits only nodes that upload Tailscale's logs; set tailnet.log_upload = true, or turn network flow logs off in the admin console"
     )]
     NeedsLogUpload,
-    /// Never enrolled, and this machine's clock makes TLS impossible.
+    /// Never enrolled, and TLS fails because this machine's clock is wrong.
     #[error("cannot reach the control server {control}: {reason}")]
     ClockWrong {
         /// The control server.
@@ -109,10 +109,10 @@ pub enum JoinError {
         /// What the node is waiting for.
         reason: String,
     },
-    /// On the tailnet, but not as what the configuration promises.
-    #[error("this node holds {held} instead of {missing}; {remedy}")]
+    /// On the tailnet, but without all configured tags.
+    #[error("this node has {held} and lacks {missing}; {remedy}")]
     WrongTags {
-        /// What the node has, in words.
+        /// The node's tags, in words.
         held: String,
         /// The configured tags it lacks.
         missing: String,
@@ -121,10 +121,10 @@ pub enum JoinError {
     },
     /// The identity on disk is damaged.
     #[error(
-        "cannot use this node's identity: {0}; restore the file, name another tailnet.state_dir, or remove the file to enrol as a new node with another tailnet address"
+        "cannot use this node's identity: {0}; restore the file, set another tailnet.state_dir, or remove the file to enrol as a new node with another tailnet address"
     )]
     BadStateFile(String),
-    /// The identity on disk is of another control server.
+    /// The identity on disk belongs to another control server.
     #[error(
         "cannot use this node's identity here: {0}; to join the new server as a new node, with another tailnet address, set another tailnet.state_dir"
     )]
@@ -140,7 +140,7 @@ pub enum ConnectError {
     /// This node has no place on the tailnet at the moment.
     #[error("this edge is not on the tailnet at the moment; /readyz and the log say why")]
     NotRunning,
-    /// Nothing of that name or address in the tailnet's map.
+    /// The tailnet's map has no peer of that name or address.
     #[error(
         "the tailnet shows this edge no peer of that name; check the upstream's name and that the tailnet's policy lets this edge reach it"
     )]
@@ -159,21 +159,21 @@ pub enum ConnectError {
     /// A RST right after the connection was made.
     #[error("the peer reset the connection at once; check the mail server's log")]
     Reset,
-    /// Too many connections to that peer and port, or in its TIME_WAIT.
+    /// Too many connections to that peer and port, those in TIME_WAIT included.
     #[error("every local port towards that peer and port is taken; spread the load or lower max_connections")]
     NoPorts,
     /// The two nodes share no address family, or the stack has no route.
     #[error(
-        "there is no way to the peer's address; check that both nodes have a tailnet address of one family"
+        "there is no route to the peer's address; check that both nodes have an IPv4 tailnet address, or both an IPv6 one"
     )]
     Unreachable,
     /// The peer says that the tailnet's policy denies the port.
     #[error("the tailnet's policy does not let this edge reach that port; allow it in the policy's grants")]
     Denied,
     /// The peer says that it takes no connections at all.
-    #[error("the peer takes no connections (shields up); run `tailscale set --shields-up=false` on it")]
+    #[error("the peer accepts no connections (shields up); run `tailscale set --shields-up=false` on it")]
     ShieldsUp,
-    /// A bug of ours or of the network stack.
+    /// A bug in the edge or in the network stack.
     #[error("the tailnet library failed ({0:?}); please report this")]
     Internal(Code),
 }

@@ -1,9 +1,9 @@
-//! Getting the node onto the tailnet: with what it has on disk, or with a credential.
+//! Gets the node onto the tailnet, with its identity on disk or with a credential.
 //!
-//! Invariants: a node serves only once every configured tag was found; a credential that was offered is taken
-//! back; every error says what to do.
+//! Invariants: a node serves only after it was found to have every configured tag; a credential that was offered
+//! is taken back; every error says what to do.
 //!
-//! Deliberately not here: when to try, and again (see `membership.rs`).
+//! Deliberately not here: when to try, and when to try again (see `membership.rs`).
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -15,12 +15,12 @@ use super::{Code, JoinError, Node};
 use crate::ffi::libtailscale::Setting;
 
 impl Node {
-    /// Joins the tailnet within `limit`, with what the node has on disk, and checks that every
-    /// configured tag is held. After [`JoinError::TimedOut`] the node goes on trying and this may be
-    /// called again; after [`JoinError::NotEnrolled`] and [`JoinError::EnrolmentEnded`],
-    /// [`Node::enrol`] may help; other errors need a person.
+    /// Joins the tailnet within `limit`, with the identity on disk, and checks that the node has every configured
+    /// tag. After [`JoinError::TimedOut`] the node goes on trying and this may be called again; after
+    /// [`JoinError::NotEnrolled`] and [`JoinError::EnrolmentEnded`], [`Node::enrol`] may help; other errors need a
+    /// person.
     ///
-    /// Cancelling the future leaves the attempt going on until `limit`.
+    /// If the future is cancelled, the attempt still goes on until `limit`.
     pub async fn up(&self, limit: Duration) -> Result<(), JoinError> {
         let handle = Arc::clone(&self.handle);
         let joined =
@@ -32,12 +32,11 @@ impl Node {
         }
     }
 
-    /// As [`Node::up`], and enrols with the credential if the control server asks for one. A
-    /// credential that was refused is forgotten; one that was good stays with Tailscale's control
-    /// client until the next login.
+    /// As [`Node::up`], and enrols with the credential if the control server asks for one. A refused credential is
+    /// forgotten; an accepted one stays in Tailscale's control client until the next login.
     pub async fn enrol(&self, credential: &Credential, limit: Duration) -> Result<(), JoinError> {
         let offered = self.offer(Some(&credential.kind));
-        // Also for a later attempt to join, which may find the node enrolled by this one.
+        // Kept for a later attempt to join too: it may find the node enrolled by this attempt.
         *self.offered.lock().unwrap_or_else(PoisonError::into_inner) = Some(credential.to_string());
         let outcome = match offered {
             Ok(()) => self.up(limit).await,
@@ -64,11 +63,11 @@ impl Node {
         match credential.kind {
             CredentialKind::AuthKey(_) => {
                 format!(
-                    "if that is about the key, create a new one that carries {tags}, in place of {credential}"
+                    "if the key is the problem, create a new one that carries {tags}, to replace {credential}"
                 )
             }
             CredentialKind::OAuthClient { .. } => format!(
-                "check {credential}: it needs the scope Auth Keys: Write and all of {tags}, and its secret as it was shown once"
+                "check {credential}: it needs the scope Auth Keys: Write and all of {tags}, and the secret has to be complete"
             ),
             CredentialKind::FederatedIdentity { .. } => format!(
                 "check {credential}: its id, its issuer, subject and audience, the scope Auth Keys: Write, and all of {tags}"
@@ -76,7 +75,7 @@ impl Node {
         }
     }
 
-    /// What to do where the tags were refused. Without a credential a person has logged in.
+    /// What to do where the tags were refused. No credential means that a person has logged in.
     fn tags_remedy(&self, credential: Option<&Credential>) -> String {
         let tags = self.tags.join(", ");
         let owned = |owner: &str| format!("name {owner} as an owner of {tags} in the policy's tagOwners");
@@ -86,7 +85,7 @@ impl Node {
                 format!("{}, and use a key that carries {tags}", owned("whoever creates the key"))
             }
             Some(credential) => {
-                format!("{}, and give {credential} {tags}", owned(&format!("the tags of {credential}")))
+                format!("{}, and add {tags} to {credential}", owned(&format!("the tags of {credential}")))
             }
         }
     }
@@ -103,7 +102,7 @@ impl Node {
         outcome.and(ended)
     }
 
-    /// Sets all that makes a credential, so that nothing is left of an earlier one.
+    /// Sets every part of the credential, so that nothing of an earlier one is left.
     fn offer(&self, kind: Option<&CredentialKind>) -> Result<(), JoinError> {
         let [key, id, secret, token] = match kind {
             None => ["", "", "", ""],
@@ -127,7 +126,7 @@ impl Node {
         Ok(())
     }
 
-    /// What a node without a credential is told, be it new or not any more on the tailnet.
+    /// The error for a node without a credential: it is new, or no longer on the tailnet.
     pub fn not_enrolled(&self) -> JoinError {
         let tags = self.tags.join(", ");
         match self.status().borrow().enrolled {
@@ -160,16 +159,15 @@ impl Node {
     fn missing_tags_remedy(&self) -> String {
         match &*self.offered.lock().unwrap_or_else(PoisonError::into_inner) {
             Some(credential) => format!(
-                "a node gets the tags of its key, so {credential} does not carry them all: create one that does, remove the files in {} (they are of a node without these tags) and the node from the tailnet, and start again; or give the node the tag (Headscale: headscale nodes tag; Tailscale: edit ACL tags in the admin console)",
+                "{credential} does not carry all these tags, and a node gets the tags of its key: create one that carries them, remove the node from the tailnet and the files in {} (its identity), and start again; or give the node the tag (Headscale: headscale nodes tag; Tailscale: edit ACL tags in the admin console)",
                 self.state_dir.display()
             ),
             None => "a node keeps the tags it was enrolled with: give it the tag (Tailscale: edit ACL tags in the admin console; Headscale: headscale nodes tag)".to_owned(),
         }
     }
 
-    /// The tag is a promise: access rules and the node's key expiry depend on
-    /// it. The state is asked for anew, since the last line of it may be older
-    /// than the join.
+    /// Access rules and the node's key expiry depend on the tags. The state is read again here, since the last
+    /// state line may be older than the join.
     fn check_tags(&self) -> Result<(), JoinError> {
         let status = self.look()?;
         if !status.is_running() {

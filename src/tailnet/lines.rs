@@ -1,4 +1,4 @@
-//! What the library says by itself, line by line: its log and the node's state.
+//! Reads the lines that the library writes by itself: its log and the node's state.
 
 use std::io;
 
@@ -11,7 +11,7 @@ use crate::ffi::libtailscale::{LineSink, NodeHandle};
 use crate::support::text::harmless;
 use crate::support::vital::{Vital, Vitals};
 
-/// Reads the node's log and state lines for as long as it lives.
+/// Reads the node's log and state lines as long as the node lives.
 pub(super) fn follow(
     handle: &NodeHandle,
     status: watch::Sender<NodeStatus>,
@@ -25,8 +25,8 @@ pub(super) fn follow(
     Ok([vitals.spawn("read the node's log", log), vitals.spawn("read the node's state", events)])
 }
 
-/// Reads lines, and then waits: the pipe ends with the node. What is not UTF-8, such as a line that was
-/// cut in the middle of a character, is a line too. Returns only if the pipe fails.
+/// Reads lines; at the end of the pipe, which comes with the end of the node, waits for ever. A line need not be
+/// UTF-8: it may be cut in the middle of a character. Returns only if the pipe fails.
 async fn read_lines(pipe: pipe::Receiver, mut take: impl FnMut(&str)) {
     let mut lines = BufReader::new(pipe).split(b'\n');
     loop {
@@ -38,8 +38,7 @@ async fn read_lines(pipe: pipe::Receiver, mut take: impl FnMut(&str)) {
     }
 }
 
-/// Makes a line of the library the node's state. One that cannot be read is no more than an error in the
-/// log.
+/// Makes a line of the library the node's state. A line that cannot be read is only logged as an error.
 pub(super) fn take_in(line: &str, status: &watch::Sender<NodeStatus>) {
     match serde_json::from_str(line) {
         Ok(current) => drop(status.send_replace(current)),

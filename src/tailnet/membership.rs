@@ -1,12 +1,11 @@
-//! The node's place on the tailnet: how it gets one, and keeps it for years.
+//! Keeps the node on the tailnet: joins, and joins again when the node has lost its place.
 //!
-//! Invariants: a credential is looked for only when the control server has asked for one, so that an
-//! enrolled node starts without; joining has a deadline, except where a person at a terminal is
-//! asked to log in; after that nothing here ends the process, since what an admin has taken away an
-//! admin can give back.
+//! Invariants: a credential is looked for only when the control server asks for one, so that an enrolled node
+//! starts without it. The first join has a deadline, except where a person at a terminal is asked to log in. After
+//! it, nothing here ends the process: if an admin has removed the node, an admin can let it in again.
 //!
-//! Deliberately not here: what is said about it (see `journal.rs`), and readiness, which follows the
-//! node's state by itself.
+//! Deliberately not here: what is logged about it (see `journal.rs`), and readiness, which follows from the node's
+//! state alone.
 
 mod journal;
 mod pace;
@@ -27,38 +26,38 @@ use crate::tailnet::{JoinError, Node, NodeStatus, Trouble};
 use journal::{Journal, Moment};
 use pace::{LOOK, Pace};
 
-/// How long a credential may take to be read. Only a network file system takes any time.
+/// How long reading a credential may take. Only a network file system is slow.
 const READ_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long the node's state may take to settle after an attempt to join.
 const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 
-/// A node and what it may enrol with.
+/// A node, and the sources of its credential.
 #[derive(Debug)]
 pub struct Membership {
     /// The started node, enrolled or not.
     pub node: Arc<Node>,
     sources: Arc<Sources>,
     settings: config::Tailnet,
-    /// One permit, for the one thread that reads the sources.
+    /// One permit: only one thread reads the sources at a time.
     reading: Arc<Semaphore>,
 }
 
 impl Membership {
-    /// Of a node that is started.
+    /// For a node that is started.
     pub fn new(node: Arc<Node>, sources: Sources, settings: config::Tailnet) -> Membership {
         Membership { node, sources: Arc::new(sources), settings, reading: Arc::new(Semaphore::new(1)) }
     }
 
-    /// Joins the tailnet. An enrolled node goes on trying for as long as it takes; one that is not
-    /// gets `join_timeout`.
+    /// Joins the tailnet. An enrolled node tries for as long as it takes; a node that is not enrolled has
+    /// `join_timeout`.
     pub async fn join(&self) -> Result<(), JoinError> {
         let mut told = String::new();
         loop {
             match self.try_to_join().await {
                 Err(JoinError::TimedOut { after, reason }) if without_numbers(&reason) != told => {
                     warn!(
-                        "not on the tailnet after {} s: {reason}; trying on, clients wait",
+                        "not on the tailnet after {} s: {reason}; still trying, and clients wait",
                         after.as_secs()
                     );
                     told = without_numbers(&reason);
@@ -76,7 +75,7 @@ impl Membership {
             Err(JoinError::NotEnrolled { .. } | JoinError::EnrolmentEnded { .. }) => {}
             outcome => return outcome,
         }
-        // Control has answered, so it may have a little more time.
+        // The control server has answered, so the node gets a little more time.
         let left = deadline.saturating_duration_since(Instant::now()).max(limit / 5);
         match self.credential().await? {
             Some(credential) => self.enrol(&credential, left).await,
@@ -85,11 +84,11 @@ impl Membership {
         }
     }
 
-    /// What there is to enrol with now.
+    /// Reads the credential that is there now.
     async fn credential(&self) -> Result<Option<Credential>, JoinError> {
         let (sources, reading) = (Arc::clone(&self.sources), Arc::clone(&self.reading));
         let read = async {
-            // One thread at a time: on a file system that hangs, it hangs too.
+            // One thread at a time, since it hangs if the file system does.
             let permit = reading.acquire_owned().await;
             let read = tokio::task::spawn_blocking(move || (sources.read(), permit).0);
             read.await.map_err(|panic| JoinError::Start(panic.to_string()))
@@ -137,7 +136,7 @@ impl Membership {
         }
     }
 
-    /// Says that the node is there, and as what.
+    /// Logs that the node has joined, with its name and addresses.
     pub fn announce(&self) {
         let status = self.node.status().borrow().clone();
         info!(name = status.name, ips = list(&status.ips), tags = list(&status.tags), "ready");
@@ -161,8 +160,8 @@ impl Membership {
         }
     }
 
-    /// Follows the node's life: tells what happens to it, and gets it back on the tailnet when it
-    /// has lost its place. Runs until it is dropped.
+    /// Follows the node's state: logs what happens, and joins again when the node has lost its place. Runs until
+    /// it is dropped.
     pub async fn keep(&self) {
         let mut status = self.node.status();
         let mut journal = Journal::new(&self.settings.tags, &status.borrow_and_update());
@@ -174,7 +173,7 @@ impl Membership {
             if let Some(lost) = lost
                 && self.join_again(&lost, &mut attempts).await
             {
-                // What it passes through on its way is no news.
+                // Intermediate states are not logged.
                 let _ = timeout(SETTLE_LIMIT, status.wait_for(NodeStatus::is_settled)).await;
                 continue;
             }
@@ -186,7 +185,7 @@ impl Membership {
         }
     }
 
-    /// Tries to get the place back if it is time to; false if it is not.
+    /// Tries to join again if an attempt is due; false if none is due.
     async fn join_again(&self, lost: &Trouble, attempts: &mut Attempts) -> bool {
         if *lost == Trouble::NeedsLogUpload {
             return self.look_for_flow_logs(&mut attempts.flow_logs).await;
@@ -213,7 +212,7 @@ impl Membership {
             Err(unreadable) => Err(unreadable),
         };
         match outcome {
-            // It has a place, and the journal tells that the tag is missing.
+            // The node has joined, and the journal logs that a tag is missing.
             Ok(()) | Err(JoinError::WrongTags { .. }) => {
                 attempts.told.clear();
                 attempts.place.succeeded(Instant::now(), fingerprint, *lost == Trouble::Removed);
@@ -226,9 +225,9 @@ impl Membership {
         true
     }
 
-    /// Asks the control server, every minute, whether this node still has no place: one that was
-    /// restored from a backup may know it again, and an admin may have extended a key, which costs no
-    /// credential. In between, what it said.
+    /// Asks the control server every minute whether this node still has no place: a server that was restored from
+    /// a backup may know the node again, or an admin may have extended its key; then no credential is needed.
+    /// Between two questions, returns the last answer.
     async fn is_still_out(&self, attempts: &mut Attempts) -> bool {
         if let Some((asked, answer)) = attempts.asked
             && asked.elapsed() < LOOK
@@ -254,7 +253,7 @@ impl Membership {
         }
     }
 
-    /// Whether the tailnet still has flow logs shows only when it is asked anew.
+    /// Joins again, since only that shows whether the tailnet still has flow logs.
     async fn look_for_flow_logs(&self, pace: &mut Pace) -> bool {
         const NO_MATTER_OF_CREDENTIALS: Option<u64> = Some(0);
         if !pace.may_try(Instant::now(), NO_MATTER_OF_CREDENTIALS) {
@@ -268,14 +267,13 @@ impl Membership {
     }
 }
 
-/// What is remembered of attempts to get a place back.
+/// What is remembered of attempts to join again.
 struct Attempts {
     place: Pace,
     flow_logs: Pace,
-    /// When the control server was last asked whether the node still has no place, and whether it said
-    /// so.
+    /// When the control server was last asked whether the node still has no place, and its answer.
     asked: Option<(Instant, bool)>,
-    /// What the last one was told to have failed for.
+    /// The last failure that was logged.
     told: String,
 }
 
@@ -286,22 +284,22 @@ impl Attempts {
 
     fn tell(&mut self, reason: &JoinError) {
         if matches!(reason, JoinError::EnrolmentEnded { .. } | JoinError::NotEnrolled { .. }) {
-            return; // the journal has told the trouble, and what could be done
+            return; // the journal has logged the trouble and its remedy
         }
         let reason = reason.to_string();
         if without_numbers(&reason) != self.told {
-            error!("cannot join the tailnet again: {reason}; it is tried again at least every hour");
+            error!("cannot join the tailnet again: {reason}; the edge tries again at least every hour");
             self.told = without_numbers(&reason);
         }
     }
 }
 
-/// For telling whether a reason is another one: ports and times in it are not.
+/// A reason without numbers, to compare two: ports and times in it do not count.
 fn without_numbers(reason: &str) -> String {
     reason.chars().filter(|c| !c.is_ascii_digit()).collect()
 }
 
-/// Whether a name is what a control server makes of one that is taken: with -1, -2, …
+/// Whether a name is the wanted one with -1, -2, … appended, as a control server does when a name is taken.
 fn is_numbered(name: &str, wanted: &str) -> bool {
     let name = name.to_ascii_lowercase();
     let number = name.strip_prefix(&wanted.to_ascii_lowercase()).and_then(|rest| rest.strip_prefix('-'));

@@ -1,4 +1,4 @@
-//! The node: started, asked, connected through, closed.
+//! The node: start it, ask for its state, connect to peers, close it.
 //!
 //! Deliberately not here: how it gets onto the tailnet (see `join.rs`).
 
@@ -28,11 +28,11 @@ pub struct Node {
     pub(super) control: String,
     pub(super) state_dir: PathBuf,
     pub(super) tags: Vec<String>,
-    /// Whether the tags were once found right; before that nothing is dialled.
+    /// Whether the node was once found to have all tags; nothing is dialled before that.
     pub(super) tagged: AtomicBool,
-    /// What this node was last offered to enrol with, in words; none while its state was enough.
+    /// The credential that was last offered, in words; `None` while none was needed.
     pub(super) offered: Mutex<Option<String>>,
-    /// Those who read its log and its state.
+    /// The tasks that read its log and its state.
     _readers: [Vital; 2],
 }
 
@@ -46,7 +46,7 @@ impl Node {
         Node::start_with(settings, &Vitals::new().0)
     }
 
-    /// The same for somebody who hears of tasks that have ended.
+    /// As [`Node::start`], for a caller that is notified of tasks that ended.
     pub(crate) fn start_with(settings: &config::Tailnet, vitals: &Vitals) -> Result<Node, JoinError> {
         let handle = Arc::new(NodeHandle::new());
         let (sender, status) = watch::channel(NodeStatus::default());
@@ -59,7 +59,7 @@ impl Node {
                 Err(code) => Err(start_error(&control, code, failure(&handle, code))),
             });
         let _readers = started.inspect_err(|_| {
-            // Not started, so there is nothing that it could fail to do.
+            // It was not started, so closing cannot fail.
             let _ = handle.close();
         })?;
         let (tags, tagged, offered) = (settings.tags.clone(), AtomicBool::new(false), Mutex::new(None));
@@ -67,14 +67,14 @@ impl Node {
         Ok(Node { handle, sender, status, control, state_dir, tags, tagged, offered, _readers })
     }
 
-    /// The state as it is now; as it was last, if that cannot be read.
+    /// The current state; the last known state if the current one cannot be read.
     pub(super) fn look(&self) -> Result<NodeStatus, JoinError> {
         let line = self.handle.status().map_err(|code| JoinError::Start(failure(&self.handle, code)))?;
         take_in(&line, &self.sender);
         Ok(self.status.borrow().clone())
     }
 
-    /// Whether the node has an identity, good or not, before it has said a word to the control server.
+    /// Whether the node has an identity, valid or not, before it has contacted the control server.
     pub(crate) fn is_enrolled(&self) -> Result<bool, JoinError> {
         Ok(self.look()?.enrolled)
     }
@@ -84,10 +84,9 @@ impl Node {
         self.status.clone()
     }
 
-    /// Connects to a peer by MagicDNS name, by its first label, or by tailnet
-    /// address. It has no time limit of its own; dropping the future gives
-    /// the attempt up and frees everything. Until [`Node::up`] has found the tags right there are no
-    /// connections.
+    /// Connects to a peer by MagicDNS name, by its first label, or by tailnet address. It has no time limit of its
+    /// own; dropping the future gives up and frees everything. Fails until [`Node::up`] has found that the node
+    /// has all tags.
     pub async fn connect(&self, host: &str, port: u16) -> Result<TailnetStream, ConnectError> {
         if !self.tagged.load(Ordering::Relaxed) {
             return Err(ConnectError::NotRunning);
@@ -107,36 +106,34 @@ impl Node {
         serde_json::from_str(&report).map_err(|_| ConnectError::Internal(Code::Error))
     }
 
-    /// Takes connections from peers to a port of this node's own addresses, for as long as the
-    /// node is not closed, whatever becomes of its place on the tailnet; who may connect is up to the
-    /// tailnet's policy. At most `backlog` of them wait to be accepted, and more are refused.
+    /// Takes connections from peers to a port of this node's own addresses, until the node is closed, also if it
+    /// loses its place on the tailnet. The tailnet's policy decides who may connect. At most `backlog` connections
+    /// wait to be accepted; more are refused.
     pub(crate) fn listen(&self, port: u16, backlog: u16) -> Result<TailnetListener, Code> {
         self.handle.listen(port, backlog).map(|listener| TailnetListener { listener })
     }
 
-    /// What the library costs now, at the price of microseconds; `None` before the start and after
-    /// the close.
+    /// The resources that the library uses now; takes microseconds. `None` before the start and after the close.
     pub(crate) fn figures(&self) -> Option<Figures> {
         serde_json::from_str(&self.handle.figures().ok()?).ok()
     }
 
-    /// Resets every connection to a peer that is gone and will not end them itself.
+    /// Resets every connection to a peer that is gone and cannot close them itself.
     pub(crate) fn abort_peer(&self, ip: IpAddr) {
-        // It fails only where there are no connections.
+        // It fails only if there are no connections.
         let _ = self.handle.abort_peer(ip);
     }
 
-    /// Leaves the tailnet's network, waiting up to two seconds for bytes on their way to be
-    /// acknowledged. The identity stays on disk; an ephemeral node has none and is taken off the
-    /// tailnet. False if that was not possible.
+    /// Leaves the tailnet's network, waiting up to two seconds for bytes on their way to be acknowledged. The
+    /// identity stays on disk; an ephemeral node has no identity on disk and is removed from the tailnet. False if
+    /// that removal was not possible.
     pub async fn close(&self) -> bool {
         let handle = Arc::clone(&self.handle);
         tokio::task::spawn_blocking(move || handle.close().is_ok()).await.unwrap_or(false)
     }
 }
 
-/// Why a call on the node failed. A panic leaves no text behind but what it
-/// wrote to standard error.
+/// Why a call on the node failed. The text of a panic is only on standard error.
 pub(super) fn failure(handle: &NodeHandle, code: Code) -> String {
     match code {
         Code::Panic => "the tailnet library panicked; please report this with the lines before".to_owned(),

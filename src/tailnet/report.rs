@@ -1,4 +1,4 @@
-//! What the library tells when it is asked: about a peer, and about what it costs itself.
+//! The library's answers: about a peer, and about the resources that the library itself uses.
 
 use std::fmt;
 
@@ -19,14 +19,14 @@ pub struct PingReport {
     pub relay: String,
     /// Whether the control server sees the peer.
     pub online: bool,
-    /// Whether this node reaches anybody: the peer, or else the control server. A peer's silence
-    /// means nothing without.
+    /// Whether this node has a network: it reaches the peer or the control server. Without that, a peer's silence
+    /// means nothing.
     pub network: bool,
-    /// When it last saw an offline peer (RFC 3339), else empty.
+    /// When the control server last saw an offline peer (RFC 3339), else empty.
     pub last_seen: String,
 }
 
-/// The way that packets to a peer take.
+/// The path that packets to a peer take.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Route {
     /// Straight to this UDP address.
@@ -36,7 +36,7 @@ pub enum Route {
 }
 
 impl PingReport {
-    /// The way that the answer took.
+    /// The path that the answer took.
     pub fn route(&self) -> Route {
         if self.direct.is_empty() {
             Route::Relay(self.relay.clone())
@@ -56,20 +56,20 @@ impl fmt::Display for Route {
     }
 }
 
-/// What the library's Go half costs (`tailscale_figures` in `tailscale.h`).
+/// The resources that the library's Go half uses (`tailscale_figures` in `tailscale.h`).
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]
 pub(crate) struct Figures {
     /// Goroutines of the process.
     pub goroutines: u64,
     /// Heap in spans that hold objects.
     pub heap_in_use_bytes: u64,
-    /// Heap in spans that hold none, those given back included.
+    /// Heap in spans without objects, including those that were returned to the system.
     pub heap_idle_bytes: u64,
-    /// Of the idle heap, what was given back to the system.
+    /// The part of the idle heap that was returned to the system.
     pub heap_released_bytes: u64,
     /// Garbage collections since the start of the process.
     pub gc_count: u64,
-    /// For how long they have stopped Go's threads, in all.
+    /// How long the collections have stopped Go's threads, in total.
     pub gc_pause_seconds: f64,
     /// How many threads may run Go code at once.
     pub gomaxprocs: u64,
@@ -77,7 +77,7 @@ pub(crate) struct Figures {
     pub endpoints: u64,
     /// Connection handles that are not closed.
     pub handles: u64,
-    /// What connections may hold beyond their floor at this moment.
+    /// How much all connections together may hold now, beyond their floors.
     pub in_flight_bytes: u64,
     /// The most that all connections together may have in flight.
     pub in_flight_max_bytes: u64,

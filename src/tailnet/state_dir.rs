@@ -1,8 +1,7 @@
-//! The state directory: private, tested for writing, and locked, since who can
-//! read it can be this node, and two instances on one identity throw each other
-//! off the tailnet.
+//! The state directory: private, writable and locked. Whoever can read it can act as this node, and two instances
+//! with one identity push each other off the tailnet.
 //!
-//! What Tailscale keeps in it is not looked at.
+//! Deliberately not here: Tailscale's files in that directory.
 
 use std::fs::{DirBuilder, File, TryLockError};
 use std::io;
@@ -14,7 +13,7 @@ use thiserror::Error;
 /// Why the state directory cannot be used.
 #[derive(Debug, Error)]
 pub enum StateDirError {
-    /// It does not exist, and cannot be made.
+    /// It does not exist, and cannot be created.
     #[error("cannot create the state directory {}: {error}; create it for the user that runs the edge, or set state_dir", .path.display())]
     Create {
         /// The directory.
@@ -31,7 +30,7 @@ pub enum StateDirError {
         error: io::Error,
     },
     /// Users other than the one that runs the edge can read it.
-    #[error("the state directory {} {problem}, and who can read it can take this node's place on the tailnet; run chmod 700 and chown on it, or set state_dir to a new directory, which is made private", .path.display())]
+    #[error("the state directory {} {problem}, and whoever can read it can take this node's place on the tailnet; run chmod 700 and chown on it, or set state_dir to a new directory, which the edge makes private", .path.display())]
     Exposed {
         /// The directory.
         path: PathBuf,
@@ -52,8 +51,8 @@ pub struct StateDir {
     _lock: File,
 }
 
-/// Makes the directory (mode 0700) if need be and locks it. One that is there is
-/// not made private but refused: what was in it may have been read.
+/// Makes the directory (mode 0700) if need be and locks it. An existing directory that is not private is refused
+/// and not made private: others may have read it already.
 pub fn lock(path: &Path) -> Result<StateDir, StateDirError> {
     let named = || path.to_owned();
     DirBuilder::new()
@@ -70,7 +69,7 @@ pub fn lock(path: &Path) -> Result<StateDir, StateDirError> {
     }
 }
 
-/// The system's answer to making a directory, with what it means where it has few words.
+/// The system's error when a directory cannot be made, with its meaning where the error is too short.
 fn in_the_way(error: io::Error) -> io::Error {
     let meaning = match error.kind() {
         io::ErrorKind::AlreadyExists => "a file is in its place, or a symlink that leads nowhere",
@@ -80,8 +79,8 @@ fn in_the_way(error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{meaning} ({error})"))
 }
 
-/// Opens the lock file, and nothing else that may be in its place: a symlink would have another file
-/// made or locked, and opening a pipe would wait until somebody reads it.
+/// Opens the lock file, and only if it is a regular file: through a symlink another file would be created or
+/// locked, and opening a pipe would wait for a reader.
 fn open_lock(dir: &Path) -> io::Result<File> {
     let path = dir.join("edge.lock");
     let irregular = || io::Error::other("edge.lock is not a regular file (remove it)");
@@ -89,11 +88,11 @@ fn open_lock(dir: &Path) -> io::Result<File> {
         .create(true)
         .truncate(false)
         .write(true)
-        .mode(0o600) // or anyone could hold the lock
+        .mode(0o600) // or any user could hold the lock
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
         .open(&path);
     let file = opened.map_err(|error| match path.symlink_metadata() {
-        // The system's own words are of no help: "Too many levels", "No such device or address".
+        // The system's errors do not help here: "Too many levels", "No such device or address".
         Ok(metadata) if !metadata.is_file() => irregular(),
         _ => error,
     })?;

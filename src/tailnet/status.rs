@@ -1,4 +1,4 @@
-//! What the node says of itself, and what keeps it from being what it should.
+//! The node's state, and the troubles that follow from it.
 //!
 //! [`Trouble`] is the one place where a node's state becomes words for an operator: the log and
 //! readiness both show it.
@@ -23,20 +23,20 @@ pub struct NodeStatus {
     /// The tags that the node holds.
     #[serde(deserialize_with = "null_is_empty")]
     pub tags: Vec<String>,
-    /// Whether the control server sees us.
+    /// Whether the control server sees this node as online.
     pub in_map_poll: bool,
-    /// When the node key expires; the keys of tagged nodes usually do not. A date that cannot be read
-    /// is shown as none: whether the key has expired is for the control server to say.
+    /// When the node key expires; the keys of tagged nodes usually do not. `None` also for a date that cannot be
+    /// read: the control server decides whether the key has expired.
     #[serde(deserialize_with = "none_if_unreadable")]
     pub key_expiry: Option<Timestamp>,
-    /// Where a person can log this node in; empty when nothing waits for that.
+    /// The URL where a person can log this node in; empty when no login is awaited.
     pub login_url: String,
-    /// What Tailscale itself finds wrong.
+    /// Tailscale's own health warnings.
     #[serde(deserialize_with = "null_is_empty")]
     pub health: Vec<String>,
-    /// Whether it holds a node key, be it good or not.
+    /// Whether it has a node key, valid or not.
     pub enrolled: bool,
-    /// Whether the control server knows no such node any more.
+    /// Whether the control server no longer knows this node.
     pub removed: bool,
     /// Whether the tailnet has stopped this node because it uploads no logs.
     pub needs_log_upload: bool,
@@ -48,31 +48,30 @@ pub struct NodeStatus {
     pub wake_ups: u64,
     /// Why the identity could not be saved; empty when it was.
     pub unsaved: String,
-    /// Why the control server could not be reached, or what it answered, the last time since it was
-    /// heard.
+    /// The last error with the control server since it was last heard: why it could not be reached, or its answer.
     pub control_error: String,
-    /// What to do about that; empty when it may be anything.
+    /// What to do about that; empty when the cause is not known.
     pub control_advice: String,
     /// The region of the node's home relay (DERP), such as `fra`; empty when it has none.
     pub home_region: String,
     /// The region's number, 0 when there is none.
     pub home_region_id: u32,
-    /// Where the same control server was before, by its key; empty if its URL has not changed.
+    /// The former URL of the same control server (it has the same key); empty if its URL has not changed.
     pub control_moved_from: String,
 }
 
-/// What keeps a node from being what it should; the text ends with what to do.
+/// A trouble of the node; the text ends with what to do.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub(crate) enum Trouble {
-    /// It has not got there yet, or is on its way back.
+    /// It is not running yet, or not running again yet.
     #[error("the tailnet node is not running (state {state}){}", waits_for(.reason))]
     NotRunning {
         /// Tailscale's word for it.
         state: String,
-        /// Why the control server is not heard, and what to do, if that is known, else empty.
+        /// Why the control server is not heard, and what to do; empty if not known.
         reason: String,
     },
-    /// An admin let it expire, or it was not tagged.
+    /// An admin let the key expire, or the node has no tag.
     #[error(
         "the node key has expired; extend or disable its expiry in the admin console, or provide a key to enrol with"
     )]
@@ -83,7 +82,7 @@ pub(crate) enum Trouble {
     /// An admin deleted it.
     #[error("the node was removed from the tailnet; provide a key to enrol with, or remove this edge")]
     Removed,
-    /// Not approved, or not any more.
+    /// Not approved, or no longer approved.
     #[error("the node waits for approval by an admin of the tailnet; approve it in the admin console")]
     NeedsApproval,
     /// The tailnet has network flow logs.
@@ -91,13 +90,13 @@ pub(crate) enum Trouble {
         "the tailnet has network flow logs and stops nodes that do not upload Tailscale's logs; set tailnet.log_upload = true, or turn network flow logs off in the admin console"
     )]
     NeedsLogUpload,
-    /// No news from the tailnet. Connections go on, and new ones to peers that have not moved.
+    /// No news from the tailnet. Connections go on, and new ones work to peers whose address has not changed.
     #[error("the control server is out of reach: {0}")]
     ControlLost(String),
-    /// Peers to which there is no direct way cannot be reached.
+    /// Peers without a direct path cannot be reached.
     #[error("no relay can be reached: {0}; check that this machine may connect to TCP port 443")]
     RelayLost(String),
-    /// The next start will not find what it needs.
+    /// The next start would miss a part of the identity.
     #[error(
         "this node's identity cannot be saved: {0}; make room in tailnet.state_dir, and do not stop the edge before"
     )]
@@ -108,17 +107,17 @@ pub(crate) enum Trouble {
 }
 
 impl Trouble {
-    /// Whether it may be over by itself in a moment.
+    /// Whether it may pass by itself in a moment.
     pub(crate) fn may_pass(&self) -> bool {
         matches!(self, Trouble::NotRunning { .. } | Trouble::ControlLost(_) | Trouble::RelayLost(_))
     }
 
-    /// What it is, without what to do.
+    /// The trouble, without the remedy.
     pub(crate) fn what(&self) -> String {
         self.to_string().split(';').next().unwrap_or_default().to_owned()
     }
 
-    /// Whether two are of a kind, whatever their details.
+    /// Whether two troubles are of the same kind; details do not count.
     pub(crate) fn is_like(&self, other: &Trouble) -> bool {
         match (self, other) {
             (Trouble::TagMissing(one), Trouble::TagMissing(another)) => one == another,
@@ -126,25 +125,24 @@ impl Trouble {
         }
     }
 
-    /// Whether joining again, with or without a credential, is what could end it.
+    /// Whether joining again, with or without a credential, could end it.
     pub(crate) fn wants_joining(&self) -> bool {
         matches!(self, Trouble::KeyExpired | Trouble::LoggedOut | Trouble::Removed | Trouble::NeedsLogUpload)
     }
 }
 
 impl NodeStatus {
-    /// Whether connections to peers are possible. A node that was thrown out may believe to be
-    /// running all the same.
+    /// Whether connections to peers are possible. A removed node may still believe that it is running.
     pub fn is_running(&self) -> bool {
         self.state == "Running" && !self.removed && !self.needs_log_upload
     }
 
-    /// Whether it is not merely passing through a state.
+    /// Whether the state is not just an intermediate one.
     pub(crate) fn is_settled(&self) -> bool {
         self.removed || self.needs_log_upload || !matches!(&*self.state, "" | "NoState" | "Starting")
     }
 
-    /// What keeps the node from being what it should at the time `now`; empty when all is well.
+    /// The node's troubles at the time `now`; empty when all is well.
     pub(crate) fn troubles(&self, tags: &[String], now: Timestamp) -> Vec<Trouble> {
         let unsaved = (!self.unsaved.is_empty()).then(|| Trouble::NotSaved(self.unsaved.clone()));
         if !self.is_running() {
@@ -175,7 +173,7 @@ impl NodeStatus {
         Trouble::NotRunning { state: state.to_owned(), reason }
     }
 
-    /// Why the control server is not heard, as far as it is known, and what to do.
+    /// Why the control server is not heard, if that is known, and what to do.
     fn control_problem(&self) -> String {
         let or = |text: &'static str, known: &str| {
             if known.is_empty() { text.to_owned() } else { known.to_owned() }
@@ -185,7 +183,7 @@ impl NodeStatus {
         format!("{why}; {advice}")
     }
 
-    /// What Tailscale itself finds wrong, for an operator.
+    /// Tailscale's own health warnings, for an operator.
     pub fn warnings(&self) -> impl Iterator<Item = String> {
         self.health.iter().map(|text| format!("Tailscale says: {text}"))
     }
@@ -198,7 +196,7 @@ fn waits_for(reason: &str) -> String {
     }
 }
 
-/// A date from elsewhere, `None` too if it is one that nobody can read.
+/// A date from the control server; `None` also if it cannot be read.
 fn none_if_unreadable<'de, D>(deserializer: D) -> Result<Option<Timestamp>, D::Error>
 where
     D: serde::Deserializer<'de>,
@@ -328,7 +326,7 @@ mod tests {
         assert!(status.is_running() && status.in_map_poll && status.enrolled && status.tags.is_empty());
     }
 
-    /// jiff ends before the year 9999 does, and servers say "never" with its last moment.
+    /// Servers write "never" as the last moment of the year 9999, which is later than jiff's last date.
     #[test]
     fn a_date_that_cannot_be_read_makes_no_line_unreadable() {
         for never in

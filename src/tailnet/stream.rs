@@ -1,4 +1,4 @@
-//! TCP connections to and from peers, as tokio has streams.
+//! TCP connections to and from peers, as tokio streams.
 
 use std::io;
 use std::pin::Pin;
@@ -16,15 +16,15 @@ pub(crate) struct TailnetListener {
 }
 
 impl TailnetListener {
-    /// The next connection; [`Code::NotRunning`] once the node is closed, any other is a fault.
+    /// The next connection; [`Code::NotRunning`] once the node is closed, any other code is a fault.
     pub(crate) async fn accept(&mut self) -> Result<TailnetStream, Code> {
         let conn = std::future::poll_fn(|cx| self.listener.poll_accept(cx)).await?;
         Ok(TailnetStream { conn })
     }
 }
 
-/// A TCP connection to or from a peer. Dropping it closes it in good order: what was
-/// written is delivered and followed by a FIN.
+/// A TCP connection to or from a peer. Dropping it closes it in order: what was written is delivered and followed
+/// by a FIN.
 #[derive(Debug)]
 pub struct TailnetStream {
     pub(super) conn: Conn,

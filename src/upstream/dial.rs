@@ -1,4 +1,4 @@
-//! The seam to the network: how a connection is made, and how it is ended abruptly. The tailnet in production,
+//! The interface to the network: how a connection is made, and how it is reset. The tailnet in production,
 //! anything that makes streams in tests.
 
 use std::future::Future;
@@ -38,7 +38,7 @@ pub trait Dial: Send + Sync + 'static {
     /// everything; it has no time limit of its own.
     fn dial(&self, host: &str, port: u16) -> impl Future<Output = Result<Self::Stream, ConnectError>> + Send;
 
-    /// Looks for a sign of life of a peer for up to `limit`.
+    /// Pings a peer, for up to `limit`.
     fn ping(
         &self,
         host: &str,
@@ -48,7 +48,7 @@ pub trait Dial: Send + Sync + 'static {
     /// Resets every connection to a peer's address.
     fn abort(&self, _: IpAddr) {}
 
-    /// The addresses that peers see us come from; none while that is not known.
+    /// Our addresses, as peers see them; empty while they are not known.
     fn addresses(&self) -> Vec<IpAddr> {
         Vec::new()
     }

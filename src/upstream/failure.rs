@@ -1,6 +1,6 @@
-//! Why a server, or none of them, could be reached: in words that say what to do.
+//! Why a server, or all of them, could not be reached, in words that say what to do.
 //!
-//! Deliberately not here: how a connection ends for that (see `connection.rs`).
+//! Deliberately not here: which end state follows from that (see `connection.rs`).
 
 use std::fmt;
 use std::io;
@@ -20,10 +20,10 @@ pub struct UpstreamError {
 /// Why one server could not be reached.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum Failure {
-    /// The attempt ended with an answer.
+    /// The attempt failed with an answer.
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    /// The attempt was met by silence.
+    /// Nothing answered.
     #[error("no answer within {limit:?}: {silence}")]
     Silent {
         /// `timeouts.connect`.
@@ -34,14 +34,14 @@ pub enum Failure {
     /// The connection failed before the server had the header.
     #[error("cannot send it the PROXY header: {0}; check the mail server's log")]
     Header(io::ErrorKind),
-    /// The server took the connection and ended it before either side had said a word.
+    /// The server accepted the connection and closed it before either side sent anything.
     #[error(
-        "the mail server closes the connection without a word; it may be starting, or it may not trust this edge's PROXY header: look into its log"
+        "the mail server closes the connection before it sends anything; it may be starting, or it may not trust this edge's PROXY header: check its log"
     )]
     Wordless,
 }
 
-/// What makes a failure another one: not its details.
+/// The kind of a failure, without its details: another kind is worth another log line.
 pub(super) type FailureKind = (Discriminant<Failure>, Option<ConnectError>);
 
 impl Failure {
@@ -54,21 +54,21 @@ impl Failure {
     }
 }
 
-/// What is behind a silent port.
+/// Why a port does not answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Silence {
-    /// The peer answers a ping: something between drops the port.
+    /// The peer answers a ping, so something drops packets to the port.
     Port,
     /// The peer does not answer either.
     Peer {
         /// Whether the control server sees it.
         online: bool,
-        /// When it last did, if it does not (RFC 3339), else empty.
+        /// If it does not: when it last did (RFC 3339); else empty.
         last_seen: String,
     },
-    /// This edge reaches nobody, so that the silence says nothing.
+    /// This edge reaches nobody, so the silence says nothing about the peer.
     OwnNetwork,
-    /// The peer could not even be asked.
+    /// The peer could not be pinged.
     Unknown(ConnectError),
 }
 
@@ -88,21 +88,21 @@ impl fmt::Display for Silence {
         match self {
             Silence::Port => f.write_str(
                 "the peer itself answers a ping, so an access rule of the tailnet or a firewall on the peer drops this port; \
-                 allow it in the policy's grants",
+                 allow it in the policy's grants or in that firewall",
             ),
             Silence::Peer { online: true, .. } => {
-                f.write_str("nor does the peer answer a ping, although the control server sees it; check its network")
+                f.write_str("the peer does not answer a ping either, although the control server sees it; check the peer's network")
             }
             Silence::Peer { online: false, last_seen } if last_seen.is_empty() => {
-                f.write_str("the peer is offline; start it or its Tailscale")
+                f.write_str("the peer is offline; start it, or start Tailscale on it")
             }
             Silence::Peer { online: false, last_seen } => {
-                write!(f, "the peer is offline, last seen {last_seen}; start it or its Tailscale")
+                write!(f, "the peer is offline, last seen {last_seen}; start it, or start Tailscale on it")
             }
             Silence::OwnNetwork => {
-                f.write_str("this edge does not even reach its control server; check the network of this machine")
+                f.write_str("this edge cannot reach its control server either; check the network of this machine")
             }
-            Silence::Unknown(reason) => write!(f, "and now the peer cannot be asked: {reason}"),
+            Silence::Unknown(reason) => write!(f, "and the peer cannot be pinged: {reason}"),
         }
     }
 }
@@ -120,12 +120,12 @@ impl fmt::Display for UpstreamError {
 }
 
 impl UpstreamError {
-    /// Of the servers that were tried, in that order.
+    /// Makes one from the servers that were tried, in that order.
     pub(super) fn new(failures: Vec<(String, Failure)>) -> UpstreamError {
         UpstreamError { failures }
     }
 
-    /// Of one server, for tests.
+    /// Makes one from a single server, for tests.
     #[cfg(test)]
     pub fn of(server: &str, failure: Failure) -> UpstreamError {
         UpstreamError { failures: vec![(server.to_owned(), failure)] }
@@ -136,7 +136,7 @@ impl UpstreamError {
         self.failures.iter().map(|(_, failure)| failure)
     }
 
-    /// Of what kind each failure is.
+    /// The kind of each failure.
     pub(super) fn kinds(&self) -> Vec<FailureKind> {
         self.failures().map(Failure::kind).collect()
     }
@@ -157,7 +157,7 @@ impl UpstreamError {
         self.failures().all(|failure| *failure == Failure::Connect(ConnectError::Denied))
     }
 
-    /// Whether a server is to blame, and not this edge alone, which had no tailnet or no network.
+    /// Whether a server may be to blame: false if all that failed was this edge, with no tailnet or no network.
     pub fn blames_a_server(&self) -> bool {
         self.failures().any(|failure| {
             !matches!(
@@ -171,7 +171,8 @@ impl UpstreamError {
         })
     }
 
-    /// Whether waiting may help. A name that is our own is a mistake in the configuration.
+    /// Whether waiting may help. It does not if the name is this edge's own, which is a mistake in the
+    /// configuration.
     pub fn may_pass(&self) -> bool {
         self.failures.iter().any(|(_, failure)| *failure != Failure::Connect(ConnectError::IsSelf))
     }

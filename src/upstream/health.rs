@@ -1,16 +1,13 @@
-//! Watches over the mailbox's servers: probes each port again and again, and says when one goes down
-//! or comes back.
+//! Watches the mailbox's servers: probes each port again and again, and logs when one goes down or comes back.
 //!
 //! Invariants
-//! - A change of state is one log line, and takes `rise` or `fall` probes in a row; between a change
-//!   and the next settled state probes come fast.
-//! - A connection that fails is a reason to probe at once, not proof.
-//! - That this edge is off the tailnet or has no network is nobody's fault there: such a probe
-//!   counts for nothing.
+//! - A change of state takes `rise` or `fall` probes in a row, and gives one log line. While the state is not
+//!   settled, probes come fast.
+//! - A connection that fails is a reason to probe at once, but no proof.
+//! - If this edge is off the tailnet or has no network, the server is not to blame: such a probe does not count.
 //!
-//! Deliberately not here: what a probe does (see `probe.rs`), what clients get meanwhile (see
-//! `upstream.rs`: a server that is down is tried last), and whether the edge is ready for all that (see
-//! `admin/board.rs`).
+//! Deliberately not here: what a probe does (see `probe.rs`), what clients get meanwhile (see `upstream.rs`: a
+//! server that is down is tried last), and whether the edge is ready (see `admin/board.rs`).
 
 use std::mem::Discriminant;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -29,11 +26,10 @@ use crate::upstream::dial::Dial;
 use crate::upstream::probe::{Certificate, Finding, ProbeError, Target, probe};
 use crate::upstream::{Server, Silence, Upstream};
 
-/// How long one probe may take. Mail servers make strangers wait for their greeting, some for 20
-/// seconds.
+/// How long one probe may take. Some mail servers delay their greeting for unknown clients, by up to 20 seconds.
 const PROBE_LIMIT: Duration = Duration::from_secs(30);
 
-/// How long the peer has to answer the ping after a probe that met silence.
+/// How long the peer has to answer the ping after a probe that got no answer.
 const PING_LIMIT: Duration = Duration::from_secs(2);
 
 /// Between probes while it is not settled whether a server is up or down.
@@ -49,7 +45,7 @@ pub enum State {
     Up,
     /// It cannot be reached, or does not greet as it should.
     Down,
-    /// Not enough is known yet; or an edge of another version says what is not known here.
+    /// Not enough is known yet; or an edge of another version reports a state that this version does not know.
     #[serde(other)]
     Unknown,
 }
@@ -59,14 +55,14 @@ pub enum State {
 pub struct Monitor {
     /// The listener's name.
     pub listener: String,
-    /// The server's address, as people write it.
+    /// The server's address, as it is shown.
     pub upstream: String,
     /// What its probes connect to, and expect there.
     pub target: Target,
     seen: Mutex<Seen>,
 }
 
-/// What was found out last.
+/// What the last probes have found.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Seen {
     /// Whether it is up.
@@ -79,22 +75,22 @@ pub struct Seen {
     pub finding: Option<Finding>,
     /// Why the last probe failed, if it did.
     pub problem: Option<String>,
-    /// Probes in a row that speak against `state`, or against the reason that was told for it.
+    /// Probes in a row that contradict `state`, or the reason that was logged for it.
     #[serde(skip)]
     against: u32,
     /// What those probes have in common.
     #[serde(skip)]
     counted: Option<(State, Option<Discriminant<ProbeError>>)>,
-    /// What kind of problem was told.
+    /// The kind of problem that was logged.
     #[serde(skip)]
     told: Option<Discriminant<ProbeError>>,
-    /// Whether the end of the certificate was told.
+    /// Whether the end of the certificate was logged.
     #[serde(skip)]
     end_told: bool,
 }
 
 impl Default for Seen {
-    /// Of a server that nobody has probed.
+    /// The state of a server that was never probed.
     fn default() -> Seen {
         Seen {
             state: State::Unprobed,
@@ -111,13 +107,13 @@ impl Default for Seen {
 }
 
 impl Monitor {
-    /// For a server of this listener, which is not probed before [`Monitor::begin`].
+    /// A monitor for a server of this listener. Probes begin with [`Monitor::begin`].
     pub fn new(listener: &str, target: Target, server: &Server) -> Monitor {
         let (listener, upstream) = (listener.to_owned(), server.to_string());
         Monitor { listener, upstream, target, seen: Mutex::default() }
     }
 
-    /// One that has found this state and problem, for tests of what is made of it.
+    /// A monitor that has found this state and problem, for tests.
     #[cfg(test)]
     pub(crate) fn in_state(state: State, problem: Option<&str>) -> Monitor {
         let target = Target {
@@ -130,7 +126,7 @@ impl Monitor {
         Monitor { listener: "imaps".into(), upstream: "stalwart:993".into(), target, seen }
     }
 
-    /// It is probed from now on.
+    /// Notes that the server is probed from now on.
     pub fn begin(&self) {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         if seen.state == State::Unprobed {
@@ -143,7 +139,7 @@ impl Monitor {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Takes a probe's result in; true if the state has changed with it, or the reason for it.
+    /// Notes a probe's result; true if it has changed the state, or the reason for it.
     fn note(&self, result: &Result<Finding, ProbeError>, settings: &config::Probe) -> bool {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         seen.probed = Some(wall_clock::now());
@@ -152,7 +148,7 @@ impl Monitor {
             Ok(finding) => {
                 seen.finding = Some(finding.clone());
                 seen.problem = None;
-                // What was never down need not prove itself.
+                // A server that was never down is up with its first good probe.
                 (State::Up, if seen.state == State::Unknown { 1 } else { settings.rise })
             }
             Err(problem) => {
@@ -183,7 +179,7 @@ impl Monitor {
         seen.against == 0 && seen.state != State::Unknown
     }
 
-    /// Says, once, that a certificate is about to end or has ended.
+    /// Logs, once, that a certificate is about to expire or has expired.
     fn look_at_end(&self, certificate: &Certificate) {
         let left = certificate.not_after.duration_since(wall_clock::now());
         let due = left < wall_clock::ENDS_SOON;
@@ -215,14 +211,14 @@ pub async fn keep_probing<D: Dial>(
         let pause = if monitor.is_settled() { settings.interval } else { settings.interval.min(FAST) };
         tokio::select! {
             () = sleep(pause) => {}
-            // One who suspects it may be one of thousands.
+            // Thousands of clients may report a failure at once, so a pause is kept here too.
             () = server.suspected() => sleep_until(began + FAST.min(settings.interval)).await,
         }
     }
 }
 
-/// A result, and if it was silence, what is behind that; `None` if the probe has failed because this
-/// edge has no tailnet or no network.
+/// Adds the cause to a result if nothing answered; `None` if the probe failed because this edge has no tailnet or
+/// no network.
 async fn explained<D: Dial>(
     dialler: &D,
     host: &str,
@@ -246,7 +242,7 @@ async fn explained<D: Dial>(
     }))
 }
 
-/// Notes and tells what a probe has found.
+/// Notes and logs what a probe has found.
 fn take_in<D: Dial>(
     monitor: &Monitor,
     upstream: &Upstream<D>,

@@ -1,25 +1,23 @@
-//! Peers that go away without a word, and the path to those that are there.
+//! Finds peers that are gone without closing their connections, and the path to the others.
 //!
-//! A mailbox whose machine loses power under an idle connection (IMAP IDLE) sends no FIN, and its
-//! clients would wait for mail that never comes. TCP keepalive notices it too, but only where nothing
-//! is on its way, and a user time-out would also cut a live mailbox that takes its time to accept a
-//! message. So each peer that has connections is looked at again and again, by a ping inside WireGuard, and
-//! only its silence there counts.
+//! A mailbox whose machine loses power under an idle connection (IMAP IDLE) sends no FIN, and its clients would
+//! wait for mail that never comes. TCP keepalive notices that too, but only where no bytes are in flight, and a
+//! user time-out would also cut a live mailbox that is slow to accept a message. So each peer that has connections
+//! is pinged inside WireGuard again and again (a look), and only its silence there counts.
 //!
-//! A lost packet is no silence: a ping that is not answered soon is repeated within the same look, and bytes
-//! from the peer are a sign of life too. Where one packet in ten is lost each way, a ping (a
-//! question and its answer) fails with 1 - 0.9^2 = 0.19. Reckoned with 0.34, as if the search for the path had
-//! to succeed too, the four of a look fail with 0.014, and five looks in a row with 5e-10: with a look every
-//! 8 seconds, once in 500 years.
+//! A lost packet is no silence: a ping without an answer is soon repeated within the same look, and bytes from the
+//! peer are a sign of life too. If one packet in ten is lost in each direction, a ping (question and answer) fails
+//! with probability 1 - 0.9^2 = 0.19. With 0.34, as if the search for the path had to succeed too, all four pings
+//! of a look fail with 0.014, and five looks in a row with 5e-10: with a look every 8 seconds, once in 500 years.
 //!
 //! The same pings tell which path packets take. A peer that gets a connection after a quiet time is
 //! pinged at once, so that the path of a short session is known before it ends.
 //!
-//! Invariants: a peer without connections is left in peace; what is not the peer's fault (this edge
-//! is off the tailnet, or has no network) does not count as its silence; nor does another name, as long as
-//! its address answers; a peer is pinged once at a time, and the looks are a second apart at least.
+//! Invariants: a peer without connections is not pinged. What is not the peer's fault (this edge is off the
+//! tailnet, or has no network) does not count as its silence, and neither does a changed name, as long as its
+//! address answers. There is only one ping to a peer at a time, and the looks are at least a second apart.
 //!
-//! Deliberately not here: whether the mail server on it is well (see `probe.rs`).
+//! Deliberately not here: whether the mail server on it works (see `probe.rs`).
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -35,31 +33,31 @@ use crate::support::vital::{Vital, Vitals};
 use crate::tailnet::{ConnectError, PingReport, Route};
 use crate::upstream::dial::Dial;
 
-/// How many looks in a row must have found nothing of a peer.
+/// How many looks in a row without a sign of life make a peer count as gone.
 const LOOKS: u32 = 5;
 
-/// This many looks without an answer are enough also where bytes still come: they may have come before the
-/// silence, for a client that takes its time.
+/// This many looks without an answer are enough even if bytes still come: a slow client may only now read bytes
+/// that arrived before the silence.
 const LOOKS_BESIDE_BYTES: u32 = 3 * LOOKS;
 
-/// How many pings a look has, and how long each but the last may take. The last has what is left, for a
+/// How many pings a look has, and how long each may take, except the last: it gets the time that is left, for a
 /// slow path.
 const PINGS: u32 = 4;
 const FIRST_PINGS_LIMIT: Duration = Duration::from_secs(1);
 
-/// How long libtailscale looks, after a ping that was not answered, for a network of our own.
+/// How long libtailscale checks, after a ping without an answer, whether this edge itself has a network.
 const OWN_NETWORK_LIMIT: Duration = Duration::from_secs(2);
 
-/// The least that a look is given: a few round trips over a relay.
+/// The shortest limit of a look: a few round trips over a relay.
 const MIN_LOOK_LIMIT: Duration = Duration::from_secs(1);
 
-/// How long the end of a connection may take to be noticed after its reset.
+/// How long after the reset the end of a connection may be noticed.
 const GIVEN_UP: Duration = Duration::from_secs(2);
 
 /// The least time between the beginnings of two looks.
 const LEAST_PAUSE: Duration = Duration::from_secs(1);
 
-/// The path to a peer, as its last answer to a ping came.
+/// The path to a peer, as of its last answer to a ping.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Path {
     /// Direct or over a relay.
@@ -76,13 +74,13 @@ pub struct Peer {
     /// As the configuration names it.
     pub host: String,
     connections: AtomicUsize,
-    /// When its connections were reset last.
+    /// When its connections were last reset.
     given_up: Mutex<Option<Instant>>,
     path: Mutex<Option<Path>>,
     made: Instant,
     /// When bytes last came from it, in milliseconds since it was made; 0 before the first.
     heard: AtomicU64,
-    /// Told when a first connection is made.
+    /// Notified when a first connection is made.
     awake: Notify,
 }
 
@@ -91,7 +89,7 @@ pub struct Peer {
 pub struct Connected<'a>(&'a Peer);
 
 impl Peer {
-    /// A peer by its name in the configuration.
+    /// A peer, by its name in the configuration.
     pub fn new(host: String) -> Peer {
         Peer {
             host,
@@ -104,7 +102,7 @@ impl Peer {
         }
     }
 
-    /// Counts a connection. When the peer goes silent it is reset.
+    /// Counts a connection. It is reset when the peer is silent for too long.
     pub fn connected(&self) -> Connected<'_> {
         if self.connections.fetch_add(1, Ordering::Relaxed) == 0 {
             self.awake.notify_one();
@@ -151,8 +149,8 @@ impl Peer {
         }
     }
 
-    /// Returns when it is to be pinged again: at `turn`, or earlier, and then true, when there is a
-    /// first connection and nothing was seen of it for `quiet`.
+    /// Returns when the next ping is due: at `turn` (false), or earlier (true) if a first connection is made and
+    /// the peer gave no sign of life for `quiet`.
     async fn is_woken_before(&self, turn: Instant, quiet: Duration) -> bool {
         while timeout_at(turn, self.awake.notified()).await.is_ok() {
             if self.path().is_none_or(|path| path.seen.elapsed() > quiet) {
@@ -174,27 +172,27 @@ impl Drop for Connected<'_> {
     }
 }
 
-/// Every peer that is in use, each once, however many listeners name it. They are watched over until
-/// this is dropped: connections to a peer are reset within the limit after its last sign of life.
+/// Every peer that is in use, each once, however many listeners name it. They are watched until this is dropped:
+/// connections to a peer are reset within the limit after its last sign of life.
 #[derive(Debug)]
 pub struct Peers<D> {
     dialler: Arc<D>,
     limit: watch::Sender<Duration>,
     known: BTreeMap<String, Weak<Peer>>,
     vitals: Vitals,
-    /// A task for each peer; it ends when nobody has the peer any more.
+    /// A task for each peer; it ends when the peer is no longer referenced.
     watching: Vec<Vital>,
 }
 
 impl<D: Dial> Peers<D> {
-    /// Of no peer yet; `limit` is `timeouts.dead_peer`.
+    /// No peers yet; `limit` is `timeouts.dead_peer`.
     pub fn new(dialler: Arc<D>, limit: Duration, vitals: Vitals) -> Peers<D> {
         let (known, watching) = (BTreeMap::new(), Vec::new());
         Peers { dialler, limit: watch::Sender::new(limit), known, vitals, watching }
     }
 
-    /// The peer of that name, which is watched for as long as anybody has it. Must be called within
-    /// a tokio runtime.
+    /// The peer of that name, which is watched for as long as it is referenced. Must be called within a tokio
+    /// runtime.
     pub fn get(&mut self, host: &str) -> Arc<Peer> {
         if let Some(peer) = self.known.get(host).and_then(Weak::upgrade) {
             return peer;
@@ -208,7 +206,7 @@ impl<D: Dial> Peers<D> {
         peer
     }
 
-    /// Those that somebody has, for as long as somebody has them.
+    /// The peers that are still referenced.
     pub fn known(&self) -> Vec<Weak<Peer>> {
         self.known.values().filter(|peer| peer.strong_count() > 0).cloned().collect()
     }
@@ -219,7 +217,7 @@ impl<D: Dial> Peers<D> {
     }
 }
 
-/// Watches over a peer until nobody has it.
+/// Watches a peer until it is no longer referenced.
 async fn keep_watch<D: Dial>(dialler: Arc<D>, peer: Weak<Peer>, limit: watch::Receiver<Duration>) {
     let mut silence = Unheard::default();
     // Remembered, since a peer that is removed or has another name has no address by its name any more.
@@ -227,7 +225,7 @@ async fn keep_watch<D: Dial>(dialler: Arc<D>, peer: Weak<Peer>, limit: watch::Re
     while let Some(peer) = peer.upgrade() {
         let began = Instant::now();
         let limit = *limit.borrow();
-        let interval = limit / (LOOKS + 1); // the first one comes up to an interval late
+        let interval = limit / (LOOKS + 1); // the first look may come up to an interval late
         let look_limit = interval.saturating_sub(OWN_NETWORK_LIMIT).max(MIN_LOOK_LIMIT);
         if peer.connections() > 0 && is_silent(&*dialler, &peer, look_limit, &mut address).await {
             silence.goes_on(&peer, began);
@@ -246,19 +244,19 @@ async fn keep_watch<D: Dial>(dialler: Arc<D>, peer: Weak<Peer>, limit: watch::Re
             silence = Unheard::default();
         }
         if peer.is_woken_before(began + interval, interval).await {
-            silence = Unheard::default(); // what was just connected to is there
+            silence = Unheard::default(); // a peer that has just accepted a connection is there
             sleep_until(began + LEAST_PAUSE).await;
         }
     }
 }
 
-/// Looks in a row in which a peer has answered nothing.
+/// Looks in a row without an answer.
 #[derive(Default)]
 struct Unheard {
     looks: u32,
-    /// Those of them that began after its last byte.
+    /// The looks among them that began after the peer's last byte.
     looks_since_byte: u32,
-    /// When the last one began.
+    /// When the last look began.
     began: Option<Instant>,
 }
 
@@ -279,7 +277,7 @@ impl Unheard {
     }
 }
 
-/// Looks for a sign of life of a peer; false also where its silence would not be its own.
+/// One look: whether the peer is silent. False also if the silence is not the peer's fault.
 async fn is_silent<D: Dial>(dialler: &D, peer: &Peer, limit: Duration, address: &mut Option<IpAddr>) -> bool {
     let (until, share) = (Instant::now() + limit, FIRST_PINGS_LIMIT.min(limit / PINGS));
     for ping in 1.. {
@@ -293,7 +291,7 @@ async fn is_silent<D: Dial>(dialler: &D, peer: &Peer, limit: Duration, address: 
                     return false;
                 }
             }
-            // It was removed, or the policy hides it: its connections are as dead.
+            // It was removed, or the policy hides it: its connections are dead too.
             Err(ConnectError::NoSuchPeer) => return true,
             Err(_) => return false,
         }
@@ -304,7 +302,7 @@ async fn is_silent<D: Dial>(dialler: &D, peer: &Peer, limit: Duration, address: 
     true
 }
 
-/// Pings a peer by its name, and if nobody has the name any more, at the address where it was.
+/// Pings a peer by its name, and if no peer has that name any more, at its last address.
 async fn ping_wherever<D: Dial>(
     dialler: &D,
     peer: &Peer,

@@ -1,22 +1,17 @@
-//! Is the mailbox well? A look through the tailnet that leaves no warning in
-//! the mailbox's log.
+//! Is the mailbox up? A probe through the tailnet that leaves no warning in the mailbox's log.
 //!
-//! Purpose: connect as a client's connection would, with a header that speaks
-//! for nobody, hear the greeting, say goodbye, and tell what was wrong in words
-//! that name the cause.
+//! Purpose: connect as for a client, with a header that stands for no client, read the greeting, say goodbye, and
+//! report what was wrong in words that name the cause.
 //!
 //! Invariants
-//! - Everything is within the caller's limit, however the mailbox behaves; what
-//!   it sends is read up to a few kilobytes.
-//! - A probe ends as its protocol wants, QUIT and its kin, answer, end of
-//!   stream: a mail server complains in its log of connections that just close.
-//! - Text of the mailbox is made harmless before it is in a [`Finding`] or a
-//!   [`ProbeError`].
+//! - The probe ends within the caller's limit, however the mailbox behaves, and reads at most a few kilobytes.
+//! - A probe ends as its protocol demands: QUIT or the like, its answer, end of stream. Mail servers log a warning
+//!   about connections that just close.
+//! - Text from the mailbox is made harmless before it is put into a [`Finding`] or a [`ProbeError`].
 //!
-//! Deliberately not here: trust in certificates (the clients have to trust the
-//! mailbox, we only look), logging in, STARTTLS, and what follows from a
-//! failure. For `http` and `tcp` connecting is all, and the header if one is
-//! due, since nothing is known of what follows.
+//! Deliberately not here: trust in certificates (the clients have to trust the mailbox; the probe only reads the
+//! certificate), logging in, STARTTLS, and what follows from a failure. For `http` and `tcp` a probe only connects
+//! and sends the header if one is due, since the rest of the protocol is not known.
 
 mod greeting;
 mod talk;
@@ -40,16 +35,15 @@ use crate::upstream::Silence;
 use crate::upstream::dial::Dial;
 use talk::Talk;
 
-/// How long connecting may take, as for a client's connection by default; what
-/// follows may take longer, since some mail servers make strangers wait.
+/// How long connecting may take: the default for clients. The greeting may take longer, since some mail servers
+/// delay it for unknown clients.
 const CONNECT_LIMIT: Duration = Duration::from_secs(8);
 
-/// How long we look for complaints about the header before we say anything, so
-/// that they are not taken for an answer. A mailbox that has any makes them at
-/// once; this is many round trips.
+/// How long the probe waits for complaints about the header before it sends anything, so that a complaint is not
+/// taken for an answer. A mailbox that complains does so at once; this is many round trips.
 const LOOK: Duration = Duration::from_millis(300);
 
-/// As much of a text of the mailbox is shown.
+/// How many characters of the mailbox's text are shown.
 const SHOWN: usize = 200;
 
 /// What to probe.
@@ -61,7 +55,7 @@ pub struct Target {
     pub port: u16,
     /// What should be spoken there.
     pub protocol: Protocol,
-    /// Whether a PROXY header is due, which will be v2's LOCAL.
+    /// Whether a PROXY header is due; the probe sends a LOCAL header of version 2.
     pub header: bool,
 }
 
@@ -76,8 +70,7 @@ pub struct Finding {
     /// How long connecting took.
     #[serde(rename = "connect_ms", with = "millis", default)]
     pub connect: Duration,
-    /// How long it took from dialling to the end of the greeting, without what
-    /// the probe waits on purpose.
+    /// Time from dialling to the end of the greeting, without the pauses that the probe makes on purpose.
     #[serde(rename = "total_ms", with = "millis", default)]
     pub total: Duration,
 }
@@ -89,7 +82,7 @@ pub struct Certificate {
     /// name.
     #[serde(default)]
     pub names: Vec<String>,
-    /// The last moment at which it is valid, past or not.
+    /// The last moment at which it is valid; may be in the past.
     pub not_after: Timestamp,
 }
 
@@ -118,39 +111,38 @@ pub enum ProbeError {
     /// Connected, but the header could not be sent.
     #[error("connected, but cannot send the PROXY header: {0}; check the mail server's log")]
     Header(String),
-    /// Accepted, and closed or reset without a byte.
-    #[error("the mailbox accepted the connection and closed it without a word; {}", why_closed(.header))]
+    /// Accepted, and then closed or reset before a byte came.
+    #[error("the mailbox accepted the connection and closed it before it sent anything; {}", why_closed(.header))]
     ClosedSilently {
         /// Whether a header was sent.
         header: bool,
     },
-    /// Accepted, and not a byte in time.
+    /// Accepted, but no byte came in time.
     #[error(
-        "the mailbox accepted the connection and then said nothing within {limit:?}; check that the mail server is not stuck, that the port speaks what the listener's protocol says (and TLS only if that does), and that proxy_protocol is not \"off\" for a port that waits for the header"
+        "the mailbox accepted the connection, but sent nothing within {limit:?}; check that the mail server is not stuck, that the port speaks the listener's protocol (and TLS only if that protocol has it), and that proxy_protocol is not \"off\" for a port that waits for the header"
     )]
     Silent {
         /// The limit of the whole probe.
         limit: Duration,
     },
-    /// The header was read as commands or as TLS: the mailbox does not expect
-    /// one, or not from us.
+    /// The mailbox read the header as commands or as TLS: it expects no header, or none from us.
     #[error(
-        "the mailbox took the PROXY header for something the client said, and answered it with \"{said}\"; make it trust this edge's tailnet addresses for the PROXY protocol on this port, or set proxy_protocol = \"off\" for the listener"
+        "the mailbox took the PROXY header for data from the client, and answered it with \"{said}\"; make it trust this edge's tailnet addresses for the PROXY protocol on this port, or set proxy_protocol = \"off\" for the listener"
     )]
     HeaderTaken {
         /// The beginning of what it answered to the header.
         said: String,
     },
-    /// Something else is spoken there.
+    /// The port speaks another protocol.
     #[error(
-        "the port speaks something else than it should, it said \"{found}\"; check the listener's protocol and upstream_port"
+        "the port does not speak the listener's protocol, it sent \"{found}\"; check the listener's protocol and upstream_port"
     )]
     WrongProtocol {
         /// The beginning of what it said.
         found: String,
     },
-    /// The mailbox does not want to serve.
-    #[error("the mailbox refuses to serve: \"{greeting}\"; see the mail server's log")]
+    /// The mailbox refuses service.
+    #[error("the mailbox refuses service: \"{greeting}\"; see the mail server's log")]
     Refused {
         /// The line with which it refused.
         greeting: String,
@@ -158,24 +150,24 @@ pub enum ProbeError {
     /// The handshake failed.
     #[error("the TLS handshake failed: {0}; check the certificate and the TLS settings of the mail server")]
     Tls(String),
-    /// It broke in the middle.
-    #[error("the mailbox began well, and then {0}; check the mail server's log")]
+    /// The conversation broke off.
+    #[error("the mailbox answered at first, and then {0}; check the mail server's log")]
     Cut(String),
 }
 
-/// The ways to be closed on differ by whether there was a header.
+/// Why the mailbox may have closed; the causes differ with and without a header.
 fn why_closed(header: &bool) -> &'static str {
     match header {
         true => {
-            "so does a Dovecot that does not trust this edge for the PROXY protocol, and other servers that expect no header on a TLS port: make it trust this edge's tailnet addresses, or look in its log for a limit or a ban"
+            "a Dovecot that does not trust this edge for the PROXY protocol does this, and so do other servers that expect no header on a TLS port: make the server trust this edge's tailnet addresses, or look in its log for a limit or a ban"
         }
         false => {
-            "so does a server that demands a PROXY header, and none was sent: set proxy_protocol for the listener, or look in the mail server's log for a limit or a ban"
+            "a server that demands a PROXY header does this, since none was sent: set proxy_protocol for the listener, or look in the mail server's log for a limit or a ban"
         }
     }
 }
 
-/// As the text that people read.
+/// Serialised as the text that people read.
 impl Serialize for ProbeError {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
@@ -201,12 +193,12 @@ pub async fn probe<D: Dial>(dialler: &D, target: &Target, limit: Duration) -> Re
         written.map_err(|error| ProbeError::Header(error.to_string()))?;
     }
     let Some(language) = Language::of(target.protocol) else {
-        let _ = timeout_at(clock.deadline, stream.shutdown()).await; // what matters is that it connected
+        let _ = timeout_at(clock.deadline, stream.shutdown()).await; // connecting is all that counts here
         return Ok(Finding { greeting: String::new(), certificate: None, connect, total: connect });
     };
     let (certificate, heard) = if target.protocol.is_tls() {
         let (stream, certificate) = tls::handshake(stream, target, clock).await?;
-        // With TLS around it, nobody took the header for what is spoken inside.
+        // Inside TLS a complaint cannot be about the header.
         (Some(certificate), converse(stream, language, false, clock).await.map_err(after_handshake)?)
     } else {
         (None, converse(stream, language, target.header, clock).await?)
@@ -216,7 +208,7 @@ pub async fn probe<D: Dial>(dialler: &D, target: &Target, limit: Duration) -> Re
     Ok(Finding { greeting: heard.greeting, certificate, connect, total })
 }
 
-/// A mailbox that has shaken hands has had its header, if one was due.
+/// After a TLS handshake the header cannot be the cause, so the error says so.
 fn after_handshake(error: ProbeError) -> ProbeError {
     match error {
         ProbeError::ClosedSilently { .. } => {
@@ -229,7 +221,7 @@ fn after_handshake(error: ProbeError) -> ProbeError {
     }
 }
 
-/// When a probe has to be done.
+/// When a probe has to end.
 #[derive(Clone, Copy, Debug)]
 struct Clock {
     deadline: Instant,
@@ -237,13 +229,13 @@ struct Clock {
     limit: Duration,
 }
 
-/// The greeting, and when it was complete.
+/// The greeting's first line, and when the greeting was complete.
 struct Heard {
     greeting: String,
     at: Instant,
 }
 
-/// Greeting, goodbye, end. `header`: whether one stands before what is spoken.
+/// Greeting, goodbye, end. `header`: whether a header was sent just before.
 async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
     language: Language,
@@ -260,12 +252,12 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     Ok(Heard { greeting, at })
 }
 
-/// Text of the mailbox, fit to be shown, and not much of it.
+/// Text from the mailbox, fit to be shown and cut short.
 fn harmless(text: &[u8]) -> String {
     harmless_up_to(SHOWN, &String::from_utf8_lossy(text))
 }
 
-/// A text of a library, which may hold text of the mailbox.
+/// An error text of a library, which may contain text from the mailbox.
 fn harmless_error(error: &dyn fmt::Display) -> String {
     harmless_up_to(SHOWN, &error.to_string())
 }

@@ -1,4 +1,4 @@
-//! One port of a peer, and what is known of it: whether it is up, and whether it has lately served anybody.
+//! One port of a peer, and what is known of it: whether it is up, and whether it has lately greeted clients.
 //!
 //! Deliberately not here: probing it (see `health.rs`), and in which order servers are tried (see `upstream.rs`).
 
@@ -15,27 +15,26 @@ use crate::tailnet::{ConnectError, PingReport};
 use crate::upstream::peers::{Connected, Path, Peer};
 use crate::upstream::{Failure, Silence};
 
-/// For how long what a ping found out is told to later connections too, so
-/// that a flood of them does not become a flood of pings.
+/// How long the result of a ping is used for later connections too, so that many connections do not cause many
+/// pings.
 pub(super) const FINDING_LIFE: Duration = Duration::from_secs(10);
 
-/// For how long a server that answered with silence, or left without a word, is tried last: what
-/// each client would have to wait for, one finds out.
+/// How long a server that did not answer, or closed before it sent anything, is tried last: one client has found
+/// that out, and the others need not wait for it again.
 pub(super) const DOUBT: Duration = Duration::from_secs(10);
 
-/// For how long a server that has greeted somebody counts as well: longer than probes are apart, which look
-/// again at once when a client was left without a word.
+/// How long a server counts as working after it has greeted a client or a probe. This is longer than the time
+/// between probes; a probe comes at once if a server closes before it sent anything.
 const WELL: Duration = Duration::from_secs(60);
 
-/// For how long a server that has greeted a client counts as one that serves clients: on a small machine
-/// they are few at night, when scanners are not.
+/// How long a server counts as one that serves clients after it has greeted one. Small servers get few clients at
+/// night, but many scanners.
 const SERVED: Duration = Duration::from_secs(600);
 
-/// How long an attempt may take before its server is doubted. With another one at hand nobody has to
-/// wait for it; a connection over a relay takes less.
+/// How long an attempt may take before its server is doubted and tried last. A connection over a relay takes less.
 const SLOW: Duration = Duration::from_secs(1);
 
-/// Between two lines that tell of the same server's distrust.
+/// The least time between two log lines that say that the same server does not trust the header.
 const DISTRUST_INTERVAL: Duration = Duration::from_secs(600);
 
 /// A port of a peer.
@@ -45,7 +44,7 @@ pub struct Server {
     /// The port of `upstream_port`, 1 to 65535.
     pub port: u16,
     record: Mutex<Record>,
-    /// Told of each failure to connect, so that the probe need not wait for its next turn.
+    /// Notified of each failed connection, so that the next probe comes at once.
     suspected: Notify,
     /// The last answer to "why is it silent", and when it was found.
     finding: AsyncMutex<Option<(Instant, Silence)>>,
@@ -55,13 +54,13 @@ pub struct Server {
 #[derive(Debug)]
 struct Record {
     up: bool,
-    /// When it last cost a client its time, unless it was well since.
+    /// When it last made a client wait for nothing, unless it has worked since.
     doubted: Option<Instant>,
-    /// When it last greeted somebody, a client or a probe.
+    /// When it last greeted a client or a probe.
     greeted: Option<Instant>,
     /// When it last greeted a client.
     greeted_client: Option<Instant>,
-    /// When it was last told that it does not take the header for what it is.
+    /// When its distrust of the header was last logged.
     distrust_told: Option<Instant>,
 }
 
@@ -86,19 +85,19 @@ impl Server {
         &self.peer.host
     }
 
-    /// Whether others are to be tried before it.
+    /// Whether other servers are tried before it.
     pub(super) fn comes_last(&self) -> bool {
         let record = self.record();
         !record.up || is_within(record.doubted, DOUBT)
     }
 
-    /// Whether it has lately cost a client its time.
+    /// Whether it has lately made a client wait for nothing.
     #[cfg(test)]
     pub fn is_doubted(&self) -> bool {
         self.comes_last()
     }
 
-    /// Notes what a probe calls it.
+    /// Notes whether the probe calls it up.
     pub(super) fn set_up(&self, up: bool) {
         self.record().up = up;
     }
@@ -106,7 +105,7 @@ impl Server {
     /// Notes a failure, for the probe and for the order of the next attempts.
     pub(super) fn failed(&self, failure: &Failure) {
         self.suspected.notify_one();
-        // One client that it does not want is no reason to spare it others.
+        // If it refuses one client, that is no reason to send other clients elsewhere.
         let is_ill = matches!(failure, Failure::Header(_))
             || (matches!(failure, Failure::Wordless) && !self.greeted_lately());
         if is_ill {
@@ -118,7 +117,7 @@ impl Server {
         self.record().doubted = Some(Instant::now());
     }
 
-    /// Notes that it took the PROXY header for a command; whether that is to be told, which it is not with
+    /// Notes that it took the PROXY header for a command; true if that should be logged now, which is not so for
     /// every connection.
     pub(super) fn distrusts(&self) -> bool {
         self.suspected.notify_one();
@@ -130,14 +129,14 @@ impl Server {
         is_due
     }
 
-    /// Notes that it has greeted a client or a probe then, perhaps a while ago, and so was well.
+    /// Notes that it greeted a client or a probe at `then`, perhaps a while ago, and so was working.
     pub fn greeted(&self, then: Instant) {
         let mut record = self.record();
         record.greeted = record.greeted.max(Some(then));
         record.doubted = record.doubted.filter(|doubted| *doubted > then);
     }
 
-    /// Whether it has greeted somebody, a client or a probe, since then.
+    /// Whether it has greeted a client or a probe since `then`.
     pub fn greeted_since(&self, then: Instant) -> bool {
         self.record().greeted > Some(then)
     }
@@ -149,17 +148,18 @@ impl Server {
         self.record().greeted_client = Some(now);
     }
 
-    /// Whether it serves clients, as far as can be known: one that it does not greet is not its failure then.
+    /// Whether it has lately greeted clients: if it does not greet one client then, the server has not failed but
+    /// refused.
     pub fn serves_clients(&self) -> bool {
         is_within(self.record().greeted_client, SERVED)
     }
 
-    /// Whether it has greeted somebody so short a while ago that it must be well.
+    /// Whether it has greeted a client or a probe so recently that it must be working.
     pub fn greeted_lately(&self) -> bool {
         is_within(self.record().greeted, WELL)
     }
 
-    /// Has the peer watched while there is this connection to it.
+    /// Counts a connection, so that the peer is watched while it lasts.
     pub fn connected(&self) -> Connected<'_> {
         self.peer.connected()
     }
@@ -174,7 +174,7 @@ impl Server {
         self.peer.speaks();
     }
 
-    /// Whether its peer vanished a moment ago, so that its connections were reset.
+    /// Whether its connections were reset a moment ago because the peer no longer answers.
     pub fn is_given_up(&self) -> bool {
         self.peer.is_given_up()
     }
@@ -189,8 +189,7 @@ impl Server {
         self.suspected.notified().await;
     }
 
-    /// What is behind its silence: as was found out a moment ago, or as a ping of its peer tells now. One at
-    /// a time.
+    /// Why it does not answer: from a ping a moment ago, or from a new one; one ping at a time.
     pub(super) async fn silence<P>(&self, ping: impl FnOnce() -> P) -> Silence
     where
         P: Future<Output = Result<PingReport, ConnectError>>,
@@ -203,7 +202,7 @@ impl Server {
         }
         let silence = match ping().await {
             Ok(report) => Silence::of(&report),
-            // Nothing was found out, so there is nothing to tell others.
+            // Nothing was found out, so nothing is kept for others.
             Err(reason) => return Silence::Unknown(reason),
         };
         *finding = Some((Instant::now(), silence.clone()));
@@ -217,8 +216,7 @@ impl fmt::Display for Server {
     }
 }
 
-/// An attempt to connect. When it ends, also because a client has lost its patience, a server that
-/// took its time is doubted.
+/// An attempt to connect. When it ends, also because the client has left, a slow server is doubted.
 pub(super) struct Attempt<'a> {
     pub(super) server: &'a Server,
     pub(super) began: Instant,

@@ -87,7 +87,7 @@ async fn a_silent_port_is_told_from_a_silent_peer() {
     let never_seen = message(Ok(report(false, false, ""))).await;
     assert!(never_seen.contains("the peer is offline; start it"), "{never_seen}");
     let gone = message(Err(ConnectError::NoSuchPeer)).await;
-    assert!(gone.contains("and now the peer cannot be asked: the tailnet shows this edge no peer"), "{gone}");
+    assert!(gone.contains("and the peer cannot be pinged: the tailnet shows this edge no peer"), "{gone}");
 }
 
 #[tokio::test(start_paused = true)]

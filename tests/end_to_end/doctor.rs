@@ -328,7 +328,7 @@ fn trust_in_the_header_is_tried() {
 
     let mute = Stub::start(stub::close_after_header);
     patient.tailnet.forward(MAILBOX, PORT, mute.addr);
-    doctor(&patient.edge).says(proxy, "fail", &["closed it without a word"]);
+    doctor(&patient.edge).says(proxy, "fail", &["closed it before it sent anything"]);
 
     let refusing = Stub::start(|mut conn: Conn| {
         conn.read_proxy_header();

@@ -168,7 +168,7 @@ fn each_end_is_told_and_counted() {
     let address = vanishing.local_addr().expect("it is connected");
     waits(vanishing);
     let line = ended(&edge, "vanishes", address, EndState::ServerVanished);
-    tells(&line, &["upstream=other:2501", "the mailbox's node vanished"]);
+    tells(&line, &["upstream=other:2501", "the mailbox's node no longer answers"]);
     counted(&edge, "vanishes", EndState::ServerVanished, 1.0);
     failures_are_listed(&edge);
 
@@ -231,7 +231,7 @@ fn unreachable(edge: &Edge) {
     let line = provokes(edge, "denied", EndState::PolicyDenied, waits);
     tells(&line, &["upstream=stalwart:2510", "the tailnet's policy does not let this edge reach that port"]);
     let line = provokes(edge, "denied-briefly", EndState::PolicyDenied, waits);
-    tells(&line, &["held until its time was over", "the tailnet's policy"]);
+    tells(&line, &["held for the whole hold time", "the tailnet's policy"]);
     let line = provokes(edge, "dropped", EndState::ServerSilent, waits);
     tells(&line, &["no answer within 2s"]);
     provokes(edge, "dropped", EndState::ClientLeftConnecting, |client| {

@@ -99,7 +99,7 @@ fn a_key_of_headscale_that_lacks_the_tag_is_told_from_a_policy_that_does() {
         tells(
             &line,
             &[
-                &format!("holds {held} instead of {TAG}"),
+                &format!("has {held} and lacks {TAG}"),
                 "a node gets the tags of its key",
                 "headscale nodes tag",
             ],
@@ -197,7 +197,10 @@ fn a_workload_identity_joins_with_its_token() {
     assert_eq!(node(&tailnet)["tags"][0], "tag:reverse-proxy");
     drop(good);
     let line = fails(edge.env("TS_ID_TOKEN", "h.eyJ9.wr0ng").spawn(), 3, AT_ONCE);
-    tells(&line, &["refused this node", "makes no auth key: Unauthorized", "check the workload identity"]);
+    tells(
+        &line,
+        &["refused this node", "refused to make an auth key: Unauthorized", "check the workload identity"],
+    );
     assert!(!line.contains("wr0ng"), "{line}");
 }
 

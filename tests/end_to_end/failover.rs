@@ -211,7 +211,8 @@ fn connections_to_a_node_that_vanishes_are_closed_in_time_and_no_others() {
         &line,
         &[" WARN ", "upstream=\"stalwart\"", "connections=3", "has not answered for 15s", "closing"],
     );
-    let ended = eventually(LIMIT, || edge.log().count("end=DD why=\"the mailbox's node vanished\"") == IDLE);
+    let ended =
+        eventually(LIMIT, || edge.log().count("end=DD why=\"the mailbox's node no longer answers\"") == IDLE);
     assert!(ended, "{}", edge.log().tail());
 
     // Those to the live one have been as idle, and for longer.

@@ -130,7 +130,7 @@ fn an_upstream_that_is_offline_is_told_until_it_is_back() {
 fn an_upstream_that_has_died_silently_is_told() {
     let faulty = Faulty::start(tcp("bad", ECHO));
     faulty.setup.tailnet.isolate_node(MAILBOX);
-    let why = "nor does the peer answer a ping, although the control server sees it";
+    let why = "the peer does not answer a ping either, although the control server sees it";
     faulty.turns_away(&["stalwart:2525", "no answer within 2s", why]);
     faulty.setup.tailnet.rejoin_node(MAILBOX);
     echoes(faulty.setup.edge.addr("bad"));

@@ -365,7 +365,7 @@ fn every_protocol_is_told_to_come_later_in_its_own_words() {
                 " INFO ",
                 &listener,
                 "end=sQ",
-                "held until its time was over",
+                "held for the whole hold time",
                 "the peer refused the connection",
             ],
         );
@@ -430,7 +430,7 @@ fn when_as_many_are_held_as_may_be_others_are_told_at_once_and_those_are_held_on
         hears_last(&mut late, SMTP_REFUSAL.as_bytes());
         assert!(came.elapsed() < AT_ONCE, "after {:?}", came.elapsed());
         let line = setup.edge.wait_log(&format!("client={address}"), LIMIT);
-        tells(&line, &[" INFO ", "end=PQ", "as many clients are held as hold_max allows"]);
+        tells(&line, &[" INFO ", "end=PQ", "not held, since hold_max clients are held already"]);
         assert_eq!(held(&setup.edge), 2);
     }
     let status = http::get(setup.edge.addr("admin"), "/status");
@@ -537,9 +537,12 @@ fn a_mailbox_that_closes_without_a_word_is_tried_again_until_the_time_is_over() 
         stub.wait_record(index, LIMIT, |record| record.bytes == header);
     }
     let line = setup.edge.wait_log("end=sQ", LIMIT);
-    tells(&line, &[" INFO ", "held until its time was over", "closes the connection without a word"]);
+    tells(
+        &line,
+        &[" INFO ", "held for the whole hold time", "closes the connection before it sends anything"],
+    );
     let warning = setup.edge.wait_log("connected, but unusable", LIMIT);
-    tells(&warning, &[" WARN ", "closes the connection without a word", "its log"]);
+    tells(&warning, &[" WARN ", "closes the connection before it sends anything", "its log"]);
 }
 
 #[test]
@@ -648,9 +651,9 @@ fn what_a_strange_mailbox_says_is_passed_on_and_its_probe_names_it() {
     assert!(came.elapsed() >= LATE, "after {:?}", came.elapsed());
 
     for (name, problem) in [
-        ("busy", "refuses to serve: \"421 4.7.0 mail.example.test too many connections\""),
-        ("banned", "refuses to serve: \"554-5.7.1 go\""),
-        ("web", "speaks something else than it should, it said \"HTTP/1.1 400 Bad Request\""),
+        ("busy", "refuses service: \"421 4.7.0 mail.example.test too many connections\""),
+        ("banned", "refuses service: \"554-5.7.1 go\""),
+        ("web", "does not speak the listener's protocol, it sent \"HTTP/1.1 400 Bad Request\""),
         ("closed", "the peer refused the connection"),
         ("closed-too", "the peer refused the connection"),
     ] {
@@ -658,7 +661,7 @@ fn what_a_strange_mailbox_says_is_passed_on_and_its_probe_names_it() {
     }
     // The probe waits for half a minute, as some servers make strangers wait.
     if is_soak() {
-        is_not_well(&setup.edge, "silent", "said nothing within 30s");
+        is_not_well(&setup.edge, "silent", "sent nothing within 30s");
     }
     let up = |name: &str, port: u16| {
         let labels = format!("{{listener={name:?},upstream=\"stalwart:{port}\"}}");

@@ -101,10 +101,10 @@ fn a_removed_node_with_a_key_at_hand_enrols_again_and_says_so_loudly() {
     life.tailnet().remove_node(EDGE);
     let line = life.edge().wait_log("enrolling it again", LIMIT);
     tells(&line, &[" WARN ", "place on the tailnet is gone", "perhaps with another address"]);
-    let line = life.edge().wait_log("tailnet address was", LIMIT);
+    let line = life.edge().wait_log("tailnet address changed", LIMIT);
     let (old, new) = (before["ips"][0].to_string(), node(life.tailnet())["ips"][0].to_string());
     assert_ne!(old, new);
-    tells(&line, &[" WARN ", old.trim_matches('"'), new.trim_matches('"'), "must trust the new one"]);
+    tells(&line, &[" WARN ", old.trim_matches('"'), new.trim_matches('"'), "trust the new one"]);
     life.recovers();
 }
 
@@ -232,8 +232,8 @@ fn another_address_is_told_and_used() {
     client.set_read_timeout(Some(LIMIT)).expect("the deadline is not zero");
     let ended = client.read(&mut [0; 1]).map_err(|error| error.kind());
     assert!(matches!(ended, Ok(0) | Err(std::io::ErrorKind::ConnectionReset)), "{ended:?}");
-    let line = life.edge().wait_log("tailnet address was", LIMIT);
-    tells(&line, &["100.64.200.1", "mail servers that trust the old one must trust the new one"]);
+    let line = life.edge().wait_log("tailnet address changed", LIMIT);
+    tells(&line, &["100.64.200.1", "make the mail servers trust the new one instead of the old one"]);
     serves_again(life.edge());
 }
 
@@ -390,7 +390,7 @@ fn an_identity_is_not_taken_to_another_control_server() {
     let line = fails(edge(&second).spawn(), 1, AT_ONCE);
     tells(
         &line,
-        &["is of a node of", first.control_url(), second.control_url(), "another tailnet.state_dir"],
+        &["belongs to a node of", first.control_url(), second.control_url(), "another tailnet.state_dir"],
     );
     assert_eq!(second.nodes().len(), 0);
     enrol(&edge(&first));

@@ -259,7 +259,7 @@ fn an_outage_is_one_warning_with_a_remedy_and_each_client_a_line() {
         let line = edge.wait_log(&format!("client={client}"), LIMIT);
         tells(
             &line,
-            &[" INFO ", " end=sQ ", "why=\"held until its time was over: cannot reach stalwart:2525"],
+            &[" INFO ", " end=sQ ", "why=\"held for the whole hold time: cannot reach stalwart:2525"],
         );
     }
     assert_eq!(warnings(&edge), 1, "{}", edge.log().tail());

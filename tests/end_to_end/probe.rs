@@ -247,17 +247,17 @@ fn a_dovecot_that_does_not_trust_the_edge_holds_its_clients_and_is_named() {
         let is_warning =
             |line: &str| line.contains("the mailbox is down") && line.contains(&format!("listener={name:?}"));
         let line = setup.edge.log().wait_line(&format!("that {name} is not well"), LIMIT, is_warning);
-        tells(&line, &[" WARN ", "closed it without a word", "haproxy_trusted_networks"]);
+        tells(&line, &[" WARN ", "closed it before it sent anything", "haproxy_trusted_networks"]);
         names_the_edge(&setup, &line);
         are(&setup.edge, &[port], 0.0);
         assert_eq!(status(&setup.edge, name)["probe"]["state"], "down");
     }
     let refusal = b"* BYE [UNAVAILABLE] Service not available, please try again later\r\n";
     hears_last(&mut connect(setup.edge.addr("imap")), refusal);
-    let line = setup.edge.wait_log("held until its time was over", LIMIT);
-    tells(&line, &["end=sQ", "closes the connection without a word"]);
+    let line = setup.edge.wait_log("held for the whole hold time", LIMIT);
+    tells(&line, &["end=sQ", "closes the connection before it sends anything"]);
     let warning = setup.edge.wait_log("connected, but unusable", LIMIT);
-    tells(&warning, &[" WARN ", "closes the connection without a word", "PROXY header", "log"]);
+    tells(&warning, &[" WARN ", "closes the connection before it sends anything", "PROXY header", "log"]);
 }
 
 #[test]

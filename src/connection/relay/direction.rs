@@ -1,7 +1,7 @@
 //! One direction of a relay: bytes go from a source to a sink, and then the end of stream.
 //!
-//! Invariant: what the sink does not take is kept, and nothing more is read meanwhile; all directions together
-//! keep about as much as [`set_kept_most`] allows.
+//! Invariant: bytes that the sink does not take are kept, and nothing more is read meanwhile. All directions
+//! together keep about as much as [`set_kept_most`] allows.
 
 use std::cell::RefCell;
 use std::io;
@@ -14,8 +14,8 @@ use tokio::time::Instant;
 
 use crate::protocol::header_watch::{HeaderWatch, Verdict};
 
-/// Bytes moved per read. With 64 KiB a wake of the network stack (about
-/// 60 kB) is taken in one read; smaller ones cost a call into Go each.
+/// Bytes moved per read. A wake of the network stack brings about 60 kB, which 64 KiB take in one read; a smaller
+/// buffer needs several calls into Go.
 const BUFFER_BYTES: usize = 64 * 1024;
 
 /// Reads per direction before other tasks of the worker get their turn: 1 MiB.
@@ -24,7 +24,7 @@ const READS_PER_TURN: usize = 16;
 /// What all connections together may keep before reads become short; see [`set_kept_most`].
 static KEPT_MOST: AtomicUsize = AtomicUsize::new(8 * 1024 * 1024);
 
-/// A read is never shorter than this: what thousands of stalled connections keep each.
+/// A read is never shorter than this. Each of thousands of stalled connections may keep this much.
 const READ_LEAST: usize = 1024;
 
 /// What all connections keep at this moment.
@@ -48,10 +48,9 @@ pub(super) struct Direction {
     pub(super) first_byte: Option<Instant>,
     pub(super) kept: Kept,
     pub(super) state: DirectionState,
-    /// Whether an end of stream is a failure of the source, not to be passed on.
+    /// Whether an end of stream counts as a failure of the source and is not passed on.
     pub(super) keeps_its_end: bool,
-    /// Looks at what comes, until it has decided or the other direction has
-    /// begun.
+    /// Checks the bytes, until it has decided or the other direction has begun.
     pub(super) watch: Option<Box<HeaderWatch>>,
     pub(super) header_taken: bool,
 }
@@ -60,7 +59,7 @@ pub(super) struct Direction {
 pub(super) enum DirectionState {
     #[default]
     Open,
-    /// The source has ended; its last bytes or the FIN are still to be passed.
+    /// The source has ended; its last bytes or the FIN still have to be passed on.
     Ending,
     Ended,
 }
@@ -75,8 +74,7 @@ impl Direction {
         self.kept.rest().is_empty() && self.state != DirectionState::Ending
     }
 
-    /// Moves what can be moved. Ready once the sink has had everything and the
-    /// FIN.
+    /// Moves what can be moved. Ready once the sink has everything, including the FIN.
     pub(super) fn poll<R, W>(
         &mut self,
         cx: &mut Context<'_>,

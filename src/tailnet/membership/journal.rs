@@ -1,5 +1,5 @@
-//! What is worth a line in the log when one state of the node follows another: each thing once when
-//! it begins, and once when it has passed. What passes within seconds is not told at all.
+//! Decides what is logged when the node's state changes: each trouble once when it begins, and once when it is
+//! over. A trouble that is over within seconds is not logged at all.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -12,17 +12,18 @@ use crate::support::text::list;
 use crate::support::wall_clock;
 use crate::tailnet::{NodeStatus, Trouble};
 
-/// A key that expires is warned about when it has this many days left, and again at the next.
+/// Days before the expiry of a key at which a warning is logged.
 const EXPIRY_WARNINGS: [i64; 3] = [1, 7, 30];
 
-/// A trouble that may pass by itself is told when it has lasted this long.
+/// A trouble that may pass by itself is logged after it has lasted this long.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Between two lines about the network: where containers come and go it changes all the time.
+/// The least time between two lines about the machine's network: where containers come and go, it changes all the
+/// time.
 const MOVES_APART: Duration = Duration::from_secs(60);
 
-/// A moment by both clocks: a key expires at a date, and how long something has lasted must not depend
-/// on one, since it may be corrected meanwhile.
+/// A moment by both clocks: a key expires at a date, but durations must not be taken from dates, since the date
+/// may be corrected meanwhile.
 #[derive(Clone, Copy)]
 pub(super) struct Moment {
     pub date: Timestamp,
@@ -35,23 +36,23 @@ impl Moment {
     }
 }
 
-/// What was told last.
+/// What was logged last.
 pub(super) struct Journal {
     tags: Vec<String>,
-    /// Those of the last state, since when, and whether they were told.
+    /// The troubles of the last state, since when they last, and whether they were logged.
     troubles: Vec<(Trouble, Instant, bool)>,
-    /// Whether one was told, and that all is well again has not been told since.
+    /// Whether a trouble was logged, and not yet that all is well again.
     is_told: bool,
     ips: Vec<IpAddr>,
     network_changes: u64,
-    /// When the last of them was told.
+    /// When the last change was logged.
     move_told: Option<Instant>,
     wake_ups: u64,
-    /// The expiry and the number of days that the last warning was about.
+    /// The expiry and the number of days of the last warning.
     expiry: Option<(Timestamp, i64)>,
 }
 
-/// A line and how much it matters.
+/// A log line with its level.
 #[derive(Debug, PartialEq, Eq)]
 enum JournalLine {
     Info(String),
@@ -60,7 +61,7 @@ enum JournalLine {
 }
 
 impl Journal {
-    /// Begins with a node that is on the tailnet as it should be.
+    /// For a node that has joined the tailnet.
     pub fn new(tags: &[String], status: &NodeStatus) -> Journal {
         Journal {
             tags: tags.to_vec(),
@@ -85,7 +86,7 @@ impl Journal {
         }
     }
 
-    /// How long until time alone makes news of the last state.
+    /// How long until something of the last state has to be logged although the state does not change.
     pub fn due(&self, now: Moment) -> Option<Duration> {
         let waiting = self.troubles.iter().filter(|(.., told)| !told);
         waiting.map(|(_, since, _)| PATIENCE.saturating_sub(now.instant - *since)).min()
@@ -99,7 +100,7 @@ impl Journal {
         lines
     }
 
-    /// Sleep and another network are no trouble by themselves, and explain what follows.
+    /// Sleep and a network change are no trouble, but they explain the lines that follow.
     fn machine(&mut self, status: &NodeStatus, now: Instant) -> Option<JournalLine> {
         let woke = status.wake_ups > self.wake_ups;
         let is_due = self.move_told.is_none_or(|at| now - at >= MOVES_APART);
@@ -111,7 +112,7 @@ impl Journal {
             (false, false) => return None,
         };
         (self.network_changes, self.move_told) = (status.network_changes, Some(now));
-        Some(JournalLine::Info(format!("{what}; looking for paths on the tailnet anew")))
+        Some(JournalLine::Info(format!("{what}; looking for new paths on the tailnet")))
     }
 
     fn troubles(&mut self, status: &NodeStatus, now: Moment) -> Vec<JournalLine> {
@@ -145,7 +146,7 @@ impl Journal {
             )));
         } else {
             lines.extend(
-                over.iter().map(|trouble| JournalLine::Info(format!("no longer so: {}", trouble.what()))),
+                over.iter().map(|trouble| JournalLine::Info(format!("resolved: {}", trouble.what()))),
             );
         }
         lines
@@ -158,7 +159,7 @@ impl Journal {
         let before = std::mem::replace(&mut self.ips, status.ips.clone());
         (!before.is_empty()).then(|| {
             JournalLine::Warn(format!(
-                "this node's tailnet address was {before:?} and is {:?}; mail servers that trust the old one must trust the new one",
+                "this node's tailnet address changed from {before:?} to {:?}; make the mail servers trust the new one instead of the old one",
                 self.ips
             ))
         })
@@ -172,12 +173,12 @@ impl Journal {
         let left = at.duration_since(now);
         let days = EXPIRY_WARNINGS.into_iter().find(|days| left <= SignedDuration::from_hours(24 * days))?;
         if left <= SignedDuration::ZERO || self.expiry == Some((at, days)) {
-            return None; // an expired key is a trouble
+            return None; // an expired key is logged as a trouble
         }
         self.expiry = Some((at, days));
         let unit = if days == 1 { "day" } else { "days" };
         Some(JournalLine::Warn(format!(
-            "this node's key expires within {days} {unit}, at {at}, and with it every connection; disable its expiry in the admin console, or enrol the node with a tag, whose keys do not expire"
+            "this node's key expires within {days} {unit}, at {at}, and then every connection ends; disable the key's expiry in the admin console, or enrol the node with a tag (keys of tagged nodes do not expire)"
         )))
     }
 }
@@ -190,7 +191,7 @@ mod tests {
 
     const DATE: Timestamp = Timestamp::UNIX_EPOCH;
 
-    /// So long after the first moment.
+    /// This long after the first moment.
     fn after(seconds: u64) -> Moment {
         static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
         let date = DATE.checked_add(SignedDuration::from_secs(seconds as i64)).unwrap();
@@ -229,7 +230,7 @@ mod tests {
         let mut journal = Journal::new(&[], &running());
         let state = |state: &str| NodeStatus { state: state.into(), ..running() };
         assert_eq!(journal.lines(&state("NeedsMachineAuth"), after(0)).len(), 1);
-        let over = format!("no longer so: {}", Trouble::NeedsApproval.what());
+        let over = format!("resolved: {}", Trouble::NeedsApproval.what());
         assert_eq!(journal.lines(&state("Starting"), after(0)), [JournalLine::Info(over)]);
         let again = r#"on the tailnet again, as edge.example.ts.net [100.64.0.1]"#;
         assert_eq!(journal.lines(&running(), after(0)), [JournalLine::Info(again.into())]);
@@ -276,7 +277,7 @@ mod tests {
         let told = format!("trouble on the tailnet: {}", Trouble::RelayLost("network down".into()));
         assert_eq!(journal.lines(&another_text, after(5)), [JournalLine::Warn(told)]);
         assert_eq!(journal.lines(&untagged, after(6)), []);
-        let over = "no longer so: no relay can be reached: relay server timed out";
+        let over = "resolved: no relay can be reached: relay server timed out";
         assert_eq!(journal.lines(&running(), after(7)), [JournalLine::Info(over.into())]);
     }
 
@@ -302,9 +303,9 @@ mod tests {
             journal.lines(&NodeStatus { network_changes, wake_ups, ..running() }, after(0)).pop()
         };
         assert_eq!(news(&mut journal, 3, 0), None);
-        let moved = "the network of this machine has changed; looking for paths on the tailnet anew";
+        let moved = "the network of this machine has changed; looking for new paths on the tailnet";
         assert_eq!(news(&mut journal, 5, 0), Some(JournalLine::Info(moved.into())));
-        let woke = "this machine woke from sleep; looking for paths on the tailnet anew";
+        let woke = "this machine woke from sleep; looking for new paths on the tailnet";
         assert_eq!(news(&mut journal, 6, 1), Some(JournalLine::Info(woke.into())));
         assert_eq!(news(&mut journal, 6, 1), None);
     }

@@ -1,18 +1,19 @@
 //! When a node that has lost its place may try to get one again.
 //!
-//! A credential that was refused is not offered every minute: each try costs the control server a
-//! request, and an OAuth client a key. One that changed is, since somebody is mending.
+//! A refused credential is not offered every minute: each try costs the control server a request, and makes a key
+//! if it is an OAuth client. A credential that has changed is offered at the next look, since an admin is probably
+//! fixing it.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How often a place is looked for when that costs nothing: a credential may have been put where it
-/// is looked for, or the tailnet's rules may have changed.
+/// How often to check whether joining may work now, which costs nothing: a credential may have been added, or the
+/// tailnet's rules may have changed.
 pub(super) const LOOK: Duration = Duration::from_secs(60);
 
-/// The longest wait before a credential that was refused is offered again, and the wait after a new
-/// enrolment of a node that was removed: an admin who removes it twice means it.
+/// The longest wait before a credential that was refused is offered again, and the wait after a new enrolment of a
+/// node that was removed: if an admin removes it twice, that is on purpose.
 pub(super) const HOUR: Duration = Duration::from_secs(60 * 60);
 
 /// What is remembered of earlier tries.
@@ -20,9 +21,9 @@ pub(super) const HOUR: Duration = Duration::from_secs(60 * 60);
 pub(super) struct Pace {
     next: Option<Instant>,
     wait: Duration,
-    /// Of the credential that was used last.
+    /// The fingerprint of the credential that was used last.
     fingerprint: Option<u64>,
-    /// Whether it waits after a success.
+    /// Whether the wait follows a success.
     resting: bool,
 }
 
@@ -37,7 +38,7 @@ impl Pace {
             || fingerprint.is_some_and(|new| self.fingerprint != Some(new))
     }
 
-    /// A try with this credential, or with none, came to nothing.
+    /// Notes that a try with this credential, or with none, failed.
     pub fn failed(&mut self, now: Instant, fingerprint: Option<u64>) {
         let again = fingerprint.is_some() && fingerprint == self.fingerprint;
         self.wait = if again { HOUR.min(self.wait * 2) } else { LOOK };
@@ -46,7 +47,7 @@ impl Pace {
         self.resting = false;
     }
 
-    /// A try succeeded; `removed` is whether it was for a node that had been removed.
+    /// Notes that a try succeeded; `removed`: the node had been removed before.
     pub fn succeeded(&mut self, now: Instant, fingerprint: Option<u64>, removed: bool) {
         let rest = if removed { HOUR } else { LOOK };
         *self = Pace { next: Some(now + rest), wait: LOOK, fingerprint, resting: removed };

@@ -1,5 +1,4 @@
-//! What a probe hears and says in plain text: the greeting, complaints about
-//! the header, and goodbye.
+//! What a probe reads and sends in plain text: the greeting, complaints about the header, and goodbye.
 //!
 //! Deliberately not here: what a line means, see [`Language`].
 
@@ -12,11 +11,10 @@ use super::talk::{NoLine, Talk};
 use super::{Clock, LOOK, ProbeError, harmless};
 use crate::protocol::greeting::{Language, Line, word};
 
-/// How long the mailbox has for its answer to goodbye and for its end of the
-/// stream.
+/// How long the mailbox has to answer goodbye and to close the stream.
 const GOODBYE: Duration = Duration::from_secs(2);
 
-/// The first line of the greeting, once all of it was heard.
+/// The first line of the greeting, once the whole greeting was read.
 pub(super) async fn hear<S: AsyncRead + AsyncWrite + Unpin>(
     talk: &mut Talk<S>,
     language: Language,
@@ -75,8 +73,7 @@ fn found(line: &[u8]) -> String {
     }
 }
 
-/// Looks for what a mailbox says that took the header for commands. One that is
-/// well says nothing now.
+/// Waits for complaints of a mailbox that took the header for commands. A healthy mailbox says nothing now.
 pub(super) async fn look_for_complaints<S: AsyncRead + AsyncWrite + Unpin>(
     talk: &mut Talk<S>,
     language: Language,
@@ -96,7 +93,7 @@ pub(super) async fn look_for_complaints<S: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
-/// Takes leave, so that the mailbox's log has nothing to complain of.
+/// Says goodbye, so that the mailbox logs no warning.
 pub(super) async fn say_goodbye<S: AsyncRead + AsyncWrite + Unpin>(
     talk: &mut Talk<S>,
     language: Language,
@@ -136,7 +133,7 @@ fn goodbye(language: Language) -> &'static str {
     }
 }
 
-/// Whether a line is the answer to our goodbye, the last that we are told.
+/// Whether a line is the answer to our goodbye; it is the mailbox's last line.
 fn answers(language: Language, line: &[u8]) -> bool {
     let first = word(line, 0);
     match language {
@@ -152,6 +149,6 @@ fn cut(stop: &NoLine, when: &str) -> ProbeError {
         NoLine::Ended => format!("closed the connection {when}"),
         NoLine::Failed(error) => format!("the connection failed {when}: {error}"),
         NoLine::Late => format!("said nothing {when}"),
-        NoLine::TooMuch => format!("said far too much {when}"),
+        NoLine::TooMuch => format!("sent far too much {when}"),
     })
 }

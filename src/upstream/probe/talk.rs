@@ -1,4 +1,4 @@
-//! Lines of a conversation, with a deadline and a bound.
+//! Reads and writes lines, with a deadline and a size limit.
 //!
 //! Deliberately not here: what the lines mean.
 
@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::harmless_error;
 
-/// As much is heard of one conversation.
+/// How many bytes of one conversation are read.
 const HEARD: usize = 8192;
 
 /// A connection to a server that is expected to speak in lines.
@@ -30,7 +30,7 @@ pub(super) enum NoLine {
     Failed(String),
     /// The deadline has passed.
     Late,
-    /// The server says too much.
+    /// The server sent too much.
     TooMuch,
 }
 
@@ -70,7 +70,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<S> {
         match timeout_at(deadline, self.stream.read(&mut chunk)).await {
             Err(_) => Err(NoLine::Late),
             Ok(Ok(0)) => Err(NoLine::Ended),
-            // TLS without a good end: many a server just closes.
+            // TLS without close_notify: many servers just close.
             Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => Err(NoLine::Ended),
             Ok(Err(error)) => Err(NoLine::Failed(harmless_error(&error))),
             Ok(Ok(count)) => {
@@ -92,8 +92,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<S> {
         }
     }
 
-    /// Ends our side, and waits for the end of the other, so that it finds
-    /// nothing amiss. How that goes no longer matters.
+    /// Closes our side and waits for the other side to close, so that the server logs no warning. Errors no longer
+    /// matter.
     pub(super) async fn close(&mut self, deadline: Instant) {
         let closed = async {
             let _ = self.stream.shutdown().await;

@@ -1,10 +1,10 @@
-//! A TLS handshake that looks at the certificate and trusts nobody.
+//! A TLS handshake that reads the certificate and does not check it.
 //!
 //! Invariants
-//! - Any certificate is accepted, also an expired one or one for another name:
-//!   what it says is the finding, and nothing secret is sent.
-//! - Before our first byte of TLS there must be none of the mailbox: whatever
-//!   comes then is about the PROXY header.
+//! - Any certificate is accepted, also if it is expired or for another name: its content is reported, and nothing
+//!   secret is sent.
+//! - The mailbox must not send anything before our first byte of TLS: anything that comes then is about the PROXY
+//!   header.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
@@ -24,13 +24,13 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use super::{Certificate, Clock, LOOK, ProbeError, Target, harmless, harmless_error};
 
-/// As much of what the mailbox says first is kept, to be shown.
+/// How many of the mailbox's first bytes are kept, to be shown.
 const NOTED: usize = 64;
 
-/// As many names of a certificate are kept.
+/// How many names of a certificate are kept.
 const NAMES: usize = 100;
 
-/// Shakes hands on a connection that has its header, if one is due.
+/// Does the TLS handshake. The header, if one is due, has been sent.
 pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
     mut stream: S,
     target: &Target,
@@ -53,9 +53,8 @@ pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
-/// Waits a moment for what a mailbox says that took the header for TLS. Were we
-/// to go on at once, it might close on what it has not read, and its alert
-/// would be lost in the reset.
+/// Waits a moment for the alert of a mailbox that took the header for TLS. If we sent our hello at once, the
+/// mailbox might close with unread bytes, and the resulting reset would destroy its alert.
 async fn look_for_complaints<S: AsyncRead + Unpin>(stream: &mut S, clock: Clock) -> Result<(), ProbeError> {
     let mut said = [0; NOTED];
     match timeout_at(clock.deadline.min(Instant::now() + LOOK), stream.read(&mut said)).await {
@@ -68,7 +67,7 @@ async fn look_for_complaints<S: AsyncRead + Unpin>(stream: &mut S, clock: Clock)
     }
 }
 
-/// Why a handshake failed: with an error or (`None`) for want of time.
+/// Why a handshake failed; `None` is a time-out.
 fn why(error: Option<&io::Error>, said: &[u8], header: bool, clock: Clock) -> ProbeError {
     let by_rustls = error.and_then(io::Error::get_ref).is_some_and(|inner| inner.is::<rustls::Error>());
     match (error, said, alert(said)) {
@@ -86,8 +85,7 @@ fn why(error: Option<&io::Error>, said: &[u8], header: bool, clock: Clock) -> Pr
     }
 }
 
-/// Text is another protocol; what is neither text nor TLS can only be what a
-/// confused server makes of a header.
+/// Text is another protocol. What is neither text nor TLS can only be a server's reaction to the header.
 fn not_tls(said: &[u8], header: bool) -> ProbeError {
     let line = said.split(|&byte| byte == b'\n').next().unwrap_or_default();
     let is_text = line.trim_ascii().iter().all(|byte| matches!(byte, b' '..=b'~' | b'\t'));
@@ -120,13 +118,14 @@ fn alert_text(alert: AlertDescription) -> String {
     format!("TLS alert {} ({alert:?})", u8::from(alert))
 }
 
-/// The name to ask for; an address is not asked for by name.
+/// The server name for the handshake; none is sent for an address.
 pub(crate) fn server_name(host: &str) -> ServerName<'static> {
     let none = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into());
     ServerName::try_from(host.to_owned()).unwrap_or(none)
 }
 
-/// One for all who only look; without resumption, so that each sees the certificate.
+/// One configuration for all connections that only read the certificate; without resumption, since then no
+/// certificate is sent.
 pub(crate) fn config() -> Arc<ClientConfig> {
     static CONFIG: OnceLock<Arc<ClientConfig>> = OnceLock::new();
     let make = || {
@@ -144,8 +143,8 @@ pub(crate) fn config() -> Arc<ClientConfig> {
     Arc::clone(CONFIG.get_or_init(make))
 }
 
-/// Takes every certificate, and every proof of it: the proof's check wants a
-/// certificate of version 3, and older ones are still about.
+/// Accepts every certificate and every signature made with it: checking the signature needs a certificate of
+/// version 3, and some are older.
 #[derive(Debug)]
 struct LookOnly {
     schemes: Vec<SignatureScheme>,
@@ -205,7 +204,7 @@ fn certificate(der: &[u8]) -> Result<Certificate, String> {
             common.filter_map(|name| name.as_str().ok()).map(|name| harmless(name.as_bytes())).take(1),
         );
     }
-    // "For ever" is the end of the year 9999, hours after the last of jiff.
+    // A certificate that never expires ends with the year 9999, hours after jiff's last moment.
     let not_after = certificate.validity().not_after.timestamp();
     let not_after = Timestamp::from_second(not_after).unwrap_or(Timestamp::MAX);
     Ok(Certificate { names, not_after })
@@ -224,7 +223,7 @@ fn name(name: &GeneralName) -> Option<String> {
     }
 }
 
-/// The first bytes that the mailbox said, which rustls does not tell.
+/// The mailbox's first bytes, which rustls does not show.
 #[derive(Clone, Debug, Default)]
 struct Said(Arc<Mutex<Vec<u8>>>);
 

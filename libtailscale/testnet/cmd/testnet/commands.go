@@ -103,7 +103,7 @@ func reply(net *testnet.Net, line []byte) result {
 func execute(net *testnet.Net, line []byte) (result, error) {
 	var c command
 	dec := json.NewDecoder(bytes.NewReader(line))
-	// A misspelt field must not pass for one left out.
+	// A misspelt field must be an error and not count as left out.
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(&c); err != nil {
 		return nil, fmt.Errorf("reading the command: %w", err)
@@ -142,7 +142,8 @@ func aliasControl(n *testnet.Net, _ *command) (result, error) {
 	return result{"url": url}, err
 }
 
-// setIPs takes a list, as replies have, though the v6 address follows from the v4.
+// setIPs takes a list, like those in replies, although the v6 address follows from the
+// v4 address.
 func setIPs(n *testnet.Net, c *command) (result, error) {
 	if len(c.IPs) != 1 {
 		return nil, errors.New(`"ips" must be one v4 address`)

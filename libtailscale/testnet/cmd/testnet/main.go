@@ -86,7 +86,7 @@ func parseFlags() (testnet.Options, error) {
 	return opts, nil
 }
 
-// closeOnSignal ends the process on SIGTERM or SIGINT, whatever command it is at.
+// closeOnSignal ends the process on SIGTERM or SIGINT, also in the middle of a command.
 func closeOnSignal(net *testnet.Net) {
 	sigs := make(chan os.Signal, 1)
 	signal.Notify(sigs, syscall.SIGTERM, syscall.SIGINT)

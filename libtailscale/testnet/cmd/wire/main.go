@@ -1,5 +1,5 @@
-// Command wire joins two TUN devices that it makes, and delays every packet: a long
-// path on one machine, without loss. Root.
+// Command wire makes two TUN devices, joins them, and delays every packet: a long path
+// on one machine, without loss. It needs root.
 //
 //	wire NAME NAME DELAY
 //
@@ -44,7 +44,7 @@ func openTUN(name string) *os.File {
 	if err != nil {
 		log.Fatalf("%s: %v", name, err)
 	}
-	// Blocking, as the poller refuses the device until it is attached.
+	// In blocking mode, since the poller refuses the device until it is attached.
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		log.Fatalf("/dev/net/tun: %v", err)
@@ -62,7 +62,7 @@ type packet struct {
 	bytes []byte
 }
 
-// carry passes packets on, each after the delay. It drops those that are too many.
+// carry passes packets on, each after the delay. It drops packets beyond maxQueued.
 func carry(from, to *os.File, delay time.Duration) {
 	queue := make(chan packet, maxQueued)
 	go func() {
