@@ -1,6 +1,6 @@
-//! Builds `libtailscale` (Go) into a static archive, generates its bindings
-//! and tells the linker about both. Nothing is rebuilt while none of its
-//! inputs changed. Every failure says what to install or set.
+//! Builds `libtailscale` (Go) into a static archive, generates its Rust
+//! bindings, and tells cargo to link it. Nothing is rebuilt unless an input has
+//! changed. Every failure says what to install or set.
 
 use std::env;
 use std::fs;
@@ -9,7 +9,7 @@ use std::process::{Command, exit};
 
 const SOURCE: &str = "libtailscale";
 
-/// The Go command, which the variable GO may name.
+/// A script that runs Go. The variable GO may name another Go command for it.
 const GO: &str = "scripts/go";
 
 fn main() {
@@ -30,12 +30,12 @@ fn declare_inputs() {
     }
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed={GO}");
-    // The whole directory: a list of files would miss the one that is added.
+    // The whole directory: a list of files would miss a new one.
     println!("cargo::rerun-if-changed={SOURCE}");
 }
 
-/// Runs `go build -buildmode=c-archive`. Without a stamp from git: it would make
-/// builds of the same files differ, and fail in a checkout of another user.
+/// Runs `go build -buildmode=c-archive`. `-buildvcs=false` leaves out git's state: with it, builds of
+/// the same files would differ, and a build in a checkout of another user would fail.
 fn build_archive(archive: &Path) {
     let (goos, goarch) = go_target();
     let compiler = cc::Build::new().try_get_compiler().unwrap_or_else(|e| {
@@ -69,7 +69,7 @@ fn build_tags() -> String {
     tags.join(",")
 }
 
-/// Rust's target in Go's words.
+/// Rust's target as GOOS and GOARCH.
 fn go_target() -> (&'static str, &'static str) {
     let os = env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
     let arch = env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default();
@@ -88,7 +88,7 @@ fn go_target() -> (&'static str, &'static str) {
 
 /// Turns `tailscale.h` into Rust declarations.
 fn generate_bindings(output: &Path) {
-    // bindgen panics with a page of text when it cannot load libclang.
+    // bindgen panics with a long text when it cannot load libclang.
     let generated = std::panic::catch_unwind(|| {
         bindgen::Builder::default()
             .header(format!("{SOURCE}/tailscale.h"))

@@ -1,11 +1,11 @@
-//! The least that uses tailwart-edge as a library: join a tailnet, open a stream to a peer, and
-//! print what it says first.
+//! The smallest program that uses tailwart-edge as a library: it joins a tailnet, opens a stream to a
+//! peer, and prints what the peer sends first.
 //!
 //!     TS_AUTHKEY=tskey-auth-... cargo run --example embed -- ./state stalwart 25
 //!
 //! The directory keeps the node's identity, so a second start needs no key. The key has to carry the
 //! default tag, `tag:reverse-proxy`. With `TS_CONTROL_URL` it joins a Headscale. A mailbox that
-//! demands a PROXY header greets nobody without: see `tailwart_edge::protocol::proxy_header`.
+//! demands a PROXY header does not greet without one: see `tailwart_edge::protocol::proxy_header`.
 
 use std::error::Error;
 
@@ -26,15 +26,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     settings.state_dir = state_dir.into();
     settings.hostname = "tailwart-embed".into();
 
-    // Tailscale would take a key from there by itself. Only safe while there is a single thread, so
-    // before the runtime.
+    // Otherwise Tailscale itself would take a key from the environment. Changing the environment is safe
+    // only while there is a single thread, so this comes before the runtime.
     forget_environment();
     let runtime = tokio::runtime::Runtime::new()?;
     print!("{}", runtime.block_on(greeting(settings, sources, host, port.parse()?))?);
     Ok(())
 }
 
-/// Joins, and reads what a port of a peer sends before it is spoken to.
+/// Joins, connects to a port of a peer, and reads what the peer sends first.
 async fn greeting(
     settings: config::Tailnet,
     sources: Sources,
@@ -43,18 +43,18 @@ async fn greeting(
 ) -> Result<String, Box<dyn Error>> {
     let node = Node::start(&settings)?;
     match node.up(settings.join_timeout).await {
-        // The first time: with what the environment has.
+        // The first time: enrol with the credential of the environment.
         Err(JoinError::NotEnrolled { .. }) => {
             let credential = sources.read()?.ok_or_else(|| node.not_enrolled())?;
             node.enrol(&credential, settings.join_timeout).await?;
         }
         outcome => outcome?,
     }
-    // A `TailnetStream` is an `AsyncRead` and `AsyncWrite` as any other.
+    // A `TailnetStream` is an `AsyncRead` and `AsyncWrite`.
     let mut stream = node.connect(host, port).await?;
     let mut buffer = [0; 512];
     let count = stream.read(&mut buffer).await?;
-    // Closed before the node, so that the peer sees an orderly end.
+    // The stream is closed before the node, so that the peer sees an orderly end.
     drop(stream);
     node.close().await;
     Ok(String::from_utf8_lossy(&buffer[..count]).into_owned())

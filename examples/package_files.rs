@@ -1,10 +1,10 @@
-//! Writes what a package holds and the definition of the command line says: a man page for the
-//! program and one for each command, and the shells' completions. `make package-files` runs it, so
-//! that none of them is kept in the repository, where it could fall behind.
+//! Writes the files of a package that follow from the command line's definition: a man page for the
+//! program, one for each command, and the shells' completions. `make package-files` runs it. The files
+//! are not kept in the repository, where they could fall behind.
 //!
 //!     cargo run --example package_files -- DIRECTORY DATE
 //!
-//! The date stands in the man pages, and is an argument so that the same source gives the same files.
+//! DATE is printed in the man pages. It is an argument, so that the same source gives the same files.
 
 use std::error::Error;
 use std::fs::{self, File};
@@ -18,8 +18,8 @@ use tailwart_edge::cli::Cli;
 
 const NAME: &str = env!("CARGO_PKG_NAME");
 
-/// Each shell with the name under which it looks for the completions of a program; where, is in
-/// `Cargo.toml` for Debian.
+/// Each shell, and the file name under which it looks for a program's completions. `Cargo.toml` has the
+/// directories for Debian.
 const COMPLETIONS: [(Shell, &str); 3] = [
     (Shell::Bash, "tailwart-edge.bash"),
     (Shell::Fish, "tailwart-edge.fish"),
@@ -47,7 +47,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// As `Man::render`, except for the text after the help, whose columns would be filled as prose.
+/// As `Man::render`, except for the text after the help: that would lose its columns.
 fn man_page(command: &Command, date: &str, directory: &Path) -> io::Result<()> {
     let name = command.get_display_name().unwrap_or(NAME);
     let man = Man::new(command.clone())
@@ -83,7 +83,7 @@ fn sections(text: &str, page: &mut Vec<u8>) -> io::Result<()> {
         }
         let body = body.unwrap_or(section).replace('\\', "\\e").replace('-', "\\-").replace('\'', "\\(aq");
         let body: Vec<&str> = body.lines().map(|line| line.strip_prefix("  ").unwrap_or(line)).collect();
-        // A dot at the beginning of a line would be a request.
+        // A dot at the beginning of a line would be a roff command.
         writeln!(page, ".nf\n\\&{}\n.fi", body.join("\n\\&"))?;
     }
     Ok(())

@@ -1,28 +1,19 @@
-//! The admin listener: `/livez`, `/readyz`, `/status` and `/metrics` over
-//! HTTP/1.1, for supervisors, load balancers, people and Prometheus, a page for
-//! browsers at `/`, and `/doctor` for our own `doctor`.
+//! What is an operator shown? HTTP/1.1 at `admin.listen`, and at a port of the node on the tailnet if configured.
 //!
-//! `/livez` is 200 while the process runs. `/readyz` is 200 when mail can be
-//! accepted (see `admin/overview.rs`); otherwise 503 with all the reasons as JSON.
+//! `/livez` is 200 while the process runs. `/readyz` is 200 when mail can be accepted (see `admin/overview.rs`),
+//! otherwise 503 with all reasons as JSON. `/status` has the state of the node and of each server of the mailbox
+//! as JSON, `/` the same as a page for browsers. `/metrics` is for Prometheus (see `admin/metrics.rs`). `/doctor`
+//! checks the tailnet through the running node, for the `doctor` command. That may take a minute and connects to
+//! the mailbox, so one check runs at a time, and others get 429.
 //!
-//! `/status` is what is known of the node and of each
-//! server of the mailbox, as JSON. `/metrics` is what `admin/metrics.rs` has.
-//! `/doctor` looks at the tailnet through the running node, which may take a
-//! minute and makes connections to the mailbox: one look at a time, 429 for
-//! whoever comes meanwhile.
+//! It promises to show no secret and to change nothing. A web page cannot read it through a browser: a request is
+//! refused if it names another host than this one (DNS rebinding), or if a page of another site makes it. Clients
+//! that send half a request can only delay others for a moment: when half of the places are taken, the other half
+//! is for clients that send their request at once. Peers on the tailnet have places of their own, so that they
+//! cannot take the places of this machine.
 //!
-//! It is meant for loopback and has no authentication; it shows no secret and
-//! changes nothing. Peers of the tailnet can be told the same at a port of the node,
-//! except for `/doctor`: who may ask there is a matter of the tailnet's policy. They
-//! have places of their own, so that they cannot take those of this machine.
-//!
-//! A browser must not be made to tell a web page what it finds here: a request that
-//! names another host than this one (a name that was made to lead here), or that a
-//! page of another site makes, is refused.
-//!
-//! Deadlines and places are such that whoever sends half a request, as often as he
-//! likes, makes others wait for a moment: when half of the places are taken, the
-//! rest is for those who ask at once.
+//! It deliberately has no authentication: it is meant for loopback, and on the tailnet the tailnet's policy decides
+//! who may ask. Peers on the tailnet cannot use `/doctor`.
 
 pub(crate) mod board;
 pub(crate) mod metrics;
@@ -59,22 +50,23 @@ use crate::upstream::dial::Reset;
 
 /// Admin connections at once; more wait in the backlog.
 const PLACES: usize = 64;
-/// The same for peers of the tailnet, and how many of them may wait; more are refused.
+/// The same for peers on the tailnet.
 const PEER_PLACES: usize = 32;
+/// How many peers may wait to be accepted; more are refused.
 const PEER_BACKLOG: u16 = 32;
-/// Between two attempts to listen at the node's port.
+/// The time between two attempts to listen at the node's port.
 const LISTEN_PAUSE: Duration = Duration::from_secs(5);
-/// How many peers that were answered may be waited for, to take the answer.
+/// How many peers may be waited for at once, until they have read their answer.
 const PEER_LEAVING: usize = 128;
-/// How long a request's head may take while there is room, and when half of the places are taken. A
-/// client that waited in the backlog has sent its own long since.
+/// How long a request's head may take.
 const HEAD_LIMIT: Duration = Duration::from_secs(5);
+/// The same when half of the places are taken. A client that waited in the backlog has sent its head already.
 const CROWDED_HEAD_LIMIT: Duration = Duration::from_millis(100);
-/// The latter for peers: a few round trips over a relay.
+/// The same for peers: a few round trips over a relay.
 const CROWDED_PEER_HEAD_LIMIT: Duration = Duration::from_secs(1);
-/// How long an admin connection may last: longer than a look of the doctor.
+/// How long an admin connection may last: longer than a check of the doctor.
 const CONNECTION_LIMIT: Duration = Duration::from_secs(90);
-/// The same of a peer, for which nobody looks, until it has the answer.
+/// The same for a peer, which cannot use the doctor.
 const PEER_CONNECTION_LIMIT: Duration = Duration::from_secs(10);
 
 /// Answers requests for as long as the edge lives.
@@ -98,7 +90,7 @@ pub async fn serve(listener: Arc<ListeningSocket>, overview: Arc<Overview>, exam
     }
 }
 
-/// Answers peers of the tailnet at a port of the node for as long as the edge lives.
+/// Answers peers on the tailnet, at a port of the node, for as long as the edge lives.
 pub async fn serve_tailnet(node: Arc<Node>, port: u16, overview: Arc<Overview>) {
     let mut listener = listen(port, || node.listen(port, PEER_BACKLOG)).await;
     info!(port, "the admin listener serves the tailnet");
@@ -108,7 +100,7 @@ pub async fn serve_tailnet(node: Arc<Node>, port: u16, overview: Arc<Overview>) 
         let place = places.take().await;
         let stream = match listener.accept().await {
             Ok(stream) => stream,
-            // The node is closed, and so is the edge in a moment.
+            // The node is closed, since the edge stops.
             Err(Code::NotRunning) => return std::future::pending().await,
             Err(code) => return error!(port, "cannot accept from the tailnet: {code:?}; please report this"),
         };
@@ -117,7 +109,7 @@ pub async fn serve_tailnet(node: Arc<Node>, port: u16, overview: Arc<Overview>) 
     }
 }
 
-/// Listens as soon as that is possible: a reload may have given the port up a moment ago.
+/// Listens as soon as that is possible: a reload may have closed the port a moment ago.
 async fn listen<L>(port: u16, try_to: impl Fn() -> Result<L, Code>) -> L {
     let mut is_told = false;
     loop {
@@ -133,16 +125,16 @@ async fn listen<L>(port: u16, try_to: impl Fn() -> Result<L, Code>) -> L {
     }
 }
 
-/// Answers a peer and waits, as one of those who are `leaving`, for it to have the answer and to end. One
-/// that does not, or for which there is no room, is reset: what a peer leaves unread would stay with the
-/// stack, if the connection were only closed, for as long as that peer lives.
+/// Answers a peer, and waits until the peer has read the answer and has closed. `leaving` limits how many peers
+/// are waited for. A peer that does not close, or for which `leaving` has no room, is reset: if the connection
+/// were only closed, the network stack would keep the unread answer for as long as that peer lives.
 async fn serve_peer<S>(mut stream: S, place: Slot, overview: &Overview, leaving: &Semaphore)
 where
     S: AsyncRead + AsyncWrite + Reset + Unpin,
 {
     let served = async {
         if !connection(&mut stream, place, overview, None).await {
-            return true; // no answer, or a few bytes that say why not
+            return true; // no answer, or a few bytes of an error
         }
         let Ok(_room) = leaving.try_acquire() else { return false };
         tokio::io::copy(&mut stream, &mut tokio::io::sink()).await.is_ok()
@@ -152,14 +144,14 @@ where
     }
 }
 
-/// The places of one listener, for a connection each.
+/// The places of one listener, one for each connection.
 struct Slots {
     free: Arc<Semaphore>,
     all: usize,
     crowded_head_limit: Duration,
 }
 
-/// A place that is taken until it is dropped, and how long its request's head may take.
+/// A taken place, free again when it is dropped, and how long the request's head may take.
 struct Slot {
     _permit: Option<OwnedSemaphorePermit>,
     head_limit: Duration,
@@ -178,8 +170,8 @@ impl Slots {
     }
 }
 
-/// Answers one request, and then gives its place back; without an examiner nobody may have the doctor look.
-/// Whether it was answered, and our side has ended.
+/// Answers one request, and then gives the place back. Without an examiner `/doctor` is forbidden. Returns whether
+/// the request was answered and our side is closed.
 async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
     place: Slot,
@@ -195,14 +187,14 @@ async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
-        .keep_alive(false) // or whoever leaves connections open takes all the places
+        .keep_alive(false) // or clients that leave connections open would take all places
         .header_read_timeout(place.head_limit)
         .serve_connection(TokioIo::new(stream), service);
     served.await.inspect_err(|error| debug!("admin connection: {error}")).is_ok()
 }
 
-/// Whether a request was meant for this edge: it names an address, this machine or the node, and no
-/// page of another site has made it. What says nothing about that is no browser.
+/// Whether a request was meant for this edge: its host is an IP address, this machine or the node, and no
+/// page of another site has made it. A request without these headers does not come from a browser.
 fn is_for_us<B>(request: &Request<B>, node: &str) -> bool {
     let header = |name: &HeaderName| request.headers().get(name).and_then(|value| value.to_str().ok());
     if header(&HeaderName::from_static("sec-fetch-site")) == Some("cross-site") {
@@ -217,13 +209,13 @@ fn is_for_us<B>(request: &Request<B>, node: &str) -> bool {
 }
 
 fn misdirected() -> Response<Full<Bytes>> {
-    let error = "ask by the address, as localhost, or by the node's name";
+    let error = "use the address, localhost or the node's name in the URL";
     json(StatusCode::MISDIRECTED_REQUEST, &serde_json::json!({ "error": error }))
 }
 
 fn answer(request: &Request<Incoming>, overview: &Overview) -> Response<Full<Bytes>> {
     match request.uri().path() {
-        // Whoever asks for the head alone does not want the work done.
+        // HEAD is refused: it would do all the work for no answer.
         doctor::PATH => only("GET"),
         _ if !matches!(*request.method(), Method::GET | Method::HEAD) => only("GET, HEAD"),
         "/livez" => json(StatusCode::OK, &serde_json::json!({"live": true})),
@@ -238,21 +230,22 @@ fn answer(request: &Request<Incoming>, overview: &Overview) -> Response<Full<Byt
         "/metrics" => body(StatusCode::OK, metrics::CONTENT_TYPE, overview.metrics()),
         _ => json(
             StatusCode::NOT_FOUND,
-            &serde_json::json!({"error": "there is /, /livez, /readyz, /status, /metrics and /doctor"}),
+            &serde_json::json!({"error": "no such page; there are /, /livez, /readyz, /status, /metrics and /doctor"}),
         ),
     }
 }
 
-/// Has the doctor look through the node.
+/// Has the doctor check the tailnet through the node.
 async fn examined(examiner: Option<&Examiner>) -> Response<Full<Bytes>> {
     let Some(examiner) = examiner else {
-        let sentence = "the doctor makes connections to the mailbox, so it looks for this machine alone: ask at admin.listen";
+        let sentence =
+            "the doctor connects to the mailbox, so only this machine may ask for it, at admin.listen";
         return json(StatusCode::FORBIDDEN, &serde_json::json!({ "error": sentence }));
     };
     match examiner.examine().await {
         Ok(checks) => json(StatusCode::OK, &serde_json::json!({ "checks": checks })),
         Err(NoLook::Busy) => {
-            let error = serde_json::json!({"error": "another look is going on; try again in a minute"});
+            let error = serde_json::json!({"error": "another doctor is at work; try again in a minute"});
             json(StatusCode::TOO_MANY_REQUESTS, &error)
         }
         Err(NoLook::NoNode) => {
@@ -350,7 +343,7 @@ mod tests {
         assert!(!is_for_us(&whole.body(()).unwrap(), node));
     }
 
-    /// What a peer is answered.
+    /// The answer to a peer.
     async fn answer_to(request: &str) -> String {
         let (mut client, stream) = tokio::io::duplex(4096);
         client.write_all(format!("{request}\r\nHost: localhost\r\n\r\n").as_bytes()).await.unwrap();
@@ -380,6 +373,6 @@ mod tests {
     #[tokio::test]
     async fn a_peer_may_not_have_the_doctor_look() {
         let answer = answer_to("GET /doctor HTTP/1.1").await;
-        assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("ask at admin.listen"), "{answer}");
+        assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("at admin.listen"), "{answer}");
     }
 }

@@ -1,10 +1,10 @@
-//! The command line: what may be given, and the help that teaches how to run the program.
+//! Which commands and options are there, and what do `status` and `healthcheck` learn from a running edge?
 //!
-//! Invariant: a wrong command line ends with exit code 2, as a wrong configuration does (clap's own
-//! code is 2).
+//! It promises that a wrong command line ends with exit code 2, as a wrong configuration does, that the help
+//! is enough to run the program, and that the two commands only ask the edge and change nothing.
 //!
-//! Deliberately not here: doing anything about it, and reading the environment (see
-//! [`crate::config::config_path`]).
+//! It deliberately does not run the edge or the doctor (see `program.rs`), and does not read the environment
+//! (see [`crate::config::config_path`]).
 
 pub(crate) mod healthcheck;
 pub(crate) mod status;
@@ -39,14 +39,14 @@ Environment:
   TS_CONTROL_URL   The control server, unless tailnet.control_url names one
   Any variable can be used in the configuration's strings as ${NAME}.
 
-  What to join with, needed for the first time only, from the first of these:
+  Credentials to join with, needed the first time only; the first one set counts:
   TS_AUTHKEY        A key, or file:PATH of a file that holds it (or TS_AUTH_KEY)
   TS_AUTHKEY_FILE   The path of a file that holds a key
   (tailnet.auth_key_file, then the systemd credential ts_authkey)
   TS_CLIENT_SECRET  An OAuth client's secret, or file:PATH (TS_CLIENT_ID its id)
   TS_CLIENT_ID      A workload identity's id, with TS_ID_TOKEN its token, or
                     file:PATH for each
-  Without any, on a terminal, the address to log in with a browser is shown.
+  Without any, on a terminal, the edge shows an address to log in with a browser.
 
 Files:
   /etc/tailwart-edge/config.toml  The configuration, if neither --config nor
@@ -90,10 +90,10 @@ pub struct Cli {
 pub enum Command {
     /// Join the tailnet and forward connections until told to stop
     Run(ConfigArgs),
-    /// Report everything wrong with the configuration `run` would use, and change nothing
+    /// Report every mistake in the configuration that `run` would use, and change nothing
     Check(ConfigArgs),
-    /// Look at everything that mail on its way to the mailbox depends on: configuration, ports,
-    /// tailnet, DNS, clock; say what is wrong and what to do
+    /// Check everything that mail depends on: configuration, ports, tailnet, DNS, clock; say what is
+    /// wrong and how to fix it
     Doctor(DoctorArgs),
     /// Show the state of the running edge: its node, and whether the mailbox is up
     Status(StatusArgs),
@@ -109,8 +109,7 @@ pub enum Command {
     Version,
 }
 
-/// Where the configuration comes from; the same for all commands that need all of it, so that they cannot
-/// differ.
+/// Where the configuration comes from. Every command that needs all of it has these same options.
 #[derive(Debug, Args)]
 pub struct ConfigArgs {
     /// Read this file [default: $TAILWART_CONFIG, else /etc/tailwart-edge/config.toml if it exists,
@@ -123,10 +122,10 @@ pub struct ConfigArgs {
     pub upstream: Option<String>,
 }
 
-/// Which edge to ask. No mailbox is named, since only `admin.listen` is looked up.
+/// Which edge to ask. There is no `--upstream` here, since only `admin.listen` is read.
 #[derive(Debug, Args)]
 pub struct EdgeArgs {
-    /// Find admin.listen in this file, whatever else is wrong with it [default: $TAILWART_CONFIG,
+    /// Read admin.listen from this file, also if it has mistakes elsewhere [default: $TAILWART_CONFIG,
     /// else /etc/tailwart-edge/config.toml if it exists, else none]
     #[arg(short, long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -149,19 +148,18 @@ pub struct StatusArgs {
     pub watch: bool,
 }
 
-/// Which edge to ask, and what.
+/// Which edge to ask, and for what.
 #[derive(Debug, Args)]
 pub struct HealthcheckArgs {
     /// The edge
     #[command(flatten)]
     pub edge: EdgeArgs,
-    /// Ask only whether the process answers (/livez), not whether it is on the tailnet as it should
-    /// be (/readyz)
+    /// Ask only whether the process answers (/livez), not whether the edge is ready (/readyz)
     #[arg(long)]
     pub live: bool,
 }
 
-/// What the doctor is to look at.
+/// What the doctor checks.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
     /// The configuration
@@ -171,11 +169,11 @@ pub struct DoctorArgs {
     /// autoconfig
     #[arg(long, value_name = "NAME", value_parser = mail_domain)]
     pub domain: Option<String>,
-    /// A public address of this machine, for one behind NAT; may be repeated [default: those of its
-    /// interfaces]
+    /// A public address of this machine, if it is behind NAT; may be repeated [default: the public
+    /// addresses of its interfaces]
     #[arg(long = "address", value_name = "IP")]
     pub addresses: Vec<IpAddr>,
-    /// Ask this DNS server [default: those of /etc/resolv.conf]
+    /// Ask this DNS server [default: the servers of /etc/resolv.conf]
     #[arg(long, value_name = "IP[:PORT]", value_parser = dns_server)]
     pub dns_server: Option<SocketAddr>,
     /// Try outbound port 25 with this mail server
@@ -190,7 +188,7 @@ fn admin_address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| "expected an IP address and a port, such as 127.0.0.1:9464".to_owned())
 }
 
-/// An address, with DNS's own port unless another is named.
+/// An address; the port is 53 unless another is given.
 fn dns_server(text: &str) -> Result<SocketAddr, String> {
     let address = text.parse().or_else(|_| text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, 53)));
     address.map_err(|_| "expected an IP address, with a port if it is not 53".to_owned())

@@ -1,9 +1,11 @@
-//! What does a setting mean, and which values are allowed: TOML text in, a checked [`Config`] out.
+//! What does a setting mean, and which values are allowed? TOML text goes in, a checked [`Config`] comes out.
 //!
 //! It promises that one run names every mistake, each as `FILE:LINE: KEY: what was found; what is allowed`, that no
-//! message shows what a `${VARIABLE}` holds, and that a `Config` is complete: defaults are in, no addresses clash.
+//! message shows the value of a `${VARIABLE}`, and that a `Config` is complete: defaults are filled in, and no
+//! addresses clash.
+//!
 //! It deliberately does not look at the network, at `state_dir` or at `auth_key_file`: a file can be checked on
-//! another machine than the one it is for. A new setting starts in `keys`.
+//! another machine than the one it is for. To add a setting, start in `keys`.
 
 mod clashes;
 mod file;

@@ -1,12 +1,12 @@
-//! `tailwart-edge doctor`: looks at everything that mail on its way to the mailbox depends on, and
-//! says of each what was found and what to do.
+//! What is wrong with my set-up? `tailwart-edge doctor` checks everything that mail depends on before it
+//! reaches the mailbox, and says for each check what was found and what to do.
 //!
-//! Invariants: nothing is changed, on this machine or elsewhere, and nothing enrols; every part has a
-//! deadline, and parts that do not need each other run at the same time; no secret is shown, and no
-//! text from the network that a terminal would obey; names are looked up with a resolver of our own,
-//! and the mailbox's only in the tailnet's map.
+//! It promises: nothing is changed, on this machine or elsewhere, and nothing enrols. Every part has a
+//! deadline, and parts that do not need each other run at the same time. No secret is shown, and text from
+//! the network is made harmless for the terminal. Names are looked up with the program's own resolver; the
+//! mailbox's name is looked up only in the tailnet's list of nodes.
 //!
-//! Deliberately not here: mending anything.
+//! It deliberately does not fix anything.
 
 mod clock;
 mod dns;
@@ -32,24 +32,24 @@ pub use outbound::DEFAULT_SERVER;
 pub use report::{Check, Grade, Report};
 pub use tailnet::{Examiner, NoLook, PATH};
 
-/// What to look at.
+/// What to check.
 #[derive(Debug)]
 pub struct Patient {
-    /// The configuration, or what is wrong with it.
+    /// The configuration, or its mistakes.
     pub config: Result<Config, ConfigError>,
     /// Where a credential may come from.
     pub sources: Arc<Sources>,
-    /// The mail domain; without it there are no questions to the DNS about it.
+    /// The mail domain; without one its DNS is not checked.
     pub domain: Option<String>,
-    /// The public addresses of this machine, if they are not its own.
+    /// The public addresses of this machine, if its interfaces do not have them.
     pub addresses: Vec<IpAddr>,
     /// The DNS server to ask, else the system's.
     pub dns_server: Option<SocketAddr>,
-    /// The mail server (`HOST[:PORT]`) by which outbound port 25 is tried.
+    /// The mail server (`HOST[:PORT]`) with which outbound port 25 is tried.
     pub smtp_check: String,
 }
 
-/// Looks at everything. Must be called within a tokio runtime.
+/// Makes all checks. Must be called within a tokio runtime.
 pub async fn run(patient: Patient) -> Report {
     let mut checks = local::config(&patient.config);
     if let Ok(config) = &patient.config {
@@ -62,7 +62,7 @@ async fn all(config: &Config, patient: &Patient) -> Vec<Check> {
     let (place, state) = local::state_dir(&config.tailnet);
     let running = running(&place, config.admin).await;
     let mut checks = local::ports(config, running);
-    // What this user may not look at, the running edge has looked at.
+    // If this user may not read the directory, the running edge may.
     checks.push(match (running, state.outcome) {
         (Running::Yes, Grade::Fail) => Check::pass(state.name, "in use by the running edge, as another user"),
         _ => state,
@@ -83,8 +83,8 @@ async fn all(config: &Config, patient: &Patient) -> Vec<Check> {
     checks
 }
 
-/// Whether an edge runs. The lock on the state directory tells for sure; where there is no lock to
-/// look at, the admin address tells.
+/// Whether an edge runs. The lock on the state directory is certain. Where there is no lock to look at, the
+/// admin address decides.
 async fn running(place: &StateDirUse, admin: Option<SocketAddr>) -> Running {
     let live = match (place, admin) {
         (StateDirUse::Free(_), _) => return Running::No,
@@ -100,7 +100,7 @@ async fn running(place: &StateDirUse, admin: Option<SocketAddr>) -> Running {
 
 async fn dns(patient: &Patient, config: &Config, resolver: &Result<Resolver, String>) -> Vec<Check> {
     let Some(domain) = &patient.domain else {
-        return vec![Check::pass("dns", "left out; pass --domain NAME to check the DNS of a mail domain")];
+        return vec![Check::pass("dns", "not checked; pass --domain NAME to check the DNS of a mail domain")];
     };
     match resolver {
         Ok(resolver) => dns::check(domain, &Addresses::find(&patient.addresses), config, resolver).await,

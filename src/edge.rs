@@ -1,13 +1,14 @@
-//! Joins the parts: bind, join the tailnet, accept, reload, and stop in order.
+//! In which order does the edge start, reload and stop?
 //!
-//! The order of the start is a promise. Ports are bound first, so that a
-//! mistake there does not use up an auth key. A node that is enrolled accepts at
-//! once, and holds its clients until it is on the tailnet. One that is not may
-//! never be, and some listeners hold nobody: there, clients wait in the kernel's
-//! backlog until then. Where control_url was changed the node starts only when the new
-//! server has shown, within 5 s, that it is the one of the identity.
+//! It promises an order. Ports are bound first, so that a mistake there does not use up an auth key. An edge
+//! whose node is enrolled accepts at once, and holds its clients until the node is on the tailnet. An edge whose
+//! node is not enrolled may never get there, and some listeners hold nobody: in both cases clients wait in the
+//! kernel's backlog until the tailnet is there. If control_url was changed, the node starts only after the new
+//! server has shown, within 5 s, that it is the server of this identity. A reload works at any time after the
+//! node has started, also while it joins.
 //!
-//! A reload works at any time after the node has started, also while it joins.
+//! It deliberately does not serve a connection, join the tailnet or read the file itself: `connection`, `tailnet`
+//! and `config` do.
 
 mod admin_listener;
 mod plan;
@@ -47,23 +48,23 @@ use crate::upstream::peers::Peer;
 use admin_listener::Admin;
 use serving::{Parts, Serving};
 
-/// While draining, a connection that waits for its client this long is closed;
-/// the others have until the drain time-out.
+/// While draining, a connection that has waited for its client this long is closed;
+/// the other connections have until the drain time-out.
 const QUIET: Duration = Duration::from_secs(1);
 
 /// How long the node may take to close: two seconds for the peers, the rest for
 /// Tailscale itself.
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 
-/// How long the first contact with the upstreams may hold up the first client:
-/// enough for WireGuard to repeat a handshake, after 5 to 5.4 seconds. A silent one
-/// takes up to two more.
+/// How long the first contact with the upstreams may delay the first client:
+/// enough for WireGuard to repeat a handshake, after 5 to 5.4 seconds. A silent
+/// upstream takes up to two seconds more.
 const GREETING_LIMIT: Duration = Duration::from_secs(7);
 
-/// How long an edge may drain of which a part is missing: nobody new is served meanwhile.
+/// How long the edge may drain after one of its tasks has failed: no new client is served meanwhile.
 const BROKEN_DRAIN: Duration = Duration::from_secs(30);
 
-/// Between two reloads: a storm of signals becomes a few of them.
+/// The least time between two reloads: many signals at once become a few reloads.
 const RELOAD_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Why the edge could not run; [`RunError::exit_code`] tells scripts.
@@ -81,7 +82,7 @@ pub enum RunError {
     /// Signal handlers could not be installed.
     #[error("cannot install signal handlers: {0}")]
     Signals(#[source] std::io::Error),
-    /// A part of the edge has ended by itself.
+    /// A task that must run as long as the edge has ended.
     #[error(transparent)]
     TaskEnded(#[from] UnexpectedEnd),
 }
@@ -109,9 +110,9 @@ pub struct Start {
     pub source: Source,
     /// What the node may enrol with.
     pub credentials: Sources,
-    /// Who has started this process.
+    /// The supervisor that has started this process, if any.
     pub supervisor: Supervisor,
-    /// The descriptors that came with it.
+    /// The descriptors that it has handed over.
     pub handed: Vec<Handed>,
     /// Where its log lines go.
     pub logging: Arc<Logging>,
@@ -174,26 +175,26 @@ async fn run_with(start: Start, (vitals, mut ends): (Vitals, UnexpectedEnds)) ->
     outcome
 }
 
-/// Closes the node, within a limit and unless a signal says at once: whatever
-/// holds it up, the process has to end.
+/// Closes the node, but not longer than the limit, and not after a second signal: whatever
+/// delays the node, the process has to end.
 async fn close(node: &Node, signals: &mut Signals) {
     tokio::select! {
         gone = node.close() => if !gone {
-            warn!("this ephemeral node could not be taken off the tailnet; the control server drops it later by itself, or remove it in the admin console");
+            warn!("this ephemeral node could not be removed from the tailnet; the control server removes it later, or remove it in the admin console");
         },
         () = tokio::time::sleep(CLOSE_LIMIT) => warn!("the tailnet node did not close within {CLOSE_LIMIT:?}"),
         signal = signals.stop() => warn!(signal, "stopping at once: the tailnet node is not closed"),
     }
 }
 
-/// Why an edge stops that has served.
+/// Why a running edge stops.
 enum Stop {
     Signal(&'static str),
     TaskEnded(UnexpectedEnd),
 }
 
 impl Stop {
-    /// Waits for a reason; SIGHUP is none.
+    /// Waits for a reason. SIGHUP is not one.
     async fn next(signals: &mut Signals, ends: &mut UnexpectedEnds) -> Stop {
         tokio::select! {
             signal = signals.stop() => Stop::Signal(signal),
@@ -209,12 +210,12 @@ struct Edge {
     supervisor: Arc<Supervisor>,
     membership: Arc<Membership>,
     vitals: Vitals,
-    /// A SIGHUP before this moment waits for it.
+    /// A reload waits until this moment.
     next_reload: Instant,
 }
 
 impl Edge {
-    /// Joins the tailnet, and serves until a signal, or until a part of the edge fails; then drains.
+    /// Joins the tailnet and serves, until a signal comes or a task fails. Then drains.
     async fn serve(&mut self, signals: &mut Signals, ends: &mut UnexpectedEnds) -> Result<(), RunError> {
         self.serving.store(&self.supervisor);
         if self.membership.node.is_enrolled()? {
@@ -262,7 +263,7 @@ impl Edge {
         ended.or_else(|| ends.take()).map_or(Ok(()), |end| Err(end.into()))
     }
 
-    /// Serves, now that the tailnet is there; what goes on beside that, until it is dropped.
+    /// Starts to serve, now that the tailnet is there. The returned tasks run beside that until they are dropped.
     fn begin(&mut self) -> Vec<Vital> {
         self.serving.open_all();
         self.membership.announce();
@@ -278,10 +279,10 @@ impl Edge {
         companions
     }
 
-    /// Reads the configuration again and puts it in force, or says why not. A signal that ends the
-    /// edge meanwhile is returned.
+    /// Reads the configuration again and puts it in force, or logs why not. Returns a reason to stop that
+    /// came meanwhile.
     async fn reload(&mut self, signals: &mut Signals, ends: &mut UnexpectedEnds) -> Option<Stop> {
-        // A supervisor is told of the first readiness by the join.
+        // While the edge joins, the supervisor hears READY=1 only when that is done.
         let is_ready = self.serving.is_open();
         if is_ready {
             self.supervisor.reloading();
@@ -298,7 +299,7 @@ impl Edge {
         match self.put_in_force(loaded).await {
             Ok(()) => self.serving.store(&self.supervisor),
             Err(problem) => {
-                error!("the configuration was not reloaded, and all goes on as before: {problem}")
+                error!("the configuration was not reloaded, the old one stays in force: {problem}")
             }
         }
         if is_ready {
@@ -323,8 +324,8 @@ impl Edge {
 /// Joins the tailnet and makes contact with the upstreams.
 ///
 /// The contact comes before the first connection, because the first packets to a
-/// peer may be lost: it may not have heard of this node yet, and WireGuard asks
-/// again only after five seconds.
+/// peer may be lost: the peer may not know this node yet, and WireGuard repeats
+/// its handshake only after five seconds.
 async fn reach_tailnet(
     membership: &Membership,
     board: watch::Receiver<Option<Arc<Board>>>,
@@ -334,7 +335,7 @@ async fn reach_tailnet(
     Ok(())
 }
 
-/// Greets every upstream that there is, also those that a reload brings meanwhile.
+/// Greets every upstream, also the ones that a reload adds meanwhile.
 async fn greet_all<G>(board: &watch::Receiver<Option<Arc<Board>>>, greet: impl Fn(Arc<Peer>) -> G)
 where
     G: Future<Output = ()> + Send + 'static,
@@ -353,7 +354,7 @@ where
     }
 }
 
-/// Looks at an upstream once, so that a wrong name shows at once and not with
+/// Pings an upstream once, so that a wrong name is logged at the start and not with
 /// the first mail.
 async fn greet_upstream(node: Arc<Node>, peer: Arc<Peer>) {
     let host = &peer.host;
@@ -370,7 +371,7 @@ async fn greet_upstream(node: Arc<Node>, peer: Arc<Peer>) {
     }
 }
 
-/// Writes the line that says why a run has failed, unless it was written when that happened.
+/// Logs why a run has failed. The end of a task was logged when it happened.
 pub fn report(failure: &RunError) {
     if !matches!(failure, RunError::TaskEnded(_)) {
         error!("{failure}");
@@ -384,7 +385,7 @@ mod tests {
     use super::*;
     use crate::process::log::{self, tests::log_of};
 
-    /// An edge that cannot join, as its control server is not there; it is not enrolled.
+    /// An edge that cannot join, since there is no control server. It is not enrolled.
     fn start(dir: &std::path::Path) -> Start {
         let text = format!(
             "[tailnet]\nstate_dir = '{}/state'\ncontrol_url = 'http://127.0.0.1:1'\n[admin]\nlisten = 'off'\n\

@@ -1,18 +1,15 @@
-//! Binding the public ports and accepting on them.
+//! Where does a listening socket come from, and which client is accepted?
 //!
-//! Invariants
-//! - A permit is held before `accept`, so the kernel's backlog holds the line
-//!   at the connection limit; it goes back when the connection's task ends.
-//! - A listener without a client has no permit: however many ports are open, all
-//!   permits are for connections.
-//! - An error of `accept` never ends a listener: if it is ours to wait out, or
-//!   comes again and again, it backs off from 5 ms to 1 s and goes on, so running
-//!   out of descriptors costs time, not the port.
-//! - Accepting can be ended at any time, by dropping it, and begun again: the
-//!   socket stays open, no client is lost, and the permit goes back.
+//! It promises
+//! - A permit is taken before `accept`, and given back when the connection's task ends. So at the connection
+//!   limit, clients wait in the kernel's backlog.
+//! - A listener without a client holds no permit: however many ports are open, all permits are for connections.
+//! - An error of `accept` never ends a listener. If descriptors or memory are short, or if the error repeats, the
+//!   listener pauses for 5 ms to 1 s and tries again.
+//! - Accepting can be stopped at any time, by dropping the future, and started again: the socket stays open, no
+//!   client is lost, and the permit is given back.
 //!
-//! `[::]` sockets take IPv6 only, so that v4 and v6 are configured and fail
-//! each on their own.
+//! It deliberately does not know what an accepted connection does (see `connection`).
 
 mod bind;
 pub mod sockets;
@@ -37,19 +34,19 @@ use crate::connection::refusal;
 use crate::connection::{self, Service};
 use crate::upstream::dial::Dial;
 
-/// How long `accept` pauses after an error: twice as long each time.
+/// How long accepting pauses after the first error, and at most. The pause doubles each time.
 const BACKOFF_FIRST: Duration = Duration::from_millis(5);
 const BACKOFF_LAST: Duration = Duration::from_secs(1);
 
-/// This many clients in a row may be lost before they were accepted. After that the
-/// fault is the socket's: a supervisor has it too, and may have shut it down.
+/// How many clients in a row may be lost before they were accepted. After that the socket itself
+/// is at fault: the supervisor has it too, and may have shut it down.
 const LOST_IN_A_ROW: u32 = 100;
 
-/// How long `accept` must have gone well before its errors count as over.
+/// How long `accept` must work before its errors count as over.
 const CALM: Duration = Duration::from_secs(5);
 
-/// A silent client is asked for a sign of life after two minutes, and given up
-/// a minute later; most NATs forget a connection after five.
+/// After two silent minutes a client gets keepalive probes, and a minute later it is given up.
+/// Most NATs forget a connection after five minutes.
 const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
     .with_time(Duration::from_secs(120))
     .with_interval(Duration::from_secs(15))
@@ -60,7 +57,7 @@ const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
 pub struct Admission {
     /// One permit for each connection that may exist.
     pub permits: Arc<Semaphore>,
-    /// The share of one client.
+    /// The limit for one client.
     pub clients: Arc<ClientLimit>,
     /// Every connection's task, for draining.
     pub tasks: TaskTracker,
@@ -73,7 +70,7 @@ pub async fn accept<D: Dial>(listener: Arc<ListeningSocket>, service: Arc<Servic
     loop {
         let Ok(mut somebody) = listener.somebody().await else { return }; // only without a runtime
         let Ok(permit) = Arc::clone(&admission.permits).acquire_owned().await else { return }; // never closed
-        // Whoever was there may be gone, or another process may have taken them: then the permit goes back.
+        // The client may be gone, or another process may have accepted it: then the permit is given back.
         let Ok(accepted) = somebody.try_io(|_| listener.accept_now()) else { continue };
         match accepted {
             Ok((client, peer)) => {
@@ -92,8 +89,8 @@ pub async fn accept<D: Dial>(listener: Arc<ListeningSocket>, service: Arc<Servic
     }
 }
 
-/// Takes in those who wait in the kernel's backlog, which would reset them when
-/// the socket is closed, as far as the limits allow.
+/// Accepts the clients that wait in the kernel's backlog, as far as the limits allow. The kernel would reset
+/// them when the socket is closed.
 pub fn accept_backlog<D: Dial>(listener: &ListeningSocket, service: &Arc<Service<D>>, admission: &Admission) {
     for _ in 0..BACKLOG {
         let Ok(permit) = Arc::clone(&admission.permits).try_acquire_owned() else { return };
@@ -105,20 +102,19 @@ pub fn accept_backlog<D: Dial>(listener: &ListeningSocket, service: &Arc<Service
     }
 }
 
-/// Whether accept(2) failed for want of descriptors or memory, which is ours to
-/// wait out. Its other errors are of the one connection that it would have
-/// returned, and the next may be good.
+/// Whether accept(2) failed because descriptors or memory are short. Then the edge has to wait. Other errors
+/// concern only the one connection that would have been accepted; the next may be good.
 fn is_shortage(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
 }
 
-/// The errors of one listener. One line tells when they begin and one when they
-/// are over, however many come: at the descriptor limit every connection that
-/// ends lets another one in, and the next is an error again.
+/// The errors of one listener. One log line says when they begin, and one when they are over, however many
+/// there are. At the descriptor limit, successes and errors alternate: every connection that ends lets another
+/// one in, and the next `accept` fails again.
 struct AcceptErrors {
     backoff: Duration,
     last: Option<Instant>,
-    /// Clients that were lost one after the other.
+    /// Clients lost in a row.
     lost: u32,
 }
 
@@ -129,7 +125,7 @@ impl AcceptErrors {
             let remedy = if is_shortage(error) {
                 "raise the descriptor limit (LimitNOFILE) or lower max_connections"
             } else {
-                "if it stays so, restart the edge, and the socket unit if it has one"
+                "if this goes on, restart the edge, and its socket unit if it has one"
             };
             warn!(listener, "cannot accept: {error}; trying again; {remedy}");
         }
@@ -148,11 +144,11 @@ impl AcceptErrors {
     }
 }
 
-/// How much may wait in the kernel beside what is on its way to the client, of which the kernel would
-/// otherwise let 4 MiB gather. Enough for the time that it takes to write more.
+/// How many unsent bytes the kernel may keep for a client. Without this limit it would keep up to 4 MiB. This is
+/// enough for the time until more is written.
 const UNSENT_BYTES: u32 = 128 * 1024;
 
-/// Serves a connection, unless its client has as many as it may.
+/// Serves a connection, unless its client has reached its limit.
 fn admit<D: Dial>(
     service: &Arc<Service<D>>,
     admission: &Admission,
@@ -171,13 +167,14 @@ fn admit<D: Dial>(
     let service = Arc::clone(service);
     admission.tasks.spawn(async move {
         connection::serve(&*service, &mut client, peer).await;
-        drop(client); // before others may take its place
+        drop(client); // closed before the permits are free for another client
         drop((permit, place));
     });
 }
 
-/// Keepalive; no delay, since mail protocols are conversations of short lines, and what is relayed was
-/// already gathered by the sender; and a bound on what the kernel keeps for a client that does not read.
+/// Sets the socket options: keepalive; no delay (TCP_NODELAY), since mail protocols exchange short lines and the
+/// sender has already gathered what is relayed; and a limit on what the kernel keeps for a client that does not
+/// read.
 fn prepare(client: &TcpStream) {
     let socket = SockRef::from(client);
     let prepared = socket
@@ -219,12 +216,12 @@ mod tests {
         Arc::new(bind("smtp", "127.0.0.1:0".parse().unwrap()).unwrap())
     }
 
-    /// A client that has got through to the kernel.
+    /// A client whose connection the kernel has accepted.
     async fn client(socket: &ListeningSocket) -> TcpStream {
         TcpStream::connect(socket.local_addr().unwrap()).await.unwrap()
     }
 
-    /// A client that only ends its side may wait for the reply.
+    /// A client that has only closed its side may still wait for the reply.
     fn leave(mut client: TcpStream) {
         client.reset();
     }
@@ -248,7 +245,7 @@ mod tests {
         }
         let open = || service.connections.all().open();
         until(|| open().len() == 12).await;
-        // One more on each port: the kernel has them, and nobody is served before another one leaves.
+        // One more client on each port: the kernel has them, and none is served before another client leaves.
         let mut waiting = Vec::new();
         for socket in &sockets {
             waiting.push(client(socket).await);
@@ -286,7 +283,7 @@ mod tests {
         assert_eq!((admission.tasks.len(), admission.permits.available_permits()), (2, 0));
     }
 
-    /// A mistake of ours.
+    /// Panics when it is dialled, as a bug in the edge could.
     struct Broken;
 
     impl Dial for Broken {

@@ -1,4 +1,4 @@
-//! The program `tailwart-edge`; all of it is in the library.
+//! The program `tailwart-edge`. All its code is in the library.
 
 use std::process::ExitCode;
 

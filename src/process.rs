@@ -1,9 +1,10 @@
-//! The process among others: the signals it gets, the supervisor that has started it, where its log goes, and how
-//! much memory it may take.
+//! How does the process deal with the system around it? Signals, the supervisor that has started it, the log, and
+//! the limit on memory.
 //!
-//! Promises: a signal that comes before anybody listens is remembered; a log that cannot be written holds nobody up.
+//! It promises that a signal is not lost if it comes before the handlers are installed, and that a log that nobody
+//! reads delays no mail.
 //!
-//! Deliberately not here: what is done on a signal, and in which order (see `edge.rs`).
+//! It deliberately does not decide what is done on a signal, and in which order (see `edge.rs`).
 
 pub mod log;
 pub mod memory;

@@ -1,4 +1,4 @@
-//! The program: which command, and which exit code.
+//! The program: it runs the command of the command line, and gives its exit code.
 //!
 //! Deliberately not here: what the commands do.
 
@@ -27,7 +27,7 @@ use tokio::runtime::Runtime;
 /// Wrong usage or configuration.
 const EXIT_CONFIG: u8 = 2;
 
-/// The exit code of a command; as an error that of one that got no further, which has said why.
+/// The exit code of a command. `Err` is the code of a command that could not go on, and has said why.
 type Exit = Result<ExitCode, ExitCode>;
 
 /// Does what the command line asks for.
@@ -98,7 +98,7 @@ fn run(args: &ConfigArgs) -> Exit {
     let config = load(args).map_err(config_mistakes)?;
     let credentials = Sources::capture(&environment, config.tailnet.auth_key_file.clone());
     let source = Source::capture(args.config.clone(), args.upstream.clone(), std::env::vars_os());
-    // Before any thread of ours exists, and the log has one.
+    // This must come before this process starts any thread of its own. The log starts one.
     tailnet::forget_environment();
     tailnet::set_log_upload(config.tailnet.log_upload);
     let started_with = |name: &str| source.variable(name);
@@ -113,10 +113,10 @@ fn run(args: &ConfigArgs) -> Exit {
 
 fn run_edge(start: Start) -> Exit {
     let runtime = start_runtime()?;
-    // To the end: what waits to be written is written when the last one drops it.
+    // Kept to the end: when the last handle is dropped, the lines that still wait are written.
     let _logging = Arc::clone(&start.logging);
     let outcome = runtime.block_on(edge::run(start));
-    // Connections that the drain time-out cut must not hold the exit up.
+    // Connections that the drain time-out cut must not delay the exit.
     runtime.shutdown_background();
     outcome.map(|()| ExitCode::SUCCESS).map_err(|failure| {
         edge::report(&failure);
@@ -124,12 +124,12 @@ fn run_edge(start: Start) -> Exit {
     })
 }
 
-/// A wrong configuration is a finding here, and no reason to say nothing else.
+/// A wrong configuration is a finding of the report here, not an error of the command.
 fn doctor(args: DoctorArgs) -> Exit {
     let config = load(&args.config);
     let tailnet = config.as_ref().ok().map(|config| &config.tailnet);
     let sources = Sources::capture(&environment, tailnet.and_then(|tailnet| tailnet.auth_key_file.clone()));
-    // As in `run`, before any thread of ours exists; nothing is logged.
+    // As in `run`, before this process starts any thread. Nothing is logged.
     tailnet::forget_environment();
     tailnet::set_log_upload(tailnet.is_some_and(|tailnet| tailnet.log_upload));
     let DoctorArgs { domain, addresses, dns_server, smtp_check, json, .. } = args;
@@ -143,14 +143,14 @@ fn doctor(args: DoctorArgs) -> Exit {
     Ok(ExitCode::from(report.exit_code()))
 }
 
-/// Where a running edge can be asked.
+/// The admin address of a running edge: `--admin`, else the configuration's.
 fn admin_address(args: &EdgeArgs) -> Result<SocketAddr, ExitCode> {
     if let Some(admin) = args.admin {
         return Ok(admin);
     }
     let path = config_path(args.config.clone(), &environment);
     let admin = config::admin(path.as_deref(), &environment).map_err(config_mistakes)?;
-    admin.ok_or_else(|| failure("the edge has no admin address to ask at: admin.listen is \"off\""))
+    admin.ok_or_else(|| failure("the edge cannot be asked: admin.listen is \"off\""))
 }
 
 fn check_health(args: &HealthcheckArgs) -> Exit {
@@ -166,7 +166,7 @@ fn show_status(args: &StatusArgs) -> Exit {
         let mut screen = std::io::stdout();
         let clears = !args.json && screen.is_terminal();
         runtime.block_on(status::watch(admin, args.json, clears, &mut screen));
-        return Ok(ExitCode::SUCCESS); // nobody reads it any more
+        return Ok(ExitCode::SUCCESS); // nobody reads the output any more
     }
     let status = runtime.block_on(status::ask(admin)).map_err(failure)?;
     output::write(status.shown(args.json));
@@ -176,7 +176,7 @@ fn show_status(args: &StatusArgs) -> Exit {
 fn completions(shell: Shell) -> Exit {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), env!("CARGO_PKG_NAME"), &mut script);
-    // Not straight to the terminal: generate panics when the reader has gone.
+    // Into a buffer first: `generate` panics when it writes to a closed pipe.
     output::write(String::from_utf8_lossy(&script));
     Ok(ExitCode::SUCCESS)
 }

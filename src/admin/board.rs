@@ -1,6 +1,6 @@
-//! What is known of all listeners and of the servers that they need, and whether the edge is ready for that.
+//! What is known of all listeners and of the servers that they need, and whether that makes the edge ready.
 //!
-//! Deliberately not here: finding it out (see `upstream/health.rs`), and serving it (see `admin.rs`).
+//! Deliberately not here: probing the servers (see `upstream/health.rs`), and serving the answer (see `admin.rs`).
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -16,7 +16,7 @@ use crate::upstream::dial::Dial;
 use crate::upstream::health::{Monitor, Seen, State};
 use crate::upstream::peers::Peer;
 
-/// What is told before the first probe has ended.
+/// The reason that is shown before the first probe has ended.
 pub const NOT_REACHED_YET: &str = "the mailbox was not reached yet";
 
 /// A listener and what is known of the servers that it needs.
@@ -28,7 +28,7 @@ pub struct Outlook {
     monitors: Vec<Arc<Monitor>>,
     /// Why no server could be reached at the last attempt.
     away: watch::Receiver<Option<UpstreamError>>,
-    /// How often one was reached.
+    /// How often a server was reached.
     successes: Arc<AtomicU64>,
 }
 
@@ -36,16 +36,16 @@ pub struct Outlook {
 #[derive(Debug, PartialEq, Eq)]
 enum CanServe {
     Yes,
-    /// Nobody has tried, and nobody probes.
+    /// No client has tried, and nothing is probed.
     Untried,
     /// No server is known to be up, and not all are known to be down.
     NotYetKnown,
-    /// It cannot; the reason, for `/readyz`.
+    /// It cannot. The text is the reason for `/readyz`.
     No(String),
 }
 
 impl Outlook {
-    /// Of a listener's service, of all that is probed.
+    /// The outlook of a listener's service. `probed` are the monitors of all listeners.
     pub fn new<D: Dial>(service: &Service<D>, probed: &[Arc<Monitor>]) -> Outlook {
         let monitors = probed.iter().filter(|monitor| monitor.listener == service.name);
         Outlook {
@@ -82,12 +82,12 @@ impl Outlook {
     }
 }
 
-/// What speaks against sending clients here.
+/// Why clients should not be sent here, and what else is wrong.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Judgement {
-    /// Why nobody should be sent; empty when clients can be served.
+    /// Why no client should be sent; empty when clients can be served.
     pub reasons: Vec<String>,
-    /// What an operator should know of although clients are served.
+    /// What an operator should know, although clients are served.
     pub warnings: Vec<String>,
 }
 
@@ -98,11 +98,11 @@ pub struct Listening {
     pub name: String,
     /// The protocol of its clients.
     pub protocol: Protocol,
-    /// The addresses it listens on, with the ports that it got where the configuration says 0.
+    /// The addresses it listens on. Where the configuration says port 0, this is the port that the system chose.
     pub addresses: Vec<SocketAddr>,
     /// Where its connections go.
     pub upstream: String,
-    /// Whether it is gone, and only its connections may be left.
+    /// Whether a reload has removed it; it may still have connections.
     pub removed: bool,
 }
 
@@ -111,22 +111,22 @@ pub struct Listening {
 pub struct Board {
     /// One for each listener and server.
     pub monitors: Vec<Arc<Monitor>>,
-    /// The ports as they are served, and after them those that are gone.
+    /// The listeners that are served, and after them the removed ones.
     pub listeners: Vec<Listening>,
     /// In the order of the configuration, one for each listener.
     pub outlooks: Vec<Outlook>,
-    /// The mailbox's nodes, as long as anything goes there.
+    /// The mailbox's nodes that are still in use.
     pub peers: Vec<Weak<Peer>>,
 }
 
 impl Board {
-    /// Of an edge that serves nothing.
+    /// The board of an edge that serves nothing.
     #[cfg(test)]
     pub fn empty() -> Board {
         Board { monitors: Vec::new(), listeners: Vec::new(), outlooks: Vec::new(), peers: Vec::new() }
     }
 
-    /// What goes on, in one line, with how many connections there are.
+    /// The state in one line, with the number of connections.
     pub fn summary(&self, connections: usize) -> String {
         let listener = |monitor: &Arc<Monitor>| monitor.listener.clone();
         let listeners: BTreeSet<String> = self.monitors.iter().map(listener).collect();
@@ -144,9 +144,9 @@ impl Board {
         format!("listeners: {}, connections: {connections}, {mailbox}", listeners.len())
     }
 
-    /// Whether mail can be passed on: as long as one mail listener has a server that answers, what is
-    /// wrong with others is a warning. Without a mail listener, all listeners count. One that is not probed
-    /// and that nobody has tried yet speaks neither for nor against it.
+    /// Whether mail can be passed on. As long as one mail listener has a server that answers, what is wrong with
+    /// other listeners is a warning. Without a mail listener, all listeners count. A listener that is not probed
+    /// and that no client has tried yet does not count.
     pub fn judge(&self) -> Judgement {
         let any_mail = self.outlooks.iter().any(|outlook| outlook.is_mail);
         let (counting, others): (Vec<&Outlook>, Vec<&Outlook>) =
@@ -176,7 +176,7 @@ mod tests {
     use crate::tailnet::ConnectError;
     use crate::upstream::Failure;
 
-    /// A listener whose servers are in these states; without any it is not probed, and away.
+    /// A listener whose servers are in these states. Without any state it is not probed, and its mailbox is away.
     fn outlook(listener: &str, is_mail: bool, states: &[State]) -> Outlook {
         let in_state = |state: &State| {
             let problem = (*state == State::Down).then_some("it is ill");
@@ -239,7 +239,7 @@ mod tests {
         let away = || outlook("smtp", true, &[]);
         let why = format!("listener smtp: no upstream answers: {}", ConnectError::Refused);
         assert_eq!(judge(vec![away()]), judgement(&[&why], &[]));
-        // That this edge had no tailnet then is not the mailbox's fault.
+        // The edge was not on the tailnet then: that is not the mailbox's fault.
         for away_since in [watch::channel(None).1, away_for(ConnectError::NotRunning)] {
             assert_eq!(judge(vec![Outlook { away: away_since.clone(), ..away() }]), judgement(&[], &[]));
             let untried = Outlook { away: away_since, ..outlook("imaps", true, &[]) };

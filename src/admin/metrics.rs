@@ -1,10 +1,11 @@
-//! What is measured, in Prometheus's classic text format.
+//! The metrics, in Prometheus's classic text format.
 //!
-//! [`Counters`](crate::connection::counters::Counters) count from the start of the process; everything else is looked up at the moment of the
-//! scrape. Names follow Prometheus's conventions: base units, `_total` for what only grows.
+//! [`Counters`](crate::connection::counters::Counters) count from the start of the process; everything else is
+//! looked up at the moment of the scrape. Names follow Prometheus's conventions: base units, and `_total` for
+//! counters.
 //!
-//! Invariants: no label's values come from clients, so the number of series is bounded by the
-//! configurations that were in force; series are in the same order in each scrape.
+//! Invariants: no label value comes from a client, so the number of series is bounded by the
+//! configurations that were in force. Series are in the same order in each scrape.
 //!
 //! Deliberately not here: serving it (see [`crate::admin`]).
 
@@ -27,20 +28,20 @@ use family::{counter, gauge, gauges};
 /// <https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format>
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// What is looked at when the metrics are asked for.
+/// The sources that a scrape reads.
 #[derive(Debug)]
 pub struct Scrape<'a> {
     /// The node's state.
     pub node: &'a NodeStatus,
-    /// What is known of the mailbox, once it is looked for.
+    /// What is known of the mailbox; `None` before the first look.
     pub board: Option<&'a Board>,
     /// The connections.
     pub connections: &'a Connections,
-    /// Whether the edge is ready, as `/readyz` has it.
+    /// Whether the edge is ready, as `/readyz` says.
     pub is_ready: bool,
-    /// What the library costs, once there is a node.
+    /// The resources that the tailnet library uses, once there is a node.
     pub figures: Option<Figures>,
-    /// What memory is to stay below; zero before that is known.
+    /// The limit on memory; zero before it is known.
     pub memory_limit_bytes: u64,
     /// Log lines that were lost because nobody read them.
     pub lost_lines: u64,
@@ -68,13 +69,17 @@ fn edge_metrics(sources: &Scrape) -> [MetricFamily; 4] {
     [
         gauges(
             "tailwart_edge_build_info",
-            "Which version this is.",
+            "The version of the edge and of Tailscale.",
             ["version", "tailscale"],
             [(build, 1.0)],
         ),
-        gauge("tailwart_edge_ready", "Whether /readyz says so.", f64::from(sources.is_ready)),
+        gauge(
+            "tailwart_edge_ready",
+            "Whether the edge is ready, as /readyz says.",
+            f64::from(sources.is_ready),
+        ),
         counter("tailwart_edge_log_lines_lost_total", lost_help, lost),
-        gauge("tailwart_edge_memory_limit_bytes", "What memory in use is to stay below.", limit),
+        gauge("tailwart_edge_memory_limit_bytes", "The memory that the edge aims to stay below.", limit),
     ]
 }
 
@@ -83,7 +88,7 @@ fn node_metrics(node: &NodeStatus) -> [MetricFamily; 4] {
     [
         gauge(
             "tailwart_edge_node_running",
-            "Whether the node has a place on the tailnet.",
+            "Whether the node is on the tailnet.",
             f64::from(node.is_running()),
         ),
         gauge(
@@ -93,11 +98,11 @@ fn node_metrics(node: &NodeStatus) -> [MetricFamily; 4] {
         ),
         gauges(
             "tailwart_edge_node_home_relay",
-            "The node's home relay (DERP region): 1 for the present one.",
+            "The node's home relay (DERP region): 1 for the current one.",
             ["region"],
             home.map(|region| ([region], 1.0)),
         ),
-        // Absent for a key that does not expire: zero would read as long ago.
+        // Left out for a key that does not expire: zero would mean 1970.
         gauge(
             "tailwart_edge_node_key_expiry_timestamp_seconds",
             "When the node key expires (Unix time).",
@@ -108,7 +113,7 @@ fn node_metrics(node: &NodeStatus) -> [MetricFamily; 4] {
 
 fn connection_metrics(listeners: &[Listening], connections: &[Open]) -> [MetricFamily; 2] {
     let mut open: BTreeMap<[&str; 2], f64> = BTreeMap::new();
-    // What there is none of is 0, too.
+    // A listener without connections is shown with 0.
     for listener in listeners {
         open.extend(STAGES.map(|stage| ([&*listener.name, stage], 0.0)));
     }
@@ -119,22 +124,17 @@ fn connection_metrics(listeners: &[Listening], connections: &[Open]) -> [MetricF
     [
         gauge(
             "tailwart_edge_held_connections",
-            "Clients that wait for a mailbox that cannot be reached.",
+            "Clients that are held while the mailbox cannot be reached.",
             held as f64,
         ),
-        gauges(
-            "tailwart_edge_open_connections",
-            "Connections there are, by how far they have come.",
-            ["listener", "stage"],
-            open,
-        ),
+        gauges("tailwart_edge_open_connections", "Open connections, by stage.", ["listener", "stage"], open),
     ]
 }
 
 fn mailbox_metrics(board: &Board) -> [MetricFamily; 3] {
     let (mut up, mut expiry, mut probe) = (Vec::new(), Vec::new(), Vec::new());
     for monitor in &board.monitors {
-        // Which server, as which listener uses it.
+        // The labels: which listener, and which server.
         let port = [&*monitor.listener, &*monitor.upstream];
         let seen = monitor.seen();
         if matches!(seen.state, State::Up | State::Down) {
@@ -148,7 +148,7 @@ fn mailbox_metrics(board: &Board) -> [MetricFamily; 3] {
     [
         gauges(
             "tailwart_edge_upstream_up",
-            "Whether the probe finds the mailbox well; absent until it knows.",
+            "Whether the probe finds the mailbox up; absent until that is known.",
             labels,
             up,
         ),
@@ -160,7 +160,7 @@ fn mailbox_metrics(board: &Board) -> [MetricFamily; 3] {
         ),
         gauges(
             "tailwart_edge_upstream_probe_duration_seconds",
-            "How long the last probe took that succeeded.",
+            "Duration of the last successful probe.",
             labels,
             probe,
         ),
@@ -188,7 +188,7 @@ fn path_metrics(board: &Board) -> [MetricFamily; 3] {
         ),
         gauges(
             "tailwart_edge_upstream_path",
-            "Which way packets to the mailbox's node take: 1 for the present one.",
+            "The path of packets to the mailbox's node: 1 for the current one.",
             ["upstream", "path", "relay"],
             paths,
         ),
@@ -217,12 +217,12 @@ fn library_metrics(figures: &Figures) -> [MetricFamily; 8] {
         ),
         counter(
             "tailwart_edge_go_gc_pause_seconds_total",
-            "How long they have stopped it.",
+            "How long garbage collections have stopped the tailnet library.",
             figures.gc_pause_seconds,
         ),
         whole(
             "tailwart_edge_in_flight_bytes",
-            "What connections hold for bytes in flight beyond their floor.",
+            "Memory of connections for bytes in flight, beyond what each may always have.",
             figures.in_flight_bytes,
         ),
         whole(
@@ -230,14 +230,10 @@ fn library_metrics(figures: &Figures) -> [MetricFamily; 8] {
             "The most that all connections together may have in flight.",
             figures.in_flight_max_bytes,
         ),
-        whole(
-            "tailwart_edge_stack_endpoints",
-            "TCP endpoints of the node, in whatever state.",
-            figures.endpoints,
-        ),
+        whole("tailwart_edge_stack_endpoints", "TCP endpoints of the node, in any state.", figures.endpoints),
         whole(
             "tailwart_edge_stack_handles",
-            "Connections of the node that are open on our side.",
+            "Connections of the node that the edge has open.",
             figures.handles,
         ),
     ]

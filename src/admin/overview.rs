@@ -1,19 +1,20 @@
-//! Everything that is known of the running edge, put together when somebody asks: whether it is ready,
-//! its state, its metrics.
+//! Everything that is known of the running edge, collected when somebody asks: whether it is ready, its state,
+//! its metrics.
 //!
-//! An edge is ready when mail can be accepted: the node is running, the control server sees it, a relay
-//! can be reached, it holds its tags, the mailbox answers, and the edge is not stopping.
+//! An edge is ready when mail can be accepted: the node is running, the control server sees the node, a relay
+//! can be reached, the node holds its tags, the mailbox answers, and the edge is not stopping.
 //!
-//! Whether the mailbox answers is for the probe to say, and nobody is ready before the first one has
-//! ended. Where probing is off, the last attempt of a client says it, so that an edge that was away is
-//! ready again only when somebody has come through: a load balancer in front wants the probe. A listener
-//! that nobody has tried yet says nothing: alone it is ready, beside one that has failed it is no help. A
-//! reload changes nothing of that where the servers stay the same. With
-//! several listeners one that has a server is enough, and what is wrong with the others is a warning: a
-//! load balancer takes the whole machine out, and would take away port 993 because of port 4190.
-//! Listeners for mail count, others only where there is none.
+//! The probe decides whether the mailbox answers; the edge is not ready before the first probe has ended. If
+//! probing is off, the last attempt of a client decides. Then an edge that was not ready becomes ready only
+//! after a client has reached the mailbox: with a load balancer in front, probing is needed. A listener that no
+//! client has tried yet does not count: alone it is ready, beside a failed one it does not help. A reload keeps
+//! what is known as long as the servers stay the same.
 //!
-//! Deliberately not here: serving any of it (see `admin.rs`).
+//! One listener with a working server is enough; what is wrong with the others is a warning. A load balancer
+//! takes out the whole machine, and would take away port 993 because of port 4190. Listeners for mail count;
+//! other listeners count only if there is no listener for mail.
+//!
+//! Deliberately not here: serving the answers (see `admin.rs`).
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -36,9 +37,9 @@ use crate::support::wall_clock;
 use crate::tailnet::{Figures, Node, NodeStatus, linked_version};
 use crate::upstream::health::Monitor;
 
-/// Connections that are listed; of more the oldest are.
+/// How many connections are listed, the oldest ones.
 const CONNECTIONS: usize = 200;
-/// Clients that are listed.
+/// How many clients are listed.
 const CLIENTS: usize = 10;
 
 /// Everything that the admin listener shows is read from here.
@@ -48,13 +49,13 @@ pub struct Overview {
     pub started: Instant,
     /// The node's state; `None` before there is a node.
     pub node: watch::Receiver<Option<watch::Receiver<NodeStatus>>>,
-    /// The node itself, for what its library costs; empty before there is one.
+    /// The node itself, for the resources that its library uses; empty before there is a node.
     pub library: OnceLock<Arc<Node>>,
-    /// What memory is to stay below, in bytes; zero before that is known.
+    /// The limit on memory, in bytes; zero before it is known.
     pub memory_limit: AtomicU64,
     /// `tailnet.tags`: what the node must hold to be ready.
     pub tags: Vec<String>,
-    /// What is known of the mailbox; `None` before it is looked for.
+    /// What is known of the mailbox; `None` before the first look.
     pub board: watch::Receiver<Option<Arc<Board>>>,
     /// The open connections, and the failures that are kept.
     pub connections: Arc<Connections>,
@@ -65,7 +66,7 @@ pub struct Overview {
 }
 
 impl Overview {
-    /// Why mail cannot be accepted now, all reasons at once, and what is wrong besides.
+    /// All reasons why mail cannot be accepted now, and what else is wrong.
     pub fn judge(&self) -> Judgement {
         let mut judgement = match &*self.board.borrow() {
             Some(board) => board.judge(),
@@ -121,7 +122,7 @@ impl Overview {
         }
     }
 
-    /// What is known, for people and scripts.
+    /// The state, for people and scripts.
     pub fn status(&self) -> Status {
         let now = wall_clock::now();
         let Judgement { reasons: not_ready, warnings } = self.judge();
@@ -197,7 +198,7 @@ fn upstream(monitor: &Monitor, board: Option<&Board>) -> UpstreamView {
     }
 }
 
-/// Those with the most connections, as `limits.max_connections_per_client` counts them.
+/// The clients with the most connections. A client is what `limits.max_connections_per_client` counts as one.
 fn clients(connections: &[Open]) -> Vec<ClientView> {
     let mut shares: HashMap<IpAddr, ClientView> = HashMap::new();
     for connection in connections {
@@ -231,7 +232,7 @@ mod tests {
         }
     }
 
-    /// Of an edge without listeners, once it serves.
+    /// The overview of an edge without listeners, once it serves.
     fn reasons(node: Option<NodeStatus>, draining: bool) -> Vec<String> {
         overview(node, draining, Some(Board::empty())).judge().reasons
     }

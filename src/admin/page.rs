@@ -1,8 +1,9 @@
 //! The state of the edge as one page for a browser, in the spirit of HAProxy's statistics.
 //!
-//! Invariants: it needs nothing but itself and no script, and its headers forbid the browser everything
-//! else; all text passes maud, which makes it harmless. It asks the browser to load it again, so that
-//! its figures are live.
+//! Invariants: the page loads no other file and has no script, and its headers forbid the browser both. All
+//! text goes through maud, which escapes it. The page asks the browser to load it again every few seconds.
+//!
+//! Deliberately not here: finding the figures (see `admin/overview.rs`).
 
 use std::fmt;
 
@@ -20,12 +21,12 @@ use crate::admin::status::{Details, ProbeLine, Status};
 use crate::support::text::{bytes, lasting};
 use crate::upstream::health::{Seen, State};
 
-/// Between two loads.
+/// The time between two loads.
 const REFRESH_SECONDS: u32 = 5;
 
 const STYLE: &str = include_str!("page.css");
 
-/// Only the style above, known by its SHA-256, and no frame around the page.
+/// Allows only the style above, by its SHA-256, and forbids other sites to show the page in a frame.
 const POLICY: &str = "default-src 'none'; style-src 'sha256-KxmMhGWPvjl8sDU4IgwQ3AyHyIhtpWP4urSAjFcoX+E='; \
     base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
@@ -100,12 +101,12 @@ fn time(at: Timestamp) -> String {
     at.strftime("%F %T UTC").to_string()
 }
 
-/// How long ago something was, with the time itself for whoever points at it.
+/// How long ago something was; the tooltip shows the time itself.
 fn age(now: Timestamp, at: Timestamp) -> Markup {
     html! { time title=(time(at)) { (lasting(now.duration_since(at).as_secs())) } }
 }
 
-/// What is in a table's cell, and its looks.
+/// The content of a table's cell, and its CSS class.
 struct Cell {
     class: &'static str,
     content: Markup,
@@ -119,7 +120,7 @@ fn marked_up(content: Markup) -> Cell {
     Cell { class: "", content }
 }
 
-/// An address or two words that belong together.
+/// Text that must not be wrapped, such as an address.
 fn path(content: &str) -> Cell {
     Cell { class: "whole", ..text(content) }
 }
@@ -128,8 +129,8 @@ fn number(content: impl fmt::Display) -> Cell {
     Cell { class: "number", content: content.to_string().render() }
 }
 
-/// A section with a table; without rows it says so. The first cell of a row names it. Heads that begin
-/// with `#` are those of numbers.
+/// A section with a table, or "None." if there are no rows. The first cell of a row is its heading. A column
+/// whose head begins with `#` has numbers.
 fn section<const N: usize>(
     id: &str,
     title: &str,
@@ -212,7 +213,7 @@ fn upstreams(status: &Status) -> Markup {
     section("upstreams", "Mailbox", ["upstream", "listener", "path", "#round trip", "probe"], rows)
 }
 
-/// As [`ProbeLine`], with how long it has been so.
+/// As [`ProbeLine`], with a duration instead of the time since when.
 fn probe(now: Timestamp, seen: &Seen) -> Markup {
     let word = match seen.state {
         State::Up => "up",

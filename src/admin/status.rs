@@ -1,8 +1,8 @@
-//! The state of a running edge: what `/status` says, and how that looks on one screen.
+//! The state of a running edge: what `/status` answers, and how `tailwart-edge status` prints it.
 //!
-//! Invariant: what is shown was made harmless by the edge.
+//! Invariant: the edge has made all text harmless for a terminal before it sends it.
 //!
-//! Deliberately not here: a judgement for scripts (that is `/readyz`), looking for causes (see `doctor.rs`), and
+//! Deliberately not here: one answer for scripts (that is `/readyz`), looking for causes (see `doctor.rs`), and
 //! asking a running edge (see `cli/status.rs`).
 
 use std::fmt;
@@ -15,13 +15,13 @@ use crate::connection::view::{ConnectionView, FailureView};
 use crate::support::text::{bytes, lasting, table};
 use crate::upstream::health::{Seen, State};
 
-/// The path at which the admin port says it.
+/// The path on the admin listener.
 pub const PATH: &str = "/status";
 
-/// What an edge says of itself.
+/// The state of an edge.
 ///
-/// Who reads it may be of another version: what it does not know it ignores, and what is not there is
-/// empty. Only what makes it the answer of an edge has to be there, what names a thing, and times.
+/// The reader may be of another version: it ignores fields that it does not know, and a missing field is
+/// empty. Only a few fields are required: the ones that show that an edge answered, names, and times.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Status {
     /// The version of tailwart-edge.
@@ -29,9 +29,9 @@ pub struct Status {
     /// The version of the Tailscale that is linked in.
     #[serde(default)]
     pub tailscale: String,
-    /// When it was started, by the clock as it is now.
+    /// When the edge was started, computed from the clock of now.
     pub started: Timestamp,
-    /// When it was asked, by its own clock.
+    /// When the edge answered, by its own clock.
     pub now: Timestamp,
     /// Its node on the tailnet.
     #[serde(default)]
@@ -39,10 +39,10 @@ pub struct Status {
     /// Why it is not ready; empty when it is.
     #[serde(default)]
     pub not_ready: Vec<String>,
-    /// What an operator should know of although it is ready.
+    /// What an operator should know, although the edge is ready.
     #[serde(default)]
     pub warnings: Vec<String>,
-    /// What it has of the machine's memory.
+    /// Its memory.
     #[serde(default)]
     pub memory: MemoryView,
     /// How many clients wait for a mailbox that cannot be reached.
@@ -60,7 +60,7 @@ pub struct Status {
     /// The clients with the most connections.
     #[serde(default)]
     pub clients: Vec<ClientView>,
-    /// The connections; of very many the oldest.
+    /// The connections; if there are very many, only the oldest.
     #[serde(default)]
     pub connections: Vec<ConnectionView>,
     /// The last failures, the latest first.
@@ -90,11 +90,11 @@ pub struct NodeView {
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct MemoryView {
-    /// What it is to stay below.
+    /// The limit that it aims to stay below.
     pub limit_bytes: u64,
-    /// What of the process is in memory.
+    /// The resident memory of the process.
     pub resident_bytes: u64,
-    /// What connections hold for bytes in flight, beyond the floor that each has.
+    /// Memory of connections for bytes in flight, beyond what each may always have.
     pub in_flight_bytes: u64,
     /// The most that all connections together may have in flight.
     pub in_flight_max_bytes: u64,
@@ -102,7 +102,7 @@ pub struct MemoryView {
 
 impl fmt::Display for MemoryView {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // In the unit of limits.memory_mib.
+        // MiB, as in limits.memory_mib.
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         write!(f, "{:.0} of {:.0} MiB, ", mib(self.resident_bytes), mib(self.limit_bytes))?;
         write!(f, "{:.1} of {:.0} MiB in flight", mib(self.in_flight_bytes), mib(self.in_flight_max_bytes))
@@ -117,9 +117,9 @@ pub struct ListenerView {
     pub name: String,
     /// The protocol of its clients.
     pub protocol: String,
-    /// The addresses it listens on; nowhere, once it was removed.
+    /// The addresses it listens on; empty once it was removed.
     pub addresses: Vec<SocketAddr>,
-    /// Whether a reload has removed it: it is here for as long as it has connections.
+    /// Whether a reload has removed it. It is listed for as long as it has connections.
     #[serde(default)]
     pub removed: bool,
     /// The servers it forwards to.
@@ -128,11 +128,11 @@ pub struct ListenerView {
     pub open: usize,
     /// Connections that have ended.
     pub ended: u64,
-    /// Of these, those that our side or the mailbox has failed.
+    /// How many of these failed because of the edge or the mailbox.
     pub failed: u64,
-    /// Bytes that the mailbox took, of open connections too.
+    /// Bytes passed to the mailbox, including open connections.
     pub sent: u64,
-    /// Bytes that clients took, of open connections too.
+    /// Bytes passed to clients, including open connections.
     pub received: u64,
 }
 
@@ -154,7 +154,7 @@ pub struct UpstreamView {
     pub probe: Seen,
 }
 
-/// What a client has of the connections.
+/// A client's share of the connections.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ClientView {
     /// An IPv4 address, or the first one of an IPv6 /64.
@@ -276,7 +276,7 @@ impl fmt::Display for ProbeLine<'_> {
     }
 }
 
-/// The rest of that line, from its colon.
+/// The end of that line, after the time: the problem, or the greeting and the certificate.
 pub struct Details<'a>(pub &'a Seen);
 
 impl fmt::Display for Details<'_> {
@@ -336,7 +336,7 @@ LAST FAILURES         TIMES  LISTENER  LAST CLIENT  END  WHY
         assert!(status.to_string().starts_with(first));
     }
 
-    /// Each field of a value, in whatever depth, as a path.
+    /// The path of each field of a value, at any depth.
     fn fields(value: &Value, path: &str) -> Vec<String> {
         let below: Vec<(String, &Value)> = match value {
             Value::Object(object) => object.iter().map(|(name, value)| (name.clone(), value)).collect(),
@@ -362,7 +362,7 @@ LAST FAILURES         TIMES  LISTENER  LAST CLIENT  END  WHY
         (answer.pointer_mut(parent).and_then(Value::as_object_mut).unwrap(), name)
     }
 
-    /// Without which there is nothing to show; of lists, in each of their items.
+    /// The fields that are required. In a list, each item needs them.
     const REQUIRED: [&str; 12] = [
         "/version",
         "/started",

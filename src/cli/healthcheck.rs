@@ -1,9 +1,11 @@
-//! Whether a running edge is ready, or at least alive, as an exit code: for `HEALTHCHECK` in an image without a shell,
-//! and for Kubernetes' exec probes, so that the admin port can stay on loopback.
+//! `tailwart-edge healthcheck`: whether a running edge is ready, or at least alive, as an exit code.
+//!
+//! It serves `HEALTHCHECK` in an image without a shell, and Kubernetes' exec probes: so the admin port can
+//! stay on loopback.
 //!
 //! Invariant: it asks the edge and nobody else, and ends by itself within a few seconds.
 //!
-//! Deliberately not here: any judgement of its own; `/readyz` and `/livez` judge (see `admin.rs`).
+//! Deliberately not here: the decision what "ready" means. `/readyz` and `/livez` decide (see `admin.rs`).
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -17,7 +19,7 @@ use crate::support::http_client::ask_edge;
 /// How long the edge may take to answer.
 const LIMIT: Duration = Duration::from_secs(3);
 
-/// What `/readyz` or `/livez` says: that tells an edge from another program at that port.
+/// The answer of `/readyz` or `/livez`. An answer of another form comes from another program at that port.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Health {
@@ -25,8 +27,8 @@ enum Health {
     Live { live: bool },
 }
 
-/// Asks the edge that has this admin address: whether it is ready, or only whether it is `live`.
-/// Says why not.
+/// Asks the edge at this admin address whether it is ready, or only whether it is `live`. The error says why
+/// it is not.
 pub async fn ask(admin: SocketAddr, live: bool) -> Result<(), String> {
     let path = if live { "/livez" } else { "/readyz" };
     judge(&ask_edge(admin, path, LIMIT).await?)
@@ -37,7 +39,7 @@ fn judge(answer: &Response<Bytes>) -> Result<(), String> {
         Ok(Health::Ready { ready: true, .. } | Health::Live { live: true }) => Ok(()),
         Ok(Health::Ready { reasons, .. }) => Err(format!("not ready: {}", reasons.join("; "))),
         Ok(Health::Live { live: false }) | Err(_) => {
-            Err(format!("what answers is not an edge ({})", answer.status()))
+            Err(format!("what answers at this address is not an edge ({})", answer.status()))
         }
     }
 }
@@ -62,7 +64,7 @@ mod tests {
         assert_eq!(judge(&not_ready), Err("not ready: the edge is stopping; and more".to_owned()));
         assert_eq!(
             judge(&answer(404, "<html>")),
-            Err("what answers is not an edge (404 Not Found)".to_owned())
+            Err("what answers at this address is not an edge (404 Not Found)".to_owned())
         );
     }
 }

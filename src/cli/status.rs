@@ -14,17 +14,17 @@ use crate::support::http_client::{ask_edge, cannot_ask};
 /// How long the edge may take to answer.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// Between two questions of who watches.
+/// Between two questions of `--watch`.
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Asks the edge that has this admin address, or says why that cannot be done.
+/// Asks the edge at this admin address. The error says why that failed.
 pub async fn ask(admin: SocketAddr) -> Result<Status, String> {
     let answer = ask_edge(admin, PATH, LIMIT).await?;
-    serde_json::from_slice(answer.body()).map_err(|_| cannot_ask(admin, "its answer is not that of an edge"))
+    serde_json::from_slice(answer.body()).map_err(|_| cannot_ask(admin, "the answer is not from an edge"))
 }
 
-/// Shows what the edge says, again and again, each time on a screen that was cleared if `clears`;
-/// an edge that cannot be asked is told and asked on. Returns when `screen` takes nothing more.
+/// Shows the edge's state again and again. With `clears` the screen is cleared before each time. If the edge
+/// cannot be asked, this says so and asks again. Returns when `screen` cannot be written to.
 pub async fn watch(admin: SocketAddr, json: bool, clears: bool, screen: &mut impl Write) {
     const CLEAR: &str = "\x1b[H\x1b[2J\x1b[3J";
     let mut ticks = interval(WATCH_INTERVAL);
@@ -102,8 +102,7 @@ mod tests {
             let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}").await;
         });
         let error = ask(admin).await.unwrap_err();
-        let expected =
-            format!("cannot ask the edge at {admin}: its answer is not that of an edge; check that");
+        let expected = format!("cannot ask the edge at {admin}: the answer is not from an edge; check that");
         assert!(error.starts_with(&expected), "{error}");
     }
 }

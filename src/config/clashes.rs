@@ -5,7 +5,7 @@
 //! `[::]` listeners are IPv6 only and so never clash with an IPv4 address; port 0 (any free port)
 //! clashes with nothing.
 //!
-//! Deliberately not here: ports taken by other programs, which only binding can tell.
+//! Deliberately not here: ports that other programs use. Only binding can find those.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -13,7 +13,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::mistakes::{Mistakes, Place};
 
-/// An address somebody wants to bind.
+/// An address that a listener or the admin listener wants to bind.
 #[derive(Clone)]
 pub(super) struct Claim {
     pub address: SocketAddr,
@@ -33,7 +33,7 @@ impl Claim {
 
 /// Reports every claim that an earlier one makes impossible.
 pub(super) fn report_clashes(claims: &[Claim], mistakes: &mut Mistakes) {
-    // By port and family: whoever came first at all, and the first with the wildcard address.
+    // By port and family: the first claim of all, and the first claim with the wildcard address.
     let mut first: HashMap<(u16, bool), &Claim> = HashMap::new();
     let mut wildcard: HashMap<(u16, bool), &Claim> = HashMap::new();
     let mut exact: HashMap<(u16, IpAddr), &Claim> = HashMap::new();

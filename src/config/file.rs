@@ -1,10 +1,10 @@
 //! Reads the file, or says in one sentence why not.
 //!
 //! Invariants
-//! - However large the file is, at most 64 KiB of it are held.
-//! - Reading what is not a regular file has a deadline. A pipe is read, since `--config <(...)` and
-//!   `/dev/stdin` are pipes; one that nobody writes to is given up. (A file system that hangs is not seen
-//!   here; a reload has a deadline for that, see `reload.rs`.)
+//! - However large the file is, at most 64 KiB of it are kept in memory.
+//! - Reading a file that is not a regular file has a deadline. Pipes are allowed, since `--config <(...)` and
+//!   `/dev/stdin` are pipes; the deadline is for a pipe that nobody writes to. (There is no deadline here for a
+//!   file system that hangs; a reload has one, see `reload.rs`.)
 //!
 //! Deliberately not here: anything about the text.
 
@@ -19,12 +19,11 @@ use rustix::io::Errno;
 
 use super::mistakes::At;
 
-/// The largest file read. Five hundred listeners fit; what is larger is another
-/// file.
+/// The largest file that is read. Five hundred listeners fit; a larger file is surely not a configuration.
 const MAX_BYTES: u64 = 64 * 1024;
 
-/// How long what is not a regular file may take to give all it has: a program that decrypts the configuration
-/// may have to ask somebody for a passphrase.
+/// How long a file that is not a regular file may take to its end: a program that decrypts the configuration may
+/// have to ask somebody for a passphrase.
 const PIPE_LIMIT: Duration = Duration::from_secs(60);
 
 /// The text of the file, or what is wrong with it and where.
@@ -39,8 +38,8 @@ pub(super) fn read(path: &Path) -> Result<String, (At, String)> {
 }
 
 fn read_bytes(path: &Path, limit: Duration) -> Result<Vec<u8>, String> {
-    // Opening a pipe would wait for somebody who writes to it. To a regular file the flag means nothing,
-    // unless another program holds a lease on it, which is an error then.
+    // O_NONBLOCK: otherwise, opening a pipe would wait for a writer. For a regular file the flag has no effect,
+    // unless another program holds a lease on the file; then opening fails.
     let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path);
     let file = opened.map_err(|error| match error.kind() {
         ErrorKind::NotFound => {
@@ -60,18 +59,18 @@ fn read_bytes(path: &Path, limit: Duration) -> Result<Vec<u8>, String> {
     let patient = SlowFile { file: &file, until: Instant::now() + limit };
     patient.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|error| match error.kind() {
         ErrorKind::TimedOut => format!(
-            "is not a regular file, and did not come to its end within {limit:?}; \
+            "is not a regular file, and did not end within {limit:?}; \
              check what writes to it, or name a regular file"
         ),
         _ => format!("cannot read the file: {error}"),
     })?;
     if bytes.len() as u64 > MAX_BYTES {
-        return Err(format!("has more than {MAX_BYTES} bytes; expected at most that (64 KiB)"));
+        return Err(format!("has more than {MAX_BYTES} bytes; expected at most 64 KiB"));
     }
     Ok(bytes)
 }
 
-/// A file that may be a pipe, and is waited for until then.
+/// A file that may be a pipe; reading waits for its data until `until`.
 struct SlowFile<'a> {
     file: &'a File,
     until: Instant,
@@ -80,7 +79,7 @@ struct SlowFile<'a> {
 impl Read for SlowFile<'_> {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         loop {
-            // A pipe that nobody has written to yet is not readable; it would read as if it were at its end.
+            // Without this wait, a pipe that has no writer yet would look like an empty file.
             let left = self.until.saturating_duration_since(Instant::now());
             let left = Timespec::try_from(left).map_err(io::Error::other)?;
             match poll(&mut [PollFd::new(self.file, PollFlags::IN)], Some(&left)) {
@@ -90,7 +89,7 @@ impl Read for SlowFile<'_> {
                 Err(error) => return Err(error.into()),
             }
             match self.file.read(bytes) {
-                // Somebody else was faster.
+                // Another reader of the pipe was faster.
                 Err(error) if error.kind() == ErrorKind::WouldBlock && self.until > Instant::now() => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(ErrorKind::TimedOut.into()),
                 read => return read,

@@ -1,12 +1,11 @@
-//! The keys of the file: what each takes, what it is without, what it is for.
+//! The keys of the file: for each its values, its default and its purpose.
 //!
-//! This is the one place where they are described. The reader takes the default and the range from here
-//! (`reader`), its messages say what is expected with the same words, and the reference page of the book is
-//! made from [`KEYS`] (`make reference`).
+//! This is the only place that describes them. The reader (`reader`) takes the default and the range from here,
+//! its messages use the same words, and the reference page of the book is made from [`KEYS`] (`make reference`).
 //!
-//! Invariant, which a test holds: every key that is here is read.
+//! Invariant, which a test checks: every key that is listed here is read.
 //!
-//! Deliberately not here: how a kind of value is understood (see `values`).
+//! Deliberately not here: how the text of a value is parsed (see `values`).
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -18,32 +17,32 @@ use super::LogFormat;
 use super::values::{self, Kind, Takes};
 use crate::protocol::{Protocol, ProxyProtocol};
 
-/// What the book says of a key.
+/// The description of a key, for messages and for the book.
 #[derive(Debug)]
 pub struct Description {
     /// Its table and its name, `timeouts.hold`; `listener` stands for each `[[listener]]`.
     pub path: &'static str,
-    /// What it takes.
+    /// Which values are allowed.
     pub takes: Takes,
-    /// What it is when it is left out.
+    /// Its value when it is left out.
     pub default: DefaultValue,
-    /// What it is for.
+    /// Its purpose.
     pub about: &'static str,
 }
 
-/// What a key is when it is left out.
+/// The value of a key that is left out.
 #[derive(Debug)]
 pub enum DefaultValue {
-    /// It must not be.
+    /// The key must not be left out.
     Required,
-    /// This; a string without its quotes, and of an array the only item.
+    /// This value. A string is without its quotes; for an array it is the only item.
     Is(&'static str),
-    /// What these words say.
+    /// These words describe it.
     Words(&'static str),
 }
 
 impl Description {
-    /// Its default as the file would say it, if it is a value.
+    /// Its default as it would be written in the file; `None` if the default is not a value.
     pub fn default_in_toml(&self) -> Option<String> {
         let Is(value) = self.default else { return None };
         Some(match self.takes {
@@ -54,7 +53,7 @@ impl Description {
     }
 }
 
-/// A key, and how its value is understood; of one that takes an array, `T` is an item.
+/// A key, and the parser of its value. If the key takes an array, `T` is one item.
 pub(super) struct Key<T> {
     pub description: Description,
     parse: fn(&str) -> Result<T, &'static str>,
@@ -71,12 +70,12 @@ impl<T> Key<T> {
         self.description.path.rsplit('.').next().unwrap_or_default()
     }
 
-    /// Understands a value, or says what it is instead and what was expected.
+    /// Parses a value. The error says what is wrong and what was expected.
     pub fn understand(&self, text: &str) -> Result<T, String> {
         (self.parse)(text).map_err(|problem| format!("{problem}; expected {}", self.description.takes))
     }
 
-    /// Its value when it is left out. Only for keys whose default [`Is`] a value.
+    /// Its value when it is left out. Panics unless the default [`Is`] a value.
     pub fn default(&self) -> T {
         let Description { path, default, .. } = &self.description;
         let Is(value) = default else { panic!("{path} has no default value") };
@@ -84,13 +83,13 @@ impl<T> Key<T> {
     }
 }
 
-/// A constant for each key: its name, the type of its value, its path, its kind, its default and what it is for.
-/// And the list of all.
+/// Makes a constant for each key, and the list of all. A line has the constant's name, the value's type, the
+/// key's path, kind, default and purpose.
 macro_rules! keys {
     ($($(#[$reason:meta])* $name:ident: $value:ty = $path:literal, $kind:ident, $default:expr, $about:literal;)*) => {
         $($(#[$reason])* pub(super) const $name: Key<$value> = Key::new($path, values::$kind, $default, $about);)*
 
-        /// All of them, by table.
+        /// All keys, by table.
         pub const KEYS: &[&Description] = &[$(&$name.description),*];
     };
 }
@@ -121,7 +120,7 @@ keys! {
     UPSTREAM_HOST: String = "upstream.host", HOST, Words("none: it is required, unless `--upstream` is given or every listener names its own"),
         "The mailbox, or an array of several, tried in their order. `--upstream` overrides it.";
     UPSTREAM_PROXY_PROTOCOL: ProxyProtocol = "upstream.proxy_protocol", PROXY_PROTOCOL, Is("v2"),
-        "The PROXY header that tells the mailbox who the client is. With `off` the mailbox takes the edge for every client, which breaks spam filters, bans and logs.";
+        "The PROXY header that tells the mailbox who the client is. With `off` the mailbox sees the edge as the client of every connection, which breaks spam filters, bans and logs.";
 
     LISTENER_NAME: String = "listener.name", LISTENER_NAME, Words("the protocol's name"),
         "The listener's name in the log and in metrics. It must be unique.";
@@ -136,7 +135,7 @@ keys! {
     LISTENER_PROXY_PROTOCOL: ProxyProtocol = "listener.proxy_protocol", PROXY_PROTOCOL, Words("`upstream.proxy_protocol`"),
         "The PROXY header of this listener.";
     LISTENER_IDLE_TIMEOUT: Duration = "listener.idle_timeout", DURATION, Words("by protocol"),
-        "How long a connection may stay without a byte in either direction.";
+        "How long a connection may be idle: no byte in either direction.";
     LISTENER_HOLD: Duration = "listener.hold", DURATION_OR_ZERO, Words("`timeouts.hold`; `\"0s\"` for http and tcp"),
         "How long a client of this listener is held while the mailbox cannot be reached.";
 
@@ -151,7 +150,7 @@ keys! {
     TIMEOUTS_DEAD_PEER: Duration = "timeouts.dead_peer", DEAD_PEER, Is("50s"),
         "How long it may take to notice that a mailbox has vanished without a word, and to close its connections.";
     TIMEOUTS_DRAIN: Duration = "timeouts.drain", DURATION_OR_ZERO, Is("30s"),
-        "How long an edge that stops waits for its connections. `\"0s\"` cuts them at once.";
+        "How long the edge waits for its connections when it stops. `\"0s\"` cuts them at once.";
 
     LIMITS_MAX_CONNECTIONS: usize = "limits.max_connections", CONNECTIONS, Words("from the limit on open files and from `memory_mib`, at most 20000"),
         "Connections open at once, over all listeners. At the limit clients wait in the kernel's backlog.";
@@ -159,11 +158,11 @@ keys! {
     /// alone cannot take all descriptors.
     LIMITS_MAX_CONNECTIONS_PER_CLIENT: usize = "limits.max_connections_per_client", CONNECTIONS_OR_NO_LIMIT, Is("100"),
         "Connections open at once from one client: an IPv4 address, or an IPv6 /64.";
-    /// 50 sessions a second, for as long as one is held.
+    /// Enough for about 50 new clients a second, each held for 45 seconds.
     LIMITS_HOLD_MAX: usize = "limits.hold_max", CONNECTIONS_OR_NONE, Is("2500"),
-        "Clients held at once while a mailbox cannot be reached; the rest is turned away.";
+        "Clients held at once while a mailbox cannot be reached; more clients are turned away.";
     LIMITS_MEMORY_MIB: u32 = "limits.memory_mib", MEMORY, Words("half of what the machine or the control group has, from 64 to 256"),
-        "The memory that the edge aims to stay below. A sixteenth of it is for bytes in flight that all connections share.";
+        "The memory that the edge aims to stay below. All connections together may have a sixteenth of it in flight.";
 
     PROBE_INTERVAL: Duration = "probe.interval", PROBE_INTERVAL, Is("30s"),
         "The time between two probes of one port of one server.";

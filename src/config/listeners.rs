@@ -1,8 +1,7 @@
-//! The `[[listener]]` tables: defaults by protocol, unique names, and the header that mail must not
-//! go without.
+//! The `[[listener]]` tables: defaults by protocol, unique names, and a warning where mail goes without a PROXY
+//! header.
 //!
-//! Invariant: a table is read to its end whatever is wrong in it; a listener is returned only if
-//! nothing is missing.
+//! Invariant: a table is read to its end, also after a mistake. A listener is returned only if nothing is missing.
 //!
 //! Deliberately not here: clashes between addresses, which concern the admin address too (see
 //! `clashes`).
@@ -27,7 +26,7 @@ pub(super) struct Shared {
     pub host_place: Place,
     pub proxy_protocol: ProxyProtocol,
     pub proxy_place: Place,
-    /// For the mail protocols.
+    /// `timeouts.hold`, for the mail protocols.
     pub hold: Duration,
 }
 
@@ -65,14 +64,14 @@ pub(super) fn hosts(table: &mut Table, key: &Key<String>, mistakes: &mut Mistake
 
 /// Warns of an address that no node of a tailnet has; `shown` is the host as it was given.
 pub(super) fn warn_of_elsewhere(host: &str, shown: &str, place: &Place, mistakes: &mut Mistakes) {
-    const PROBLEM: &str = "is no address of a tailnet (100.64.0.0/10, fd7a:115c:a1e0::/48), so nothing is reached there, \
-                           nor through a subnet router; name the mailbox's own node";
+    const PROBLEM: &str = "is not a tailnet address (100.64.0.0/10, fd7a:115c:a1e0::/48), so the edge cannot reach it, \
+                           not even through a subnet router; name the mailbox's own node";
     if values::is_elsewhere(host) {
         mistakes.warn(place, &format!("{shown} {PROBLEM}"));
     }
 }
 
-/// A listener as far as its table goes; `None` is what is absent, or wrong and reported.
+/// A listener, as its table has it. A field is `None` if its key is left out, or is wrong and was reported.
 struct Draft {
     /// Its key path, `listener[2]`.
     owner: String,
@@ -211,7 +210,7 @@ fn upstream_port(table: &mut Table, protocol: Option<Protocol>, mistakes: &mut M
 
 fn report_missing_host(drafts: &[Draft], shared: &Shared, mistakes: &mut Mistakes) {
     if !shared.host_given && drafts.iter().any(|draft| matches!(draft.hosts, Hosts::Shared)) {
-        let problem = "missing; set it to the mailbox's name on the tailnet, or give --upstream HOST";
+        let problem = "missing; set it to the mailbox's name on the tailnet, or pass --upstream HOST";
         mistakes.add(&shared.host_place, problem);
     }
 }
@@ -234,10 +233,10 @@ fn report_same_names(drafts: &[Draft], mistakes: &mut Mistakes) {
     }
 }
 
-/// Warns where mail or log-ins would be misattributed: once for `[upstream]`, naming the listeners
-/// it reaches, and once for each listener that says so itself.
+/// Warns where the mailbox would not see the client's address: once for `[upstream]`, with the listeners that
+/// use it, and once for each listener that has its own `off`.
 fn warn_without_header(drafts: &[Draft], shared: &Shared, mistakes: &mut Mistakes) {
-    const WHY: &str = "the mailbox will take the edge for the client of every connection, \
+    const WHY: &str = "the mailbox will see the edge as the client of every connection, \
                        which breaks its spam filter, its bans and its logs";
     let mut by_default = Vec::new();
     for (draft, protocol) in drafts.iter().filter_map(|draft| Some((draft, draft.protocol?))) {

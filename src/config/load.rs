@@ -1,4 +1,4 @@
-//! Where the configuration comes from: a file, its text, or nothing but a flag.
+//! Where the configuration comes from: a file, its text, or only `--upstream`.
 //!
 //! Deliberately not here: what the text means (see `sections`).
 
@@ -23,12 +23,12 @@ pub const PATH_VARIABLE: &str = "TAILWART_CONFIG";
 
 impl Config {
     /// Reads and checks the file at `path`. `upstream` is the value of `--upstream`: it overrides
-    /// the file's `upstream.host`, which is then not looked at.
+    /// the file's `upstream.host`, which is then not read.
     pub fn load(path: &Path, upstream: Option<&str>, env: Env) -> Result<Config, ConfigError> {
         read(Some(path), env, |mistakes| sections::config(mistakes, upstream))
     }
 
-    /// Checks the text of a file, as [`Config::load`] does; mistakes are told without a file name.
+    /// Checks the text of a file, as [`Config::load`] does. Its messages have no file name.
     pub fn parse(text: &str, upstream: Option<&str>, env: Env) -> Result<Config, ConfigError> {
         sections::config(Mistakes::new(None, text, env), upstream)
     }
@@ -40,8 +40,8 @@ impl Config {
     }
 }
 
-/// `admin.listen` alone, of the file if there is one, for those who ask a running edge: it needs no mailbox
-/// for that, and the file may have got mistakes elsewhere since it was read.
+/// Only `admin.listen`, for the commands that ask a running edge. They need no mailbox, and other mistakes in the
+/// file do not matter to them.
 pub fn admin(path: Option<&Path>, env: Env) -> Result<Option<SocketAddr>, ConfigError> {
     read(path, env, sections::admin_alone)
 }
@@ -67,8 +67,8 @@ pub fn config_path(given: Option<PathBuf>, env: Env) -> Option<PathBuf> {
 pub(super) fn config_path_or(given: Option<PathBuf>, env: Env, default: &Path) -> Option<PathBuf> {
     given
         .or_else(|| env(PATH_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from))
-        // Only "nothing there" means no file: one that cannot be reached must fail in `load`, not
-        // be passed over.
+        // Only NotFound means that there is no file. A file that cannot be reached must fail in `load`, not be
+        // ignored.
         .or_else(|| match default.symlink_metadata() {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
             _ => Some(default.to_path_buf()),

@@ -1,10 +1,10 @@
-//! Collects what is wrong with a file, places it by line, and renders it as one error.
+//! Collects the mistakes in a file, with their lines, and makes one error of them.
 //!
-//! Invariants: mistakes come out in the order of the file's lines; at most [`PRINTED`] are printed,
-//! so that a megabyte of junk does not become megabytes of messages; what is printed of a value is
-//! what [`quoted`] makes of the file's own text.
+//! Invariants: mistakes are printed in the order of the file's lines. At most [`PRINTED`] are printed, so that a
+//! file full of junk does not give megabytes of messages. A value is printed only through [`quoted`] or [`shown`],
+//! and only as it is written in the file.
 //!
-//! Deliberately not here: any opinion on what a mistake is.
+//! Deliberately not here: the decision what a mistake is.
 
 use std::ops::Range;
 
@@ -50,7 +50,7 @@ impl ConfigError {
 pub(super) enum At {
     /// On the command line or in the environment.
     Flag,
-    /// In the file as a whole: something missing that no table stands for.
+    /// In the file as a whole: something is missing, and there is no table to point at.
     File,
     /// On this line, counted from 1.
     Line(usize),
@@ -113,7 +113,7 @@ impl<'t> Mistakes<'t> {
         self.mistakes.push(Mistake { at: place.at, text: format!("{}: {problem}", place.key) });
     }
 
-    /// Forgets what was found so far; whether that was anything.
+    /// Removes the mistakes found so far. Returns whether there were any.
     pub fn forget(&mut self) -> bool {
         let were_any = !self.mistakes.is_empty();
         self.mistakes.clear();
@@ -161,7 +161,7 @@ pub(super) fn quoted(written: &str) -> String {
     format!("{:?}", shown(written))
 }
 
-/// As [`quoted`] without quotes, for what is no string.
+/// As [`quoted`] without quotes, for a value that is not a string.
 pub(super) fn shown(written: &str) -> String {
     if looks_like_key(written) || (written.contains("://") && written.contains('@')) {
         return "[not shown]".to_owned();
@@ -173,7 +173,7 @@ pub(super) fn shown(written: &str) -> String {
     shown
 }
 
-/// A key for a path: quoted if TOML would want it so.
+/// A key in a path; quoted if TOML would need quotes.
 pub(super) fn key_shown(key: &str) -> String {
     let bare = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
     if !key.is_empty() && key.chars().all(bare) { shown(key) } else { quoted(key) }

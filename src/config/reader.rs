@@ -1,9 +1,8 @@
-//! Walks the tables of a file, noting where every value stands.
+//! Reads the tables of a file, and remembers the line of every value.
 //!
-//! Invariants: every key asked for counts as known, and [`Table::finish`] reports all others, so
-//! the list of allowed keys in a message cannot differ from what is read; a wrong value is reported
-//! once, here, and reads as absent. Tables and list items are counted from 1: `listener[1]` is the first
-//! `[[listener]]` of the file.
+//! Invariants: every key that is asked for counts as known, and [`Table::finish`] reports all others. So the list
+//! of allowed keys in a message is always the list of keys that are read. A wrong value is reported once, here,
+//! and is then treated as absent. Tables are counted from 1: `listener[1]` is the first `[[listener]]` of the file.
 //!
 //! Deliberately not here: what the keys are and what their values mean (see `sections`,
 //! `listeners`, `values`).
@@ -18,7 +17,7 @@ use super::keys::Key;
 use super::mistakes::{At, Mistakes, Place, key_shown, quoted, shown};
 use super::values::{Takes, substitute};
 
-/// Keys that people try, and where the setting really is.
+/// Wrong keys that people try (table and key), and the advice for each.
 const ELSEWHERE: [(&str, &str, &str); 12] = [
     ("tailnet", "auth_key", "set auth_key_file here or TS_AUTHKEY in the environment"),
     ("tailnet", "authkey", "set auth_key_file here or TS_AUTHKEY in the environment"),
@@ -41,7 +40,7 @@ pub(super) struct Table<'t> {
     known: Vec<&'static str>,
 }
 
-/// A good value together with where and how it was written.
+/// A valid value, with its place and the text as written.
 pub(super) struct Found<T> {
     pub value: T,
     pub place: Place,
@@ -65,7 +64,7 @@ impl<'t> Table<'t> {
         self.place_of(key.name())
     }
 
-    /// Whether the file has the key, with a good value or not. Makes it known.
+    /// Whether the file has the key, with a valid value or not. The key counts as known from then on.
     pub fn has<T>(&mut self, key: &Key<T>) -> bool {
         self.value_of(key).is_some()
     }
@@ -80,14 +79,14 @@ impl<'t> Table<'t> {
         self.find(key, mistakes).map_or_else(|| key.default(), Found::value)
     }
 
-    /// The key's value, if the file has a good one.
+    /// The key's value, if the file has a valid one.
     pub fn find<T>(&mut self, key: &Key<T>, mistakes: &mut Mistakes) -> Option<Found<T>> {
         let value = self.value_of(key)?;
         read(value, self.place(key), key, mistakes)
     }
 
-    /// The items of an array; an empty one is a mistake. Good items are returned without the bad. Where the
-    /// key takes a single string, that counts as an array of one.
+    /// The valid items of an array. An empty array is a mistake. If the key also takes a single string, that string
+    /// counts as an array of one.
     pub fn list<T>(&mut self, key: &Key<T>, mistakes: &mut Mistakes) -> Option<Vec<Found<T>>> {
         let value = self.value_of(key)?;
         let place = Place { at: mistakes.line(&value.span()), ..self.place(key) };
@@ -149,7 +148,7 @@ impl<'t> Table<'t> {
         Some(tables.collect())
     }
 
-    /// Reports the keys nobody asked for.
+    /// Reports the keys that nobody has asked for.
     pub fn finish(self, mistakes: &mut Mistakes) {
         for (key, _) in self.entries.into_iter().flat_map(|entries| entries.iter()) {
             let name: &str = key.get_ref();
@@ -168,7 +167,7 @@ impl<'t> Table<'t> {
         if let Some((_, _, advice)) = ELSEWHERE.iter().find(|(t, k, _)| (*t, *k) == (self.name(), name)) {
             return Some((*advice).to_owned());
         }
-        // Comparing is quadratic in the length, and a key much longer than ours is no slip of one.
+        // Comparing takes time quadratic in the length, and a much longer key is not a typing mistake.
         if name.len() > 32 {
             return None;
         }
@@ -183,7 +182,7 @@ impl<'t> Table<'t> {
         Place { at: self.place.at, key }
     }
 
-    /// This table as keys have it in their paths.
+    /// This table's name, as it stands in the paths of keys.
     fn name(&self) -> &str {
         self.place.key.split('[').next().unwrap_or_default()
     }
@@ -206,7 +205,7 @@ impl<'t> Table<'t> {
     }
 }
 
-/// What `key` makes of a value, unless that is wrong, which is reported.
+/// Parses a value for `key`. A wrong value is reported, and gives `None`.
 fn read<T>(
     value: &Spanned<DeValue>,
     place: Place,
@@ -235,7 +234,7 @@ fn read<T>(
     }
 }
 
-/// A value as text, the variables in it replaced; or what is wrong, each to be put after the value as written.
+/// A value as text, with its variables replaced. The errors are texts that follow the value as written.
 fn text_of<'v>(value: &'v DeValue, takes: &Takes, env: Env) -> Result<Cow<'v, str>, Vec<String>> {
     let what = type_name(value);
     let problem = match (takes, value) {
@@ -254,8 +253,7 @@ fn text_of<'v>(value: &'v DeValue, takes: &Takes, env: Env) -> Result<Cow<'v, st
     Err(vec![problem])
 }
 
-/// A value for a message as the file has it; arrays and tables may be long, so only their type is
-/// told.
+/// A value for a message, as it is written in the file. Arrays and tables may be long, so only their kind is shown.
 fn value_shown(value: &Spanned<DeValue>, text: &str) -> String {
     match value.get_ref() {
         DeValue::String(written) => quoted(written),

@@ -1,10 +1,9 @@
-//! The tables of the file other than the listeners, and the whole put together.
+//! The tables of the file other than the listeners, and the whole configuration made of them.
 //!
-//! Invariant: every table is read to its end even after mistakes, so that one run tells them all;
-//! values standing in for bad ones never leave, because `Mistakes::finish` has the last word.
+//! Invariant: every table is read to its end even after mistakes, so that one run reports all of them. A wrong
+//! value is replaced by a default meanwhile, but no such configuration is returned: `Mistakes::finish` fails then.
 //!
-//! Deliberately not here: the listeners (see `listeners`) and how single values are understood (see
-//! `values`).
+//! Deliberately not here: the listeners (see `listeners`), and how single values are parsed (see `values`).
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -55,12 +54,12 @@ pub(super) fn config(mut mistakes: Mistakes, upstream: Option<&str>) -> Result<C
     })
 }
 
-/// The admin address without a look at the rest of the file.
+/// The admin address only; the rest of the file is ignored.
 pub(super) fn admin_alone(mut mistakes: Mistakes) -> Result<Option<SocketAddr>, ConfigError> {
     let (document, errors) = DeTable::parse_recoverable(mistakes.text);
     let mut table = Table::root(document.get_ref()).table("admin", &mut mistakes);
     let claim = admin_address(&mut table, &mut mistakes);
-    // It may be on a line that is not TOML.
+    // The key may be on a line that is not TOML.
     if !errors.is_empty() && (!table.has(&keys::ADMIN_LISTEN) || mistakes.forget()) {
         syntax::report(&errors, &mut mistakes);
     }
@@ -101,7 +100,7 @@ fn tailnet(mut table: Table, mistakes: &mut Mistakes) -> Tailnet {
     }
 }
 
-/// `TS_CONTROL_URL`, which every program with Tailscale inside knows.
+/// `TS_CONTROL_URL`, the usual variable of programs with Tailscale inside.
 fn control_url_variable(mistakes: &mut Mistakes) -> Option<String> {
     let text = (mistakes.env)("TS_CONTROL_URL").filter(|text| !text.is_empty())?;
     let understood = keys::TAILNET_CONTROL_URL.understand(&text);
@@ -112,7 +111,7 @@ fn control_url_variable(mistakes: &mut Mistakes) -> Option<String> {
     understood.ok()
 }
 
-/// `[upstream]`: what listeners use that name nothing of their own.
+/// `[upstream]`: the values for listeners that have none of their own.
 fn shared(mut table: Table, flag: Option<&str>, hold: Duration, mistakes: &mut Mistakes) -> Shared {
     let host_place = table.place(&keys::UPSTREAM_HOST);
     let host_given = table.has(&keys::UPSTREAM_HOST) || flag.is_some();
@@ -151,10 +150,10 @@ fn timeouts(mut table: Table, mistakes: &mut Mistakes) -> Timeouts {
     timeouts
 }
 
-/// What finding out about a silence may take after it.
+/// How long it may take, after a failed attempt, to find out why a server is silent.
 const SILENCE_LIMIT: Duration = Duration::from_secs(4);
 
-/// A second server is of no use to a client that is turned away before it is tried.
+/// Warns if clients may be turned away before a second server is tried.
 fn warn_of_short_hold(listeners: &[Listener], timeouts: &Timeouts, mistakes: &mut Mistakes) {
     let tries_one = |listener: &&Listener| {
         listener.upstream.hosts.len() > 1
@@ -166,7 +165,7 @@ fn warn_of_short_hold(listeners: &[Listener], timeouts: &Timeouts, mistakes: &mu
         let name = &listener.name;
         mistakes.warn(
             &place,
-            &format!("not shorter than what {name} holds its clients for, so that its second server may come too late"),
+            &format!("too long for the hold of {name}: its clients may be turned away before its second server is tried"),
         );
     }
 }
@@ -202,8 +201,8 @@ fn log(mut table: Table, mistakes: &mut Mistakes) -> Log {
     log
 }
 
-/// The admin address as a claim, since it must not clash with a listener's; `None` for "off". And the
-/// port on the tailnet, where nothing else listens.
+/// The admin address as a claim, since it must not clash with a listener's; `None` for "off". And the port on
+/// the tailnet, which cannot clash, since nothing else listens there.
 fn admin(mut table: Table, mistakes: &mut Mistakes) -> (Option<Claim>, Option<u16>) {
     let claim = admin_address(&mut table, mistakes);
     let tailnet_port = table.find(&keys::ADMIN_TAILNET_PORT, mistakes).map(Found::value);

@@ -1,4 +1,4 @@
-//! What the rest of the crate is told: the settings, checked and complete.
+//! The settings as the rest of the program gets them: checked and complete.
 //!
 //! Deliberately not here: how a setting is written in the file, its range and its default (see `keys`).
 
@@ -19,10 +19,10 @@ pub fn default_admin() -> Option<SocketAddr> {
     keys::ADMIN_LISTEN.default()
 }
 
-/// Everything the program is told, checked and with defaults filled in.
+/// The whole configuration, checked and with defaults filled in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// The name by which the world knows this machine; `None` for the system's, if that is a full one.
+    /// The public name of this machine; `None` for the system's name, if that is a full one.
     pub hostname: Option<String>,
     /// The node this process becomes.
     pub tailnet: Tailnet,
@@ -38,7 +38,7 @@ pub struct Config {
     pub log: Log,
     /// `admin.listen`: where health is served; `None` for `"off"`.
     pub admin: Option<SocketAddr>,
-    /// `admin.tailnet_port`; `None` for not at all.
+    /// `admin.tailnet_port`; `None` to serve nothing on the tailnet.
     pub admin_tailnet_port: Option<u16>,
     /// What is allowed but probably not meant, one sentence each, to be logged at start and printed
     /// by `check`.
@@ -63,7 +63,7 @@ pub struct Tailnet {
     pub join_timeout: Duration,
     /// Whether the node keeps no identity on disk and leaves the tailnet when it stops.
     pub ephemeral: bool,
-    /// Whether keys made for an OAuth client or a workload identity go past device approval.
+    /// Whether keys made for an OAuth client or a workload identity skip device approval.
     pub preauthorized: bool,
     /// Whether Tailscale's own logs go to Tailscale.
     pub log_upload: bool,
@@ -78,8 +78,8 @@ pub struct Listener {
     pub protocol: Protocol,
     /// The addresses to bind; `[::]` takes IPv6 only.
     pub listen: Vec<SocketAddr>,
-    /// Whether `listen` was written in the file: then every address must bind, while a default
-    /// `[::]` is given up with a warning on a machine without IPv6.
+    /// Whether `listen` was written in the file: then every address must bind. A default `[::]` may fail on a
+    /// machine without IPv6, with a warning.
     pub configured: bool,
     /// Where its connections go.
     pub upstream: Upstream,
@@ -106,12 +106,13 @@ pub struct Upstream {
 pub struct Timeouts {
     /// One attempt to reach the upstream.
     pub connect: Duration,
-    /// How long a connection closed in one direction may go without progress.
+    /// How long a connection may make no progress after one side has finished sending.
     pub half_close: Duration,
     /// How long a client of a mail port is held while the mailbox cannot be reached, where the listener
     /// does not say; zero turns it away at once.
     pub hold: Duration,
-    /// How long a mailbox that went away without a word may go unnoticed before its connections are closed.
+    /// How long it may take to notice a mailbox that has gone without closing its connections. The edge then closes
+    /// them.
     pub dead_peer: Duration,
     /// How long a stopping process waits for connections; zero cuts them at once.
     pub drain: Duration,
@@ -124,16 +125,16 @@ pub struct Limits {
     pub max_connections: Option<usize>,
     /// Connections open at once from one client (an IPv4 address or an IPv6 /64); 0 for no limit.
     pub max_connections_per_client: usize,
-    /// Clients held at once while a mailbox cannot be reached; the rest is turned away.
+    /// Clients held at once while a mailbox cannot be reached; more clients are turned away.
     pub hold_max: usize,
-    /// What the process aims to stay below, in MiB; `None` derives it from the machine.
+    /// The memory that the process aims to stay below, in MiB; `None` derives it from the machine.
     pub memory_mib: Option<u32>,
 }
 
 /// `[probe]`
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Probe {
-    /// Between two probes of one mailbox port; zero for none.
+    /// The time between two probes of one mailbox port; zero for no probes.
     pub interval: Duration,
     /// Probes that must succeed in a row before a mailbox counts as up.
     pub rise: u32,
@@ -148,8 +149,8 @@ pub struct Log {
     pub format: LogFormat,
     /// How much is logged, unless `RUST_LOG` is set.
     pub level: tracing::Level,
-    /// Of connections that came to nothing, how many lines of one client, or of one reason, are logged a
-    /// minute before the rest is only counted; of a client's sessions ten times as many; 0 for no limit.
+    /// How many lines a minute are logged for connections that came to nothing, for each client and for each
+    /// reason; for a client's sessions ten times as many. Further lines are only counted. 0 for no limit.
     pub repeats: u32,
 }
 

@@ -1,7 +1,7 @@
-//! What is not TOML, line by line.
+//! Reports the lines that are not TOML.
 //!
-//! The parser goes on after most errors, so that one run tells those of several lines. What it makes of a broken line
-//! is a guess, so nothing else is said of such a file.
+//! The parser goes on after most errors, so that one run reports the errors of several lines. What it makes of a
+//! broken line is a guess, so no other mistakes of such a file are reported.
 
 use std::collections::BTreeSet;
 
@@ -21,7 +21,7 @@ pub(super) fn report(errors: &[Error], mistakes: &mut Mistakes) {
         let mut problem = error.message().trim_end_matches(", expected nothing").to_owned();
         if problem == "duplicate key" {
             let key = mistakes.text.get(span).unwrap_or_default();
-            problem = format!("the key {} is there twice", quoted(key));
+            problem = format!("the key {} appears twice", quoted(key));
         }
         mistakes.syntax(at, &problem);
     }

@@ -1,4 +1,4 @@
-//! What files mean. What is wrong with files is in `tests/config/invalid/`; here are the mistakes
+//! What valid files mean. Files with mistakes are in `tests/config/invalid/`; here are only the mistakes
 //! that need more than a file: a flag, an unreadable path, a great many bytes.
 
 use std::collections::HashMap;
@@ -15,7 +15,7 @@ use crate::protocol::{Protocol, ProxyProtocol};
 
 const NO_ENV: Env = &|_| None;
 
-/// The least a file needs, to put the rest after.
+/// The least that a file needs; tests add lines after it.
 const HOST: &str = "[upstream]\nhost = \"stalwart\"\n";
 
 #[track_caller]
@@ -250,10 +250,7 @@ fn a_protocol_in_capitals_is_told_from_one_that_is_none() {
         let text = format!("[[listener]]\nprotocol = {protocol:?}\n");
         Config::parse(&text, Some("stalwart"), &|_| None).unwrap_err().to_string()
     };
-    assert!(
-        told("SMTP")
-            .contains("\"SMTP\" is not a protocol, whose names are in small letters; expected one of smtp,")
-    );
+    assert!(told("SMTP").contains("\"SMTP\" is not in lower case; expected one of smtp,"));
     assert!(told("smpt").contains("\"smpt\" is not a protocol; expected one of smtp,"));
 }
 
@@ -263,13 +260,13 @@ fn what_cannot_work_is_warned_about() {
     assert_eq!(warnings("upstream.host = [\"100.64.0.1\", \"100.127.9.9\", \"fd7a:115c:a1e0::1\"]"), [""; 0]);
     for elsewhere in ["8.8.8.8", "100.128.0.1", "fd00::1"] {
         let warned = warnings(&format!("upstream.host = {elsewhere:?}"));
-        assert!(warned.len() == 1 && warned[0].contains("is no address of a tailnet"), "{warned:?}");
+        assert!(warned.len() == 1 && warned[0].contains("is not a tailnet address"), "{warned:?}");
     }
     let flag = Config::without_file(Some("192.168.1.1"), &|_| None).unwrap().warnings;
-    let words = "--upstream: \"192.168.1.1\" is no address of a tailnet";
+    let words = "--upstream: \"192.168.1.1\" is not a tailnet address";
     assert!(flag.len() == 1 && flag[0].starts_with(words) && flag[0].contains("subnet router"), "{flag:?}");
     let short = warnings("upstream.host = [\"a\", \"b\"]\ntimeouts.hold = \"8s\"");
-    assert!(short.len() == 1 && short[0].contains("second server may come too late"), "{short:?}");
+    assert!(short.len() == 1 && short[0].contains("before its second server is tried"), "{short:?}");
     assert_eq!(warnings("upstream.host = [\"a\"]\ntimeouts.hold = \"8s\""), [""; 0]);
 }
 
@@ -358,7 +355,7 @@ fn neither_file_nor_flag_says_what_to_do() {
     let error = Config::without_file(None, NO_ENV).expect_err("no host");
     assert_eq!(
         error.to_string(),
-        "upstream.host: missing; set it to the mailbox's name on the tailnet, or give --upstream HOST"
+        "upstream.host: missing; set it to the mailbox's name on the tailnet, or pass --upstream HOST"
     );
 }
 
@@ -444,7 +441,7 @@ fn mail_without_a_header_is_a_warning() {
          [[listener]]\nprotocol = \"pop3s\"\nproxy_protocol = \"v1\"\n\
          [[listener]]\nprotocol = \"http\"\nlisten = [\"127.0.0.1:80\"]\nupstream_port = 80\n",
     );
-    let why = "the mailbox will take the edge for the client of every connection, \
+    let why = "the mailbox will see the edge as the client of every connection, \
                which breaks its spam filter, its bans and its logs";
     let expected = [
         format!("line 3: upstream.proxy_protocol: off for smtp, imaps: {why}"),
@@ -468,7 +465,7 @@ fn files_that_cannot_be_read() {
     let cases = [
         (missing.as_path(), "no such file; check --config or TAILWART_CONFIG, or leave both out"),
         (directory.path(), "is a directory; expected a TOML file"),
-        (Path::new("/dev/zero"), "has more than 65536 bytes; expected at most that (64 KiB)"),
+        (Path::new("/dev/zero"), "has more than 65536 bytes; expected at most 64 KiB"),
     ];
     for (path, problem) in cases {
         let error = Config::load(path, Some("stalwart"), NO_ENV).expect_err(problem);
@@ -524,7 +521,7 @@ fn the_path_comes_from_the_flag_then_the_environment_then_the_default() {
     assert_eq!(path(None, &named("env.toml")), Some(PathBuf::from("env.toml")));
     assert_eq!(path(None, &named("")), None);
     assert_eq!(path(None, NO_ENV), None);
-    // Even if it leads nowhere: that it is there means it is meant, and `load` says what is wrong.
+    // Also a broken link counts: somebody has put it there, and `load` says what is wrong.
     std::os::unix::fs::symlink("/nowhere", &default).expect("a link");
     assert_eq!(path(None, NO_ENV), Some(default.clone()));
 }
@@ -537,7 +534,7 @@ fn windows_line_ends_and_a_byte_order_mark_do_no_harm() {
     assert_eq!(found, ["line 4: upstream.x: unknown key; allowed here: host, proxy_protocol"]);
 }
 
-/// What somebody finds who wants to ask the edge that was started with this file.
+/// The admin address that `status` and `healthcheck` find in this file.
 fn admin_of(text: &str) -> Result<Option<SocketAddr>, String> {
     let dir = tempfile::tempdir().expect("a temporary directory can be made");
     let path = dir.path().join("edge.toml");

@@ -1,14 +1,12 @@
-//! What single values may be: addresses, durations, names and so on, and the replacing of
-//! `${VARIABLES}`.
+//! Parses single values: addresses, durations, names and so on. Replaces `${VARIABLES}`.
 //!
 //! Invariants:
-//! - A parser sees values with variables replaced, which may be secrets, and so answers with fixed texts
-//!   (`&'static str`) only; the caller adds the value as the file has it.
+//! - A parser gets values with variables replaced, which may be secrets. So its errors are fixed texts
+//!   (`&'static str`); the caller adds the value as written in the file.
 //! - Variables are replaced inside strings, after the TOML is parsed, so a variable's value cannot add
-//!   keys or tables. `${NAME}` stands for the variable, `$$` for a single `$`; a `$` before anything else
-//!   stands for itself.
+//!   keys or tables. `${NAME}` is the variable's value, and `$$` is a single `$`; any other `$` stays as it is.
 //!
-//! Deliberately not here: where a value stands and what it means next to others.
+//! Deliberately not here: the line of a value, and how it fits with other values.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -23,14 +21,14 @@ use super::{ADMIN, Env, LogFormat};
 use crate::protocol::{Protocol, ProxyProtocol};
 use crate::support::secret::looks_like_key;
 
-/// The longest duration taken: no time-out of this program makes sense beyond a week, and sums with
-/// the clock cannot overflow.
+/// The longest duration allowed. No time-out of this program makes sense beyond a week, and with this limit
+/// additions to the clock cannot overflow.
 const MAX_DURATION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// What a key takes. As text it is what an error message expects, and the book says.
+/// Which values a key takes. Error messages and the book print this.
 #[derive(Debug)]
 pub enum Takes {
-    /// A string, which is what these words say.
+    /// A string; the words describe it.
     String(&'static str),
     /// An array of such strings.
     Strings(&'static str),
@@ -50,10 +48,10 @@ impl fmt::Display for Takes {
     }
 }
 
-/// A kind of value: what is written, and what is made of it.
+/// A kind of value: what may be written, and its parser.
 pub(super) struct Kind<T> {
     pub takes: Takes,
-    /// Understands a value, or says what it is instead: "is not an address".
+    /// Parses a value. The error says what is wrong, such as "is not an address".
     pub parse: fn(&str) -> Result<T, &'static str>,
 }
 
@@ -74,7 +72,7 @@ pub(super) const SWITCH: Kind<bool> =
 
 pub(super) const PORT: Kind<u16> = number("a port", 1, 65535);
 
-/// More connections than one machine holds: the bound is there to catch slips.
+/// More connections than one machine can hold. A larger number is a typing mistake.
 const MAX_CONNECTIONS: u32 = 1_000_000;
 
 pub(super) const CONNECTIONS: Kind<usize> = number("a number of connections", 1, MAX_CONNECTIONS);
@@ -85,13 +83,13 @@ pub(super) const CONNECTIONS_OR_NO_LIMIT: Kind<usize> =
 pub(super) const CONNECTIONS_OR_NONE: Kind<usize> =
     number("a number of connections (0 to hold none)", 0, MAX_CONNECTIONS);
 
-/// Less than the program itself takes cannot be kept to. More than a terabyte is a slip.
+/// The program itself needs the least value. More than a terabyte is a typing mistake.
 pub(super) const MEMORY: Kind<u32> = number("a number of MiB", 64, 1024 * 1024);
 
-/// More in a row is a slip: at the usual interval it takes hours.
+/// More in a row is a typing mistake: at the usual interval, 100 probes take almost an hour.
 pub(super) const PROBES: Kind<u32> = number("a number of probes in a row", 1, 100);
 
-/// More lines are not read by anybody.
+/// Nobody reads more lines than that.
 pub(super) const LINES: Kind<u32> = number("a number of lines a minute (0 for no limit)", 0, 1_000_000);
 
 pub(super) const ADDRESSES: Kind<SocketAddr> = strings("IP:PORT such as 0.0.0.0:25 or [::]:25", address);
@@ -104,18 +102,18 @@ pub(super) const ADMIN_ADDRESS: Kind<Option<SocketAddr>> =
 
 pub(super) const DURATION: Kind<Duration> =
     string(r#"a number with a unit (ms, s, m, h) such as "500ms", "30s", "35m" or "1h""#, |text| {
-        duration(text).and_then(|d| if d.is_zero() { Err("is no time at all") } else { Ok(d) })
+        duration(text).and_then(|d| if d.is_zero() { Err("is zero") } else { Ok(d) })
     });
 
 pub(super) const DURATION_OR_ZERO: Kind<Duration> =
     string(r#"a number with a unit (ms, s, m, h) such as "30s", or "0s""#, duration);
 
-/// Less than a few pings take would close the connections of a mailbox that is well.
+/// A shorter time than a few pings take would close the connections of a mailbox that is up.
 pub(super) const DEAD_PEER: Kind<Duration> = string(r#"a duration of at least "15s""#, |text| {
     duration(text).and_then(|d| if d.as_secs() < 15 { Err("is too short") } else { Ok(d) })
 });
 
-/// More often would be an attack on the mailbox.
+/// A shorter interval would overload the mailbox.
 pub(super) const PROBE_INTERVAL: Kind<Duration> =
     string(r#"a duration of at least "100ms", or "0s" for no probes"#, |text| {
         let interval = duration(text)?;
@@ -143,7 +141,7 @@ pub(super) const TAGS: Kind<String> =
 pub(super) const DIRECTORY: Kind<PathBuf> = string("the path of a directory", path);
 
 pub(super) const KEY_FILE: Kind<PathBuf> = string("the path of a file that holds the key", |text| {
-    // A file may well be named for what it holds; a key has no slash.
+    // A file's name may look like a key; but a key has no slash.
     let is_key = looks_like_key(text) && !text.contains('/');
     if is_key { Err("is an auth key itself") } else { path(text) }
 });
@@ -166,7 +164,7 @@ pub(super) const PROTOCOL: Kind<Protocol> =
     string("one of smtp, submission, submissions, imap, imaps, pop3, pop3s, sieve, http, tcp", |text| {
         let find = |is: fn(&str, &str) -> bool| Protocol::ALL.into_iter().find(|p| is(p.name(), text));
         find(|name, text| name == text).ok_or_else(|| match find(str::eq_ignore_ascii_case) {
-            Some(_) => "is not a protocol, whose names are in small letters",
+            Some(_) => "is not in lower case",
             None => "is not a protocol",
         })
     });
@@ -194,8 +192,8 @@ pub(super) const LOG_LEVEL: Kind<tracing::Level> =
         _ => Err("is not a log level"),
     });
 
-/// Replaces `${NAME}` by the variable's value and `$$` by `$`, or tells every reason why that
-/// cannot be done, each to be put after the value as written.
+/// Replaces `${NAME}` by the variable's value and `$$` by `$`. The errors are all reasons why that failed; each is
+/// a text that follows the value as written.
 pub(super) fn substitute<'t>(written: &'t str, env: Env) -> Result<Cow<'t, str>, Vec<String>> {
     let mut text = String::new();
     let mut problems = Vec::new();
@@ -225,8 +223,8 @@ pub(super) fn substitute<'t>(written: &'t str, env: Env) -> Result<Cow<'t, str>,
     }
 }
 
-/// A set but empty variable is a mistake too: what it leaves behind would only be told in terms of
-/// what it broke.
+/// The variable's value. An empty variable is a mistake too: otherwise the message would be about the value that is
+/// left, and not name the variable.
 fn variable(name: &str, env: Env) -> Result<String, String> {
     let mut chars = name.chars();
     let starts_well = chars.next().is_some_and(|c| c.is_ascii_alphabetic() || c == '_');
@@ -275,7 +273,7 @@ fn duration(text: &str) -> Result<Duration, &'static str> {
     if number.is_empty() {
         return Err("is not a duration");
     }
-    // Digits only, so the one thing that can fail is the size.
+    // There are only digits, so parsing can fail only if the number is too large.
     let total = number.parse::<u64>().ok().and_then(|number| number.checked_mul(milliseconds));
     match total.map(Duration::from_millis) {
         Some(duration) if duration <= MAX_DURATION => Ok(duration),
@@ -285,13 +283,13 @@ fn duration(text: &str) -> Result<Duration, &'static str> {
 
 fn host(text: &str) -> Result<String, &'static str> {
     if let Ok(ip) = text.parse::<IpAddr>() {
-        return if ip.is_unspecified() { Err("is no host's address") } else { Ok(ip.to_string()) };
+        return if ip.is_unspecified() { Err("is not the address of a host") } else { Ok(ip.to_string()) };
     }
     let name = text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase();
     if name.len() > 253 || !name.split('.').all(is_label) {
         return Err("is not a host");
     }
-    // Such as 100.64.0.300: no top-level name is a number, so an address was meant.
+    // No top-level domain is a number, so an address was meant, such as 100.64.0.300.
     if name.rsplit('.').next().is_some_and(|last| last.bytes().all(|b| b.is_ascii_digit())) {
         return Err("is neither a name nor a whole IP address");
     }
@@ -328,9 +326,9 @@ fn control_url(text: &str) -> Result<String, &'static str> {
         return Err("has a user name or password in it");
     }
     let is_web = matches!(url.scheme_str(), Some("http" | "https"));
-    // `Uri` drops a fragment, and takes any UTF-8 in a path.
+    // `Uri` drops a fragment, and accepts any UTF-8 in a path.
     let is_plain = text.is_ascii() && url.query().is_none() && !text.contains('#');
-    // `Uri` looks neither into the brackets of an IPv6 address nor at the port.
+    // `Uri` checks neither the IPv6 address in brackets nor the port.
     let is_host = match authority.host().strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
         Some(v6) => v6.parse::<Ipv6Addr>().is_ok(),
         None => host(authority.host()).is_ok(),

@@ -1,7 +1,7 @@
-//! Whether this machine's clock is right, by the control server's.
+//! Whether this machine's clock is right, compared with the control server's clock.
 //!
-//! A wrong clock makes certificates look expired and log lines useless. The control server is asked
-//! because it is the one server that the edge depends on anyway.
+//! A wrong clock makes certificates look expired and log lines useless. The control server is asked because
+//! the edge depends on this server anyway.
 
 use std::time::Duration;
 
@@ -21,17 +21,18 @@ use crate::upstream::probe::tls;
 
 const NAME: &str = "clock";
 
-/// Tailscale's own control server; its key needs no log-in.
+/// Tailscale's own control server.
 const CONTROL_SERVER: &str = "https://controlplane.tailscale.com";
+/// The control server's public key, which needs no log-in.
 const PATH: &str = "/key?v=1";
 
-/// Look-up, connection and answer together.
+/// The limit on look-up, connection and answer together.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// From here on somebody should know. `Date` has whole seconds.
+/// A difference from which the doctor warns. `Date` has whole seconds.
 const WARN_FROM: SignedDuration = SignedDuration::from_secs(60);
 
-/// From here on certificates that were just issued look as if they were not valid yet.
+/// A difference from which the check fails: certificates that were just issued look not yet valid.
 const FAIL_FROM: SignedDuration = SignedDuration::from_mins(10);
 
 /// Compares the local clock with the control server's.
@@ -55,7 +56,7 @@ fn judge(server: &str, theirs: Timestamp, ours: Timestamp) -> Check {
     const REMEDY: &str = "set the clock of this machine (timedatectl set-ntp true)";
     let fast = ours.duration_since(theirs);
     let direction = if fast.is_negative() { "slow" } else { "fast" };
-    let finding = format!("{} s {direction} by the clock of {server}", fast.abs().as_secs());
+    let finding = format!("{} s {direction}, compared with the clock of {server}", fast.abs().as_secs());
     if fast.abs() >= FAIL_FROM {
         Check::fail(NAME, finding, REMEDY)
     } else if fast.abs() >= WARN_FROM {
@@ -65,14 +66,14 @@ fn judge(server: &str, theirs: Timestamp, ours: Timestamp) -> Check {
     }
 }
 
-/// The time that the server says it is.
+/// The server's time.
 async fn ask(server: &str, resolver: &Result<Resolver, String>) -> Result<Timestamp, String> {
-    let uri: Uri = server.parse().map_err(|error| format!("it is no URL: {error}"))?;
+    let uri: Uri = server.parse().map_err(|error| format!("it is not a URL: {error}"))?;
     let (encrypted, default_port) = match uri.scheme_str() {
         Some("https") => (true, 443),
         _ => (false, 80),
     };
-    let host = uri.host().ok_or("its URL names no host")?.trim_matches(['[', ']']);
+    let host = uri.host().ok_or("its URL has no host")?.trim_matches(['[', ']']);
     let resolver = resolver.as_ref().map_err(Clone::clone)?;
     let addresses = resolver.addresses(host).await.map_err(|error| error.to_string())?;
     let port = uri.port_u16().unwrap_or(default_port);
@@ -80,8 +81,8 @@ async fn ask(server: &str, resolver: &Result<Resolver, String>) -> Result<Timest
     if !encrypted {
         return date(stream, &uri).await;
     }
-    // Any certificate will do: with a wrong clock, which is what is looked for, none would be valid.
-    // Only the date is read, and nothing is sent that anybody may not see.
+    // The certificate is not verified: with a wrong clock, which this check looks for, none would be valid.
+    // Only the date is read, and nothing secret is sent.
     let (name, connector) = (tls::server_name(host), TlsConnector::from(tls::config()));
     date(connector.connect(name, stream).await.map_err(|error| format!("TLS: {error}"))?, &uri).await
 }
@@ -97,7 +98,7 @@ async fn date(
     let date = date.ok_or("its answer has no Date")?;
     jiff::fmt::rfc2822::DateTimeParser::new()
         .parse_timestamp(date)
-        .map_err(|_| format!("its answer has no good Date: {}", harmless(date)))
+        .map_err(|_| format!("its answer has no valid Date: {}", harmless(date)))
 }
 
 #[cfg(test)]
@@ -145,7 +146,10 @@ mod tests {
         let port = server(old, None).port();
         let check = look(&format!("http://control.example.com:{port}")).await;
         assert_eq!(check.outcome, Grade::Fail, "{check:?}");
-        assert!(check.finding.contains(" s fast by the clock of http://control.example.com"), "{check:?}");
+        assert!(
+            check.finding.contains(" s fast, compared with the clock of http://control.example.com"),
+            "{check:?}"
+        );
     }
 
     #[tokio::test]
@@ -175,7 +179,7 @@ mod tests {
             (format!("http://{closed}"), "cannot connect to"),
             ("http://gone.example.com".to_owned(), "has no address"),
             (format!("http://{}", server("X: y", None)), "no Date"),
-            (format!("http://{}", server("Date: soon", None)), "no good Date: soon"),
+            (format!("http://{}", server("Date: soon", None)), "no valid Date: soon"),
         ] {
             let check = look(&url).await;
             assert_eq!(check.outcome, Grade::Warn, "{check:?}");

@@ -1,9 +1,9 @@
 //! What the DNS says about the domain: whether mail for it comes to this machine, over every
 //! address that is published, and what mail programs look for.
 //!
-//! Invariants: a server that does not answer is one failed check and the end of the questions, since
-//! each further one would wait in vain; a question that a server cannot answer is a check of its
-//! own. Host names from the DNS are shown only through [`crate::support::text::harmless`].
+//! Invariants: a server that does not answer is one failed check, and no further question is asked, since each
+//! would wait for nothing. A question that the server cannot answer is a failed check of its own. Host names
+//! from the DNS are shown only through [`crate::support::text::harmless`].
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -18,16 +18,16 @@ use super::resolver::{Resolver, Unanswered};
 use crate::config::Config;
 use crate::protocol::Protocol;
 
-/// All questions together; each has a limit of its own.
+/// The limit on all questions together. Each question has a limit of its own.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// The most mail hosts of a domain that are looked at.
+/// How many mail hosts of a domain are checked at most.
 const HOSTS: usize = 10;
 
-/// The most addresses of this machine that are looked at.
+/// How many addresses of this machine are checked at most.
 const OWN_ADDRESSES: usize = 8;
 
-/// The domain of the `Received`-visible world: its name, and what it should lead to.
+/// The mail domain, and what its records are compared with.
 #[derive(Debug)]
 struct Domain<'a> {
     name: &'a str,
@@ -36,14 +36,14 @@ struct Domain<'a> {
     config: &'a Config,
 }
 
-/// A mail host of the domain and where it is.
+/// A mail host of the domain and its addresses.
 #[derive(Debug)]
 struct Host {
     name: String,
     addresses: Vec<IpAddr>,
 }
 
-/// Everything about a domain whose mail should come to this machine.
+/// Checks a domain whose mail should come to this machine.
 pub async fn check(domain: &str, own: &Addresses, config: &Config, resolver: &Resolver) -> Vec<Check> {
     let mut checks = Vec::new();
     let domain = Domain { name: domain.trim_end_matches('.'), resolver, own, config };
@@ -56,7 +56,7 @@ pub async fn check(domain: &str, own: &Addresses, config: &Config, resolver: &Re
         )),
         Err(_) => checks.push(Check::fail(
             "dns-server",
-            format!("not done with all questions within {LIMIT:?}"),
+            format!("not all questions were answered within {LIMIT:?}"),
             "name a faster server with --dns-server",
         )),
     }
@@ -64,7 +64,7 @@ pub async fn check(domain: &str, own: &Addresses, config: &Config, resolver: &Re
 }
 
 impl Domain<'_> {
-    /// Every check in turn; ends early if the server is silent.
+    /// Makes one check after the other; ends early if the server is silent.
     async fn examine(&self, checks: &mut Vec<Check>) -> Result<(), Unanswered> {
         let names = self.mail_hosts(checks).await?;
         let mut hosts = Vec::new();
@@ -82,7 +82,7 @@ impl Domain<'_> {
         self.autoconfig(checks).await
     }
 
-    /// Asks, and makes a check of an answer that is none.
+    /// Asks. If the server cannot answer, adds a failed check and returns `None`.
     async fn ask(
         &self,
         name: &str,
@@ -134,7 +134,7 @@ impl Domain<'_> {
         Ok(hosts)
     }
 
-    /// Where a mail host is; none if it is nowhere.
+    /// A mail host with its addresses; `None` if it has none.
     async fn host(&self, name: String, checks: &mut Vec<Check>) -> Result<Option<Host>, Unanswered> {
         let check = format!("mx-address {name}");
         if name.parse::<IpAddr>().is_ok() {
@@ -160,7 +160,7 @@ impl Domain<'_> {
             ));
             return Ok(None);
         }
-        // The domain's own name without an MX record may be an alias; a mail host may not.
+        // A domain without an MX record may itself be an alias. The host in an MX record may not.
         let alias = records.iter().any(|record| record.record_type() == RecordType::CNAME);
         checks.push(match alias && name != self.name {
             true => Check::warn(
@@ -177,7 +177,7 @@ impl Domain<'_> {
         self.own.public.contains(address)
     }
 
-    /// At least one mail host has to be this machine.
+    /// Checks that at least one mail host is this machine.
     fn leads_here(&self, hosts: &[Host]) -> Check {
         const NAME: &str = "mx-here";
         let here: Vec<&str> = hosts
@@ -191,8 +191,8 @@ impl Domain<'_> {
         if self.own.public.is_empty() {
             return Check::warn(
                 NAME,
-                "this machine has no public address of its own, so it cannot be told whether mail comes here",
-                "if it is behind NAT, say its public addresses with --address",
+                "this machine has no public address of its own, so the doctor cannot tell whether mail comes here",
+                "if it is behind NAT, pass its public addresses with --address",
             );
         }
         let named: Vec<&str> = hosts.iter().map(|host| &*host.name).collect();
@@ -204,12 +204,12 @@ impl Domain<'_> {
                 named.join(", "),
                 listed(&self.own.public)
             ),
-            "publish this machine's address for the mail host; if this machine is behind NAT, say its public addresses with --address",
+            "publish this machine's address for the mail host; if this machine is behind NAT, pass its public addresses with --address",
         )
     }
 
-    /// Each address that is published for a host that is this machine has to be served, since
-    /// senders take any, IPv6 first.
+    /// Checks every published address of the hosts that are this machine: each must be served, since senders
+    /// may use any of them, IPv6 first.
     fn family_checks(&self, hosts: &[Host]) -> Vec<Check> {
         let here = |host: &&Host| host.addresses.iter().any(|address| self.is_own(address));
         let published: BTreeSet<(&str, IpAddr)> = hosts
@@ -230,7 +230,7 @@ impl Domain<'_> {
         if !self.is_own(&address) {
             return Some(Check::warn(
                 name,
-                format!("an {record} record of {host} is {address}, which is no address of this machine"),
+                format!("an {record} record of {host} is {address}, which is not an address of this machine"),
                 format!("remove that {record} record, unless another machine serves it"),
             ));
         }
@@ -239,14 +239,14 @@ impl Domain<'_> {
         }
         Some(Check::fail(
             name,
-            format!("{host} is published as {address}, and no listener for mail takes connections there"),
+            format!("{host} is published as {address}, but no mail listener accepts connections there"),
             format!(
-                "remove that {record} record, or let the smtp listener listen on {family} too: senders prefer IPv6 and come back late, if at all"
+                "remove that {record} record, or let the smtp listener listen on {family} too: senders prefer IPv6, and try again late, if at all"
             ),
         ))
     }
 
-    /// The name of an address leads back to it.
+    /// Checks that an address has a name, and that this name has that address.
     async fn reverse(&self, address: IpAddr, checks: &mut Vec<Check>) -> Result<(), Unanswered> {
         const REMEDY: &str = "ask the provider of this machine to set it to the name of the mail host; it matters only if the mailbox sends through this machine";
         let check = format!("reverse-dns {address}");
@@ -269,12 +269,13 @@ impl Domain<'_> {
                 Ok(_) | Err(Unanswered::Failed { .. }) => {}
             }
         }
-        let finding = format!("{address} is named {}, which does not lead back to it", names.join(", "));
+        let finding =
+            format!("{address} is named {}, but that name does not have this address", names.join(", "));
         checks.push(Check::warn(check, finding, REMEDY));
         Ok(())
     }
 
-    /// A policy that is announced has to be where senders look for it.
+    /// Checks that an announced MTA-STS policy is where senders look for it.
     async fn mta_sts(&self, checks: &mut Vec<Check>) -> Result<(), Unanswered> {
         const NAME: &str = "mta-sts";
         let host = format!("mta-sts.{}", self.name);
@@ -293,7 +294,7 @@ impl Domain<'_> {
                         "{announced} has {} policies, so senders use none (RFC 8461, 3.1)",
                         policies.len()
                     ),
-                    "leave one",
+                    "keep only one of them",
                 ),
             });
             return Ok(());
@@ -302,22 +303,22 @@ impl Domain<'_> {
         checks.push(if found.is_empty() {
             Check::fail(
                 NAME,
-                format!("a policy is announced, and {host}, where it should be, has no address"),
+                format!("a policy is announced, but {host}, where it should be, has no address"),
                 format!("publish {host} and serve the policy there, or remove the TXT record of {announced}"),
             )
         } else if !policy.split(';').any(|field| field.trim().starts_with("id=")) {
             Check::warn(
                 NAME,
                 format!("the TXT record of {announced} has no id"),
-                "write v=STSv1; id=1; and another id with each change",
+                "write v=STSv1; id=1; and use a new id for each change",
             )
         } else {
-            Check::pass(NAME, format!("announced, to be found at {host} ({})", listed(&found)))
+            Check::pass(NAME, format!("announced, and its host {host} has an address ({})", listed(&found)))
         });
         Ok(())
     }
 
-    /// The names at which mail programs look for their settings.
+    /// Checks the names at which mail programs look for their settings.
     async fn autoconfig(&self, checks: &mut Vec<Check>) -> Result<(), Unanswered> {
         const NAME: &str = "autoconfig";
         let mut there = Vec::new();
@@ -333,13 +334,13 @@ impl Domain<'_> {
             true => Check::warn(
                 NAME,
                 format!("neither autoconfig.{0} nor autodiscover.{0} is published, so mail programs ask their users for the settings", self.name),
-                "publish them if the mailbox serves them; else leave it",
+                "publish them if the mailbox serves them; otherwise there is nothing to do",
             ),
         });
         Ok(())
     }
 
-    /// As [`Resolver::addresses`], with a check for an answer that is none.
+    /// As [`Resolver::addresses`], but if the server cannot answer, adds a failed check and returns `None`.
     async fn addresses(
         &self,
         host: &str,
@@ -357,8 +358,8 @@ impl Domain<'_> {
     }
 }
 
-/// Whether a listener for mail from other servers takes connections to an address. By family alone:
-/// behind NAT it listens on another address and perhaps on another port.
+/// Whether a listener for mail from other servers accepts connections to an address. Only the address family is
+/// compared: behind NAT the edge listens on another address, and perhaps on another port.
 fn takes(config: &Config, address: IpAddr) -> bool {
     let incoming = config
         .listeners
@@ -388,7 +389,7 @@ fn text(record: &Record) -> Option<String> {
     }
 }
 
-/// A name as people write it.
+/// A name in lower case, without the dot at the end.
 fn plain(name: &Name) -> String {
     name.to_ascii().trim_end_matches('.').to_ascii_lowercase()
 }

@@ -1,11 +1,11 @@
-//! What can be looked at on this machine alone: the configuration, the ports, the state directory,
-//! the credential, and the machine's own addresses.
+//! The checks that need only this machine: the configuration, the ports, the state directory, the credential,
+//! and the machine's own addresses.
 //!
-//! Invariants: nothing is changed, and nothing is made but the lock file, in a directory of this
-//! user's own, where `run` would make it too: a doctor that runs as another user than the edge leaves
-//! no file behind that the edge cannot open. A port is held only for the moment of the look.
+//! Invariants: nothing is changed. Only the lock file is created, and only in a directory that belongs to this
+//! user, where `run` would create it too. So a doctor that runs as another user than the edge leaves no file
+//! that the edge cannot open. A port is bound only for the moment of the check.
 //!
-//! Deliberately not here: reading the identity; that there is one is all that is looked at.
+//! Deliberately not here: using the identity. The check only finds out whether there is one.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -27,15 +27,15 @@ use crate::tailnet::state_dir::{self, StateDir, StateDirError};
 /// Where Tailscale keeps a node's identity in the state directory.
 const IDENTITY: &str = "tailscaled.state";
 
-/// How long a credential may take to be read; only a network file system takes any time.
+/// How long reading a credential may take. Only a network file system is this slow.
 const READ_LIMIT: Duration = Duration::from_secs(5);
 
 /// The configuration's warnings or mistakes.
 pub fn config(config: &Result<Config, ConfigError>) -> Vec<Check> {
-    const CORRECT: &str = "correct it; the other checks need a good configuration";
+    const CORRECT: &str = "fix it; the other checks need a valid configuration";
     match config {
         Err(mistakes) => {
-            // Its text and not its list, which ends after fifty without saying so.
+            // The text says how many mistakes there are beyond fifty; the list does not.
             mistakes.to_string().lines().map(|mistake| Check::fail("config", mistake, CORRECT)).collect()
         }
         Ok(config) if config.warnings.is_empty() => {
@@ -45,18 +45,18 @@ pub fn config(config: &Result<Config, ConfigError>) -> Vec<Check> {
     }
 }
 
-/// Who has the state directory.
+/// Who uses the state directory.
 #[derive(Debug)]
 pub enum StateDirUse {
-    /// No edge runs on it; none can start while this is held.
+    /// No edge runs on it. No edge can start while this lock is held.
     Free(StateDir),
-    /// A running edge has it.
+    /// A running edge uses it.
     Taken,
-    /// There is none yet, or none is needed, or this user may not look.
+    /// The directory does not exist yet, or none is needed, or this user may not look.
     Unknown,
 }
 
-/// The state directory: usable or not, and whether a running edge has it.
+/// Checks whether the state directory is usable, and whether a running edge uses it.
 pub fn state_dir(settings: &config::Tailnet) -> (StateDirUse, Check) {
     const NAME: &str = "state";
     let dir = settings.state_dir.display();
@@ -67,9 +67,7 @@ pub fn state_dir(settings: &config::Tailnet) -> (StateDirUse, Check) {
         return (StateDirUse::Unknown, missing(NAME, &settings.state_dir));
     }
     match state_dir::lock(&settings.state_dir) {
-        Ok(held) => {
-            (StateDirUse::Free(held), Check::pass(NAME, format!("{dir} is private and can be written to")))
-        }
+        Ok(held) => (StateDirUse::Free(held), Check::pass(NAME, format!("{dir} is private and writable"))),
         Err(StateDirError::InUse { .. }) => {
             (StateDirUse::Taken, Check::pass(NAME, format!("{dir} is in use by the running edge")))
         }
@@ -83,17 +81,17 @@ pub fn state_dir(settings: &config::Tailnet) -> (StateDirUse, Check) {
     }
 }
 
-/// Whether something is in that place. What cannot be seen counts: looking closer says why.
+/// Whether something is at that path. If this user cannot see it, it counts as there: opening it says why.
 fn is_there(path: &Path) -> bool {
     !matches!(path.symlink_metadata(), Err(error) if error.kind() == ErrorKind::NotFound)
 }
 
-/// Of a directory that is not there: whether it could be made.
+/// The check of a directory that does not exist: whether this user could create it.
 fn missing(name: &str, dir: &Path) -> Check {
     let above = dir.ancestors().skip(1).find(|above| is_there(above)).unwrap_or(Path::new("/"));
     let finding = format!("{} does not exist yet", dir.display());
     match rustix::fs::access(above, Access::WRITE_OK | Access::EXEC_OK) {
-        Ok(()) => Check::pass(name, format!("{finding}; `run` makes it")),
+        Ok(()) => Check::pass(name, format!("{finding}; `run` creates it")),
         Err(error) => Check::fail(
             name,
             format!("{finding}, and this user cannot make it in {}: {error}", above.display()),
@@ -108,11 +106,10 @@ pub fn is_enrolled(settings: &config::Tailnet) -> bool {
         && std::fs::read(settings.state_dir.join(IDENTITY)).is_ok_and(|file| has_profile(&file))
 }
 
-/// Whether the file of a state directory holds a profile, as that of an enrolled node does: a node that
-/// has only been started has a machine key there and nothing else. A file that cannot be understood
-/// counts: starting the node says what is wrong with it.
+/// Whether the state file holds a profile. An enrolled node has one; a node that was only started has just a
+/// machine key there. A file that cannot be parsed counts as a profile: starting the node says what is wrong.
 fn has_profile(file: &[u8]) -> bool {
-    // The name of the profile in use (ipn.CurrentProfileStateKey), which has its node key under that name.
+    // ipn.CurrentProfileStateKey: the name of the profile in use. The node key is stored under that name.
     const CURRENT: &str = "_current-profile";
     let Ok(entries) = serde_json::from_slice::<BTreeMap<String, String>>(file) else { return true };
     entries.get(CURRENT).is_some_and(|name| !name.is_empty())
@@ -129,14 +126,14 @@ fn is_closed_to_us(dir: &Path) -> bool {
 pub enum Running {
     /// It runs and answers on its admin address, or runs without one.
     Yes,
-    /// It holds its state directory and does not answer on its admin address.
+    /// It uses its state directory, but does not answer on its admin address.
     Unwell,
-    /// There is none.
+    /// No edge runs.
     No,
 }
 
-/// Whether there is an identity or something to get one with, which is not shown; and whether there
-/// is the latter.
+/// Checks whether the node has an identity, or a credential to get one. The second value says whether there is
+/// a credential. The credential itself is not shown.
 pub async fn credential(
     sources: &Arc<Sources>,
     settings: &config::Tailnet,
@@ -168,11 +165,11 @@ fn judge_credential(enrolled: bool, read: Result<Option<Credential>, CredentialE
         }
         (true, Err(error)) => Check::told(NAME, Grade::Warn, &error),
         (false, Ok(Some(credential))) => {
-            Check::pass(NAME, format!("not enrolled yet, and {credential} is there to enrol with"))
+            Check::pass(NAME, format!("not enrolled yet, but {credential} is there to enrol with"))
         }
         (false, Ok(None)) => Check::fail(
             NAME,
-            "this node is not enrolled on the tailnet and there is nothing to enrol with",
+            "this node is not enrolled on the tailnet and has no credential to enrol with",
             format!(
                 "set TS_AUTHKEY, TS_AUTHKEY_FILE or tailnet.auth_key_file to a key that may use {tags}; if the edge gets its key elsewhere (systemd, a container), run the doctor there"
             ),
@@ -181,7 +178,7 @@ fn judge_credential(enrolled: bool, read: Result<Option<Credential>, CredentialE
     }
 }
 
-/// Every listening address, of the public ports and of the admin port.
+/// Checks every listening address: the public ports and the admin port.
 pub fn ports(config: &Config, running: Running) -> Vec<Check> {
     let public = config.listeners.iter().flat_map(|listener| {
         listener.listen.iter().map(|&address| (listener.name.as_str(), address, listener.configured))
@@ -197,7 +194,7 @@ fn port(listener: &str, address: SocketAddr, configured: bool, running: Running)
         Ok(_) if running != Running::No && address.port() != 0 => Check::warn(
             name,
             "free, although the edge runs",
-            "restart the edge, if the configuration was changed since it started; else its log says why",
+            "restart the edge, if the configuration was changed since it started; otherwise see its log",
         ),
         Ok(_) => Check::pass(name, "free"),
         Err(error)
@@ -205,9 +202,9 @@ fn port(listener: &str, address: SocketAddr, configured: bool, running: Running)
         {
             let remedy =
                 "stop what listens there (`ss -ltnp` names it), or set admin.listen, and reload the edge";
-            Check::warn(name, "in use, and what answers there is not the edge", remedy)
+            Check::warn(name, "in use by another program, not by the edge", remedy)
         }
-        // Another user may not open them, and does not have to.
+        // A user who may not open such a port does not need to: the edge runs.
         Err(error)
             if matches!(error.kind, ErrorKind::AddrInUse | ErrorKind::PermissionDenied)
                 && running != Running::No =>
@@ -219,7 +216,7 @@ fn port(listener: &str, address: SocketAddr, configured: bool, running: Running)
                 && address.is_ipv6()
                 && matches!(error.kind, ErrorKind::AddrNotAvailable | ErrorKind::Unsupported) =>
         {
-            let remedy = "nothing, if no AAAA record names this machine; else enable IPv6";
+            let remedy = "nothing to do if no AAAA record names this machine; otherwise enable IPv6";
             Check::warn(name, "this machine has no IPv6, so only IPv4 is served", remedy)
         }
         Err(error) if !configured && listener == ADMIN => Check::told(name, Grade::Warn, &error.reason),
@@ -230,14 +227,14 @@ fn port(listener: &str, address: SocketAddr, configured: bool, running: Running)
 /// The addresses under which this machine is reached.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Addresses {
-    /// Sorted and without doubles, or as they were given.
+    /// Sorted and without duplicates, or as given with `--address`.
     pub public: Vec<IpAddr>,
-    /// Whether they were given; then nothing was looked at.
+    /// Whether they were given. Then the interfaces were not looked at.
     pub given: bool,
 }
 
 impl Addresses {
-    /// Those that were given, else the public ones among this machine's own.
+    /// The given addresses, else the public addresses of this machine's interfaces.
     pub fn find(given: &[IpAddr]) -> Addresses {
         if !given.is_empty() {
             return Addresses { public: given.to_vec(), given: true };
@@ -249,13 +246,13 @@ impl Addresses {
     }
 }
 
-/// The addresses of this machine's interfaces; none if the kernel does not tell, and then the report says so.
+/// The addresses of this machine's interfaces; empty if the kernel does not list them.
 fn own_addresses() -> Vec<IpAddr> {
     if_addrs::get_if_addrs().unwrap_or_default().iter().map(Interface::ip).collect()
 }
 
-/// Whether the internet can reach it: neither private (RFC 1918, RFC 4193) nor of a tailnet or
-/// another carrier's NAT (100.64.0.0/10), nor of this machine or its link alone.
+/// Whether the internet can reach the address: it is not private (RFC 1918, RFC 4193), not of a tailnet or a
+/// carrier's NAT (100.64.0.0/10), not loopback and not link-local.
 fn is_public(address: &IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => {
@@ -349,7 +346,7 @@ mod tests {
         assert!(!dir.path().join("a").exists());
         let (place, check) = state_dir(&settings(dir.path()));
         assert!(matches!(place, StateDirUse::Free(_)) && check.outcome == Grade::Pass, "{check:?}");
-        // While it is held, it looks as if an edge ran.
+        // While the lock is held, it looks as if an edge ran.
         let (taken, check) = state_dir(&settings(dir.path()));
         assert!(matches!(taken, StateDirUse::Taken) && check.outcome == Grade::Pass, "{check:?}");
         drop(place);

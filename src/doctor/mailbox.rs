@@ -1,8 +1,7 @@
-//! The mailbox's ports: whether they take connections, greet, show a certificate, and trust the
-//! PROXY header.
+//! The mailbox's ports: whether they accept connections, greet, show a certificate, and trust the PROXY header.
 //!
-//! Invariant: one connection for each thing that is to be known, and each begins and ends as the
-//! protocol wants. A mail server complains in its log of connections that just come and go.
+//! Invariant: each question gets one connection, which begins and ends as the protocol wants. Otherwise the mail
+//! server would complain in its log.
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,11 +24,10 @@ use crate::upstream::{Failure, Silence, Upstream, UpstreamError};
 /// How long a mailbox may take to greet and to say goodbye, once connected.
 const TALK_LIMIT: Duration = Duration::from_secs(15);
 
-/// How long a mailbox that demands a header is given to greet without; one that needs none greets
-/// at once.
+/// How long to wait for a greeting without a header. A mailbox that does not demand the header greets at once.
 const WITHOUT_HEADER_LIMIT: Duration = Duration::from_millis(1500);
 
-/// A port to look at.
+/// A port to check.
 #[derive(Clone, Debug)]
 pub struct Visit {
     listener: String,
@@ -45,13 +43,13 @@ impl Visit {
         Visit { listener: listener.name.clone(), target, connect_timeout }
     }
 
-    /// The name of a check about it.
+    /// The name of a check of this port.
     fn check(&self, what: &str) -> String {
         format!("{what} {} {}", self.listener, host_port(&self.target.host, self.target.port))
     }
 }
 
-/// Looks at a port: once as the edge does, and once without a header if one is due.
+/// Checks a port: once as the edge connects, and once without the PROXY header if the edge sends one.
 pub async fn visit(node: Arc<Node>, visit: Visit) -> Vec<Check> {
     let own = node.status().borrow().ips.clone();
     let peer = Arc::new(Peer::new(visit.target.host.clone()));
@@ -62,9 +60,9 @@ pub async fn visit(node: Arc<Node>, visit: Visit) -> Vec<Check> {
             return vec![Check::told(visit.check("upstream"), Grade::Fail, &in_words(&failure))];
         }
     };
-    let mut checks = vec![Check::pass(visit.check("upstream"), "takes connections")];
+    let mut checks = vec![Check::pass(visit.check("upstream"), "accepts connections")];
     if matches!(visit.target.protocol, Protocol::Http | Protocol::Tcp) && found.is_ok() {
-        return checks; // what is spoken there is not known
+        return checks; // the protocol of that port is not known
     }
     checks.extend(greeting(&visit, &found, &own, wall_clock::now()));
     if visit.target.header && found.is_ok() {
@@ -76,8 +74,8 @@ pub async fn visit(node: Arc<Node>, visit: Visit) -> Vec<Check> {
     checks
 }
 
-/// Connects as the edge does for a client, with its reason when it cannot, and probes that connection for
-/// up to `limit`.
+/// Connects as the edge does for a client, and probes that connection for up to `limit`. The outer error says
+/// why it could not connect.
 async fn look(
     upstream: &Upstream<Node>,
     target: &Target,
@@ -90,7 +88,7 @@ async fn look(
     Ok(found.map(|found| Finding { connect, total: connect + found.total, ..found }))
 }
 
-/// A connection that is there already, for a probe that makes one.
+/// Gives a probe, which dials, a connection that is open already.
 struct OpenedStream(Mutex<Option<TailnetStream>>);
 
 impl Dial for OpenedStream {
@@ -105,7 +103,7 @@ impl Dial for OpenedStream {
     }
 }
 
-/// The error with a word for what is behind it in front.
+/// The error, with its kind in a word before it.
 fn in_words(error: &UpstreamError) -> String {
     let kind = match error.failures().next() {
         Some(Failure::Connect(ConnectError::Refused)) => "refused",
@@ -117,7 +115,7 @@ fn in_words(error: &UpstreamError) -> String {
     format!("{kind}: {error}")
 }
 
-/// What the mailbox said to a client like ours.
+/// Checks the mailbox's greeting and certificate.
 fn greeting(
     visit: &Visit,
     found: &Result<Finding, ProbeError>,
@@ -131,7 +129,7 @@ fn greeting(
             let shown = certificate.as_ref().map(|shown| certificate_check(visit, shown, now));
             [Some(Check::pass(name, said)), shown].into_iter().flatten().collect()
         }
-        // Both are what a mailbox does that does not trust this edge.
+        // A mailbox that does not trust this edge does one of these two.
         Err(error @ (ProbeError::HeaderTaken { .. } | ProbeError::ClosedSilently { header: true })) => {
             let text = error.to_string();
             let finding = text.split("; ").next().unwrap_or_default();
@@ -146,7 +144,7 @@ fn certificate_check(visit: &Visit, certificate: &Certificate, now: Timestamp) -
     let name = visit.check("certificate");
     let (names, at) = (certificate.names.join(", "), certificate.not_after);
     if at < now {
-        Check::warn(name, format!("for {names}, and expired since {at}: clients refuse it"), REMEDY)
+        Check::warn(name, format!("for {names}, expired at {at}: clients refuse it"), REMEDY)
     } else if at.duration_since(now) < wall_clock::ENDS_SOON {
         Check::warn(name, format!("for {names}, and expires at {at}"), REMEDY)
     } else {
@@ -154,16 +152,16 @@ fn certificate_check(visit: &Visit, certificate: &Certificate, now: Timestamp) -
     }
 }
 
-/// Whether the mailbox insists on the header that it takes: `without` is what it did without one.
+/// Checks whether the mailbox demands the header. `without` is what it did without one.
 fn demand(visit: &Visit, without: &Result<Finding, ProbeError>, own: &[IpAddr]) -> Check {
     let name = visit.check("proxy");
-    // The latter two have spoken too.
+    // With these two errors the mailbox has spoken too.
     if !matches!(without, Ok(_) | Err(ProbeError::Refused { .. } | ProbeError::Cut(_))) {
         return Check::pass(name, "takes the PROXY header and demands it");
     }
     Check::warn(
         name,
-        "greets with a PROXY header and without one: that it reads the client's address from it is not proven, and whoever may connect on the tailnet is taken for a client",
+        "greets with a PROXY header and without one: it may not read the client's address from the header, and it treats every tailnet node that may connect as a client",
         format!("make it demand the header: {}", advice(own)),
     )
 }
@@ -214,7 +212,7 @@ mod tests {
             let checks = greeting(&listener("imaps"), &greets(Some(certificate)), &own(), now);
             assert_eq!((checks[0].outcome, checks[1].outcome), (Grade::Pass, outcome), "{checks:?}");
             assert!(checks[1].finding.contains("mail.example.com"));
-            assert_eq!(checks[1].finding.contains("expired since"), days < 0);
+            assert_eq!(checks[1].finding.contains("expired at"), days < 0);
         }
     }
 

@@ -1,7 +1,7 @@
 //! Whether this machine may connect to port 25 elsewhere.
 //!
-//! The edge itself never does. A mailbox that sends through this machine would, and many providers
-//! block that port until they are asked.
+//! The edge itself never does that. A mailbox that sends through this machine does, and many providers block
+//! the port until somebody asks them to open it.
 
 use std::time::Duration;
 
@@ -14,15 +14,15 @@ use super::report::Check;
 use super::resolver::{Resolver, connect};
 use crate::support::text::harmless;
 
-/// A mail server that has taken connections from anywhere for decades.
+/// A mail server that accepts connections from anywhere.
 pub const DEFAULT_SERVER: &str = "gmail-smtp-in.l.google.com:25";
 
 const NAME: &str = "outbound-25";
 
-/// Connecting to an address; and then the greeting.
+/// The limit on connecting to one address, and then on the greeting.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// The most that is read of a greeting.
+/// How much of a greeting is read at most.
 const GREETING_BYTES: u64 = 512;
 
 /// Connects to `HOST[:PORT]` and waits for a greeting.
@@ -45,7 +45,7 @@ pub async fn check(server: &str, resolver: &Result<Resolver, String>) -> Check {
         Ok(Ok(line)) if line.starts_with("220") => Check::pass(NAME, format!("{server} greets: {line}")),
         Ok(Ok(line)) => unknown(format!("{server} does not greet as a mail server: {line:?}")),
         Ok(Err(error)) => blocked(format!("{server}: the connection failed: {error}")),
-        Err(_) => blocked(format!("{server} takes the connection and says nothing within {LIMIT:?}")),
+        Err(_) => blocked(format!("{server} accepts the connection, but sends nothing within {LIMIT:?}")),
     }
 }
 
@@ -67,7 +67,7 @@ async fn greeting(stream: &mut TcpStream) -> std::io::Result<String> {
     Ok(harmless(&String::from_utf8_lossy(&line)))
 }
 
-/// `HOST[:PORT]`, an IPv6 address with a port in brackets. What has no good port is a host as a whole.
+/// Splits `HOST[:PORT]`. An IPv6 address with a port is in brackets. A text without a valid port is all host.
 fn split(server: &str, default_port: u16) -> (String, u16) {
     let authority = server.parse::<Authority>().ok();
     let parts = authority.as_ref().and_then(|authority| Some((authority.host(), authority.port_u16()?)));

@@ -1,7 +1,6 @@
-//! What the doctor says: checks, and the two ways to print them.
+//! The doctor's report: its checks, and the two ways to print them.
 //!
-//! Invariant: whatever text comes in, from the network or from another program, what goes out is
-//! harmless (see `text.rs`).
+//! Invariant: text from the network or from another program is made harmless before it is shown (see `text.rs`).
 
 use std::fmt;
 
@@ -21,10 +20,10 @@ pub enum Grade {
     Fail,
 }
 
-/// One thing that was looked at.
+/// One thing that was checked.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct Check {
-    /// What was looked at: a fixed word, and the thing if there are several.
+    /// What was checked: a fixed word, and which one if there are several.
     pub name: String,
     /// Whether somebody has to act on it.
     pub outcome: Grade,
@@ -50,7 +49,7 @@ impl Check {
         Check::new(name, Grade::Fail, finding, Some(remedy.into()))
     }
 
-    /// From a text of this program's errors, which say what was found, then `; ` and what to do.
+    /// A check from the text of an error of this program: the finding, then `; ` and the remedy.
     pub fn told(name: impl Into<String>, outcome: Grade, text: &impl ToString) -> Check {
         let text = text.to_string();
         let (finding, remedy) = match text.split_once("; ") {
@@ -69,7 +68,7 @@ impl Check {
         Check { name: name.into(), outcome, finding: finding.into(), remedy }.made_harmless()
     }
 
-    /// The same with printable ASCII only, for one that another program has sent.
+    /// The same check with printable ASCII only, for a check that another program has sent.
     pub fn made_harmless(self) -> Check {
         Check {
             name: harmless(&self.name),
@@ -124,7 +123,7 @@ impl fmt::Display for Report {
         });
         columns(f, &rows.collect::<Vec<_>>(), NAME_AT_MOST)?;
         let [ok, warned, failed] = [Grade::Pass, Grade::Warn, Grade::Fail].map(|o| self.count(o));
-        write!(f, "{ok} ok, {warned} to look at, {failed} failed")
+        write!(f, "{ok} ok, {warned} warned, {failed} failed")
     }
 }
 
@@ -147,7 +146,7 @@ FAIL  port smtp 0.0.0.0:25  in use
                             -> stop the other program
 warn  clock                 90 s fast
                             -> ntp
-1 ok, 1 to look at, 1 failed";
+1 ok, 1 warned, 1 failed";
         assert_eq!(report().to_string(), expected);
     }
 
@@ -155,7 +154,7 @@ warn  clock                 90 s fast
     fn a_long_name_does_not_push_the_others_to_the_right() {
         let long = "x".repeat(40);
         let checks = vec![Check::pass(&*long, "a"), Check::pass("short", "b")];
-        let expected = format!("ok    {long}  a\nok    {:32}  b\n2 ok, 0 to look at, 0 failed", "short");
+        let expected = format!("ok    {long}  a\nok    {:32}  b\n2 ok, 0 warned, 0 failed", "short");
         assert_eq!(Report { checks }.to_string(), expected);
     }
 

@@ -1,9 +1,10 @@
-//! Questions to the DNS, with a deadline each, and connections to what they found.
+//! Questions to the DNS, with a deadline each, and connections to the addresses that they give.
 //!
-//! Invariants: no name is completed with a search domain, no hosts file is read, and "there is no
-//! such record" is an answer, told apart from a server that gives none.
+//! Invariants: no name is completed with a search domain, and no hosts file is read. "There is no such record"
+//! is an answer; a server that gives no answer is an error.
 //!
-//! The program's own resolver and not the C library's: that of a static glibc cannot be relied upon.
+//! The C library's resolver is not used, since it does not work reliably in a program that is linked statically
+//! with glibc.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -23,19 +24,19 @@ use crate::support::text::harmless;
 /// How long an answer may take, repetitions included.
 const QUESTION_LIMIT: Duration = Duration::from_secs(5);
 
-/// When a question is put again.
+/// After this time without an answer a question is repeated.
 const REPEAT_AFTER: Duration = Duration::from_secs(2);
 
-/// The most addresses of a name that are looked at; the rest of an absurd answer is dropped.
+/// How many addresses of a name are used at most.
 const ADDRESSES: usize = 32;
 
-/// The most of them that are tried.
+/// How many of these addresses are tried at most.
 const CONNECTIONS: usize = 4;
 
 /// Why a question has no answer.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum Unanswered {
-    /// The server is out of reach or does not answer; neither would it the next question.
+    /// The server is out of reach or does not answer. It would not answer the next question either.
     #[error("the DNS server {server} does not answer ({reason})")]
     Silent {
         /// The server, or all of them.
@@ -43,8 +44,8 @@ pub enum Unanswered {
         /// The error, or the time that was waited.
         reason: String,
     },
-    /// The server has no answer to this one.
-    #[error("the DNS server {server} cannot say: {reason}")]
+    /// The server has no answer to this question.
+    #[error("the DNS server {server} cannot answer: {reason}")]
     Failed {
         /// The server, or all of them.
         server: String,
@@ -84,15 +85,14 @@ impl Resolver {
         Ok(Resolver { resolver, servers: servers.join(", ") })
     }
 
-    /// All records that answer for a name and type, aliases on the way included; none if there are
-    /// none.
+    /// All records of a name and type, including aliases on the way; empty if there are none.
     pub async fn lookup(&self, name: &str, kind: RecordType) -> Result<Vec<Record>, Unanswered> {
         let (silent, failed) = (
             |reason| Unanswered::Silent { server: self.servers.clone(), reason },
             |reason| Unanswered::Failed { server: self.servers.clone(), reason },
         );
         let mut fully = Name::from_utf8(name)
-            .map_err(|error| failed(format!("{} is no DNS name: {error}", harmless(name))))?;
+            .map_err(|error| failed(format!("{} is not a DNS name: {error}", harmless(name))))?;
         fully.set_fqdn(true);
         match timeout(QUESTION_LIMIT, self.resolver.lookup(fully, kind)).await {
             Ok(Ok(answer)) => Ok(answer.answers().to_vec()),
@@ -103,7 +103,7 @@ impl Resolver {
         }
     }
 
-    /// The addresses of a name, IPv4 first; none if it has none. An address is its own.
+    /// The addresses of a name, IPv4 first; empty if it has none. An IP address is returned as it is.
     pub async fn addresses(&self, host: &str) -> Result<Vec<IpAddr>, Unanswered> {
         if let Ok(address) = host.parse() {
             return Ok(vec![address]);
@@ -126,8 +126,8 @@ pub fn address_of(record: &Record) -> Option<IpAddr> {
     }
 }
 
-/// Connects to the first of these that takes a connection within its share of the time, so that an
-/// IPv4 that leads nowhere leaves time for IPv6.
+/// Connects to the first address that accepts within `share`. Each address has its own share, so that an IPv4
+/// address that does not answer leaves time for IPv6.
 pub async fn connect(addresses: &[IpAddr], port: u16, share: Duration) -> Result<TcpStream, String> {
     let mut reasons = Vec::new();
     for &address in addresses.iter().take(CONNECTIONS) {

@@ -1,11 +1,11 @@
 //! What can be seen from the tailnet: the node's own state, the way to each upstream, and its ports.
 //!
-//! A node is one process: two on one identity throw each other off the tailnet. So where an edge
-//! runs, it is asked to look by itself, over its admin port; where none does, this process is the
-//! node for as long as the look takes.
+//! A node is one process: two processes with one identity push each other off the tailnet. So if an edge runs,
+//! the doctor asks it over its admin port to make these checks. If no edge runs, this process becomes the node
+//! until the checks are done.
 //!
-//! Deliberately not here: enrolling. That needs a credential which may be good for one time only,
-//! and `run` should have it.
+//! Deliberately not here: enrolling. That needs a credential, which may be valid only once, and `run` should use
+//! it.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -28,73 +28,72 @@ use crate::support::wall_clock;
 use crate::tailnet::{ConnectError, JoinError, Node, NodeStatus, PingReport, Trouble};
 use crate::upstream::Silence;
 
-/// The path at which a running edge looks by itself.
+/// The path on the admin port at which a running edge makes these checks.
 pub const PATH: &str = "/doctor";
 
-/// A look through a started node, whatever the configured time-outs.
+/// The limit on all checks through a started node, whatever time-outs are configured.
 const EXAMINE_LIMIT: Duration = Duration::from_secs(80);
 
-/// The same by a running edge, with the way there and back.
+/// The same when a running edge makes them, with the time for question and answer.
 const ADMIN_LIMIT: Duration = Duration::from_secs(90);
 
-/// Whether the running edge answers at all.
+/// How long the running edge may take to answer at all.
 const LIVE_LIMIT: Duration = Duration::from_secs(3);
 
-/// How long a node that has just come up has to become what it should be.
+/// How long a node that has just joined may take to find a relay.
 const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 
-/// As long as the edge itself gives a peer at its start.
+/// The same limit that the edge gives a peer at its start.
 const PING_LIMIT: Duration = Duration::from_secs(7);
 
-/// How often a peer is pinged that is not reached directly, and with what pause.
+/// How often a peer is pinged that is not reached directly, and the pause between the pings.
 const PINGS: usize = 3;
 const BETWEEN_PINGS: Duration = Duration::from_secs(1);
 
 /// How long the node may take to close.
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 
-/// What to do about what Tailscale says of itself.
+/// The remedy for Tailscale's own health warnings.
 const HEALTH_REMEDY: &str = "look at this node in the admin console (Headscale: headscale nodes list), and at the network of this machine";
 
-/// What to do about an edge that cannot be asked.
-const NO_ANSWER: &str =
-    "check that admin.listen is what the edge was started with, and its log; restart it if it hangs";
+/// The remedy if the edge cannot be asked.
+const NO_ANSWER: &str = "check that admin.listen has not changed since the edge started, and see its log; restart the edge if it hangs";
 
-/// A node to look through, once there is one: what the admin port needs for [`PATH`].
+/// Makes the checks of [`PATH`] for the admin port, once there is a node.
 #[derive(Debug)]
 pub struct Examiner {
     node: OnceLock<Arc<Node>>,
     config: Mutex<Arc<Config>>,
-    /// One permit: looks are work for the mailbox too.
+    /// One permit: the checks are work for the mailbox too.
     turn: Semaphore,
 }
 
-/// Why there was no look.
+/// Why no checks were made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoLook {
-    /// Another one is going on.
+    /// Other checks are running.
     Busy,
     /// There is no node yet.
     NoNode,
 }
 
 impl Examiner {
-    /// Of an edge that has this configuration.
+    /// The examiner of an edge with this configuration.
     pub fn new(config: Config) -> Examiner {
         Examiner { node: OnceLock::new(), config: Mutex::new(Arc::new(config)), turn: Semaphore::new(1) }
     }
 
-    /// Looks by another configuration from now on.
+    /// Uses another configuration from now on.
     pub fn set_config(&self, config: Config) {
         *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
     }
 
-    /// The node, when it is started.
+    /// Sets the node, when it is started.
     pub fn set_node(&self, node: Arc<Node>) {
         let _ = self.node.set(node); // there is only one in the life of an edge
     }
 
-    /// Looks, unless somebody else does.
+    /// Makes the checks, unless others are running.
     pub async fn examine(&self) -> Result<Vec<Check>, NoLook> {
         let _turn = self.turn.try_acquire().map_err(|_| NoLook::Busy)?;
         let node = self.node.get().ok_or(NoLook::NoNode)?;
@@ -103,14 +102,14 @@ impl Examiner {
     }
 }
 
-/// Everything that can be seen through a started node, within 80 seconds.
+/// All checks through a started node, within 80 seconds.
 pub async fn examine(node: &Arc<Node>, config: &Config) -> Vec<Check> {
     let mut checks = Vec::new();
     if timeout(EXAMINE_LIMIT, look_around(node, config, &mut checks)).await.is_err() {
         checks.push(Check::fail(
             "tailnet",
-            format!("not done within {} s", EXAMINE_LIMIT.as_secs()),
-            "lower timeouts.connect, or look at one upstream at a time",
+            format!("not finished within {} s", EXAMINE_LIMIT.as_secs()),
+            "lower timeouts.connect, or check one upstream at a time",
         ));
     }
     checks
@@ -120,7 +119,7 @@ async fn look_around(node: &Arc<Node>, config: &Config, checks: &mut Vec<Check>)
     let status = node.status().borrow().clone();
     checks.extend(node_checks(&status, &config.tailnet.tags, wall_clock::now()));
     if !status.is_running() {
-        return; // every peer would fail for this same reason
+        return; // every peer would fail for the same reason
     }
     let hosts: BTreeSet<String> = targets(config).map(|(_, host, _)| host.to_owned()).collect();
     let pings = in_order(hosts.into_iter().map(|host| ping(Arc::clone(node), host))).await;
@@ -151,7 +150,7 @@ async fn in_order<T: Send + 'static>(
     running.join_all().await
 }
 
-/// What the node says of itself.
+/// The checks of the node's own state.
 fn node_checks(status: &NodeStatus, tags: &[String], now: Timestamp) -> Vec<Check> {
     let mut checks = Vec::new();
     let troubles = status.troubles(tags, now);
@@ -164,7 +163,7 @@ fn node_checks(status: &NodeStatus, tags: &[String], now: Timestamp) -> Vec<Chec
     }
     checks.extend(status.warnings().map(|text| Check::warn("node", text, HEALTH_REMEDY)));
     if !status.is_running() {
-        return checks; // what follows is not known
+        return checks; // tags and key expiry are not known
     }
     checks.extend(missing.iter().map(|trouble| Check::told("tag", Grade::Fail, trouble)));
     if missing.is_empty() {
@@ -187,9 +186,9 @@ fn key_expiry(expiry: Option<Timestamp>, now: Timestamp) -> Check {
     }
 }
 
-/// Pings until there is an answer over a direct path, a few times: a node that has just come up begins
-/// over a relay with every peer, and its first packets may be lost, a handshake among them, which is
-/// repeated only after five seconds.
+/// Pings a few times, until there is an answer over a direct path. A node that has just joined reaches every peer
+/// over a relay first. Its first packets may be lost, and WireGuard repeats a lost handshake only after five
+/// seconds.
 async fn ping(node: Arc<Node>, host: String) -> (String, Result<PingReport, ConnectError>) {
     let mut report = node.ping(&host, PING_LIMIT).await;
     for _ in 1..PINGS {
@@ -203,7 +202,7 @@ async fn ping(node: Arc<Node>, host: String) -> (String, Result<PingReport, Conn
     (host, report)
 }
 
-/// The way to a peer.
+/// The check of the path to a peer.
 fn peer(host: &str, ping: &Result<PingReport, ConnectError>) -> Check {
     let name = format!("peer {host}");
     let report = match ping {
@@ -218,7 +217,7 @@ fn peer(host: &str, ping: &Result<PingReport, ConnectError>) -> Check {
             true => Check::warn(
                 name,
                 found,
-                "it works, but slowly: let UDP out of both machines (and into one of them, port 41641 by default) for a direct path",
+                "it works, but slowly; for a direct path, allow UDP out of both machines, and into one of them (port 41641 by default)",
             ),
         };
     }
@@ -231,7 +230,7 @@ fn peer(host: &str, ping: &Result<PingReport, ConnectError>) -> Check {
     check
 }
 
-/// Looks at the tailnet as the state of things allows: through the running edge, or as the node.
+/// Checks the tailnet: through the running edge if there is one, else as the node itself if it is enrolled.
 pub async fn look(place: StateDirUse, running: Running, can_enrol: bool, config: &Config) -> Vec<Check> {
     const NAME: &str = "tailnet";
     match (place, running) {
@@ -244,18 +243,18 @@ pub async fn look(place: StateDirUse, running: Running, can_enrol: bool, config:
             Some(admin) => through_the_edge(admin).await,
             None => vec![Check::warn(
                 NAME,
-                "not looked at: the edge runs, and admin.listen is off, so it cannot be asked",
-                "set admin.listen to an address of the loopback, or stop the edge for the time of the look",
+                "not checked: the edge runs, but admin.listen is off, so it cannot be asked",
+                "set admin.listen to a loopback address, or stop the edge while the doctor runs",
             )],
         },
         (_, Running::Unwell) => vec![Check::fail(
             NAME,
-            "not looked at: an edge holds the state directory, and does not answer on the admin address",
+            "not checked: an edge uses the state directory, but does not answer on the admin address",
             NO_ANSWER,
         )],
         _ if config.tailnet.ephemeral => vec![Check::warn(
             NAME,
-            "not looked at: an ephemeral node has no identity while it does not run",
+            "not checked: an ephemeral node has no identity while it does not run",
             "start `tailwart-edge run`; the doctor then asks it",
         )],
         _ => vec![not_enrolled()],
@@ -265,12 +264,12 @@ pub async fn look(place: StateDirUse, running: Running, can_enrol: bool, config:
 fn not_enrolled() -> Check {
     Check::warn(
         "tailnet",
-        "not looked at: this node is not enrolled, and the doctor does not enrol it",
+        "not checked: this node is not enrolled, and the doctor does not enrol it",
         "start `tailwart-edge run` first; the doctor then asks it",
     )
 }
 
-/// Joins with the identity on disk, looks, and leaves.
+/// Joins with the identity on disk, makes the checks, and closes the node.
 async fn as_the_node(config: &Config, can_enrol: bool) -> Vec<Check> {
     let failed = |error: &JoinError| vec![Check::told("node", Grade::Fail, error)];
     let node = match Node::start(&config.tailnet) {
@@ -278,9 +277,9 @@ async fn as_the_node(config: &Config, can_enrol: bool) -> Vec<Check> {
         Err(error) => return failed(&error),
     };
     let checks = match node.up(config.tailnet.join_timeout).await {
-        // Without its tag it is on the tailnet all the same, and the look says what is missing.
+        // Without its tag the node is on the tailnet too, and the checks say what is missing.
         Ok(()) | Err(JoinError::WrongTags { .. }) => {
-            // It has just come up, and may not have a relay yet.
+            // The node has just joined, and may not have a relay yet.
             let settled =
                 |status: &NodeStatus| !status.troubles(&[], wall_clock::now()).iter().any(Trouble::may_pass);
             let _ = timeout(SETTLE_LIMIT, node.status().wait_for(settled)).await;
@@ -304,7 +303,7 @@ struct EdgeReport {
     checks: Vec<Check>,
 }
 
-/// Has the running edge look.
+/// Asks the running edge for the checks.
 async fn through_the_edge(admin: SocketAddr) -> Vec<Check> {
     const NAME: &str = "tailnet";
     const RETRY: &str = "run the doctor again in a moment";
@@ -315,19 +314,19 @@ async fn through_the_edge(admin: SocketAddr) -> Vec<Check> {
     };
     let (status, body) = match asked {
         Ok(answer) => (answer.status(), answer.into_body()),
-        Err(reason) => return failed(format!("the edge runs, and cannot be asked at {admin}: {reason}")),
+        Err(reason) => return failed(format!("the edge runs, but cannot be asked at {admin}: {reason}")),
     };
     match status {
         StatusCode::OK => match serde_json::from_slice::<EdgeReport>(&body) {
-            // It may be another program after all.
+            // Another program may have answered.
             Ok(answer) => answer.checks.into_iter().map(Check::made_harmless).collect(),
-            Err(_) => failed(format!("{admin}{PATH} answers with something else than checks")),
+            Err(_) => failed(format!("{admin}{PATH} does not answer with checks")),
         },
         StatusCode::TOO_MANY_REQUESTS => {
-            vec![Check::warn(NAME, "not looked at: the edge is looking for another doctor", RETRY)]
+            vec![Check::warn(NAME, "not checked: the edge is already working for another doctor", RETRY)]
         }
         StatusCode::SERVICE_UNAVAILABLE => {
-            vec![Check::warn(NAME, "not looked at: the edge has not started its node yet", RETRY)]
+            vec![Check::warn(NAME, "not checked: the edge has not started its node yet", RETRY)]
         }
         _ => failed(format!("{admin}{PATH} answers {status}")),
     }

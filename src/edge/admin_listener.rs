@@ -1,4 +1,4 @@
-//! The admin listener, on this machine and on the tailnet: what serves it, and what takes its place.
+//! The admin listener, on this machine and on the tailnet: the tasks that serve it, and how a reload replaces them.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::listener::sockets::{Socket, announce};
 use crate::support::vital::{Vital, Vitals};
 use crate::tailnet::Node;
 
-/// The admin listener, which is there before the node is.
+/// The admin listener. It serves before there is a node.
 pub(super) struct Admin {
     pub(super) overview: Arc<Overview>,
     pub(super) examiner: Arc<Examiner>,
@@ -24,7 +24,7 @@ impl Admin {
         Admin { overview, examiner, vitals, running: None, on_tailnet: None }
     }
 
-    /// Serves at this socket, and at no other.
+    /// Serves at this socket only; the task of another socket ends.
     pub fn serve(&mut self, socket: Option<Socket>) {
         let Some(socket) = socket else {
             self.running = None;
@@ -39,7 +39,7 @@ impl Admin {
         self.running = Some((socket, self.vitals.spawn("serve admin.listen", serving)));
     }
 
-    /// Serves the tailnet at this port of the node, and at no other.
+    /// Serves the tailnet at this port of the node only; the task of another port ends.
     pub fn serve_tailnet(&mut self, node: &Arc<Node>, port: Option<u16>) {
         if self.on_tailnet.as_ref().map(|(port, _)| *port) == port {
             return;

@@ -1,18 +1,18 @@
-//! What a change of the configuration does to the ports, decided as a whole before any of it is done.
+//! The plan of a reload: everything that it does to the ports is decided before the first step is taken.
 //!
-//! Invariants: it looks at values only, and does nothing; a port that means the same keeps its service; one
-//! for which nothing changes at all does not stop accepting.
+//! Invariants: a plan is made from values only, and making it changes nothing. A port whose definition stays
+//! the same keeps its service. A port for which nothing changes at all does not stop accepting.
 //!
-//! Deliberately not here: binding the sockets, which comes first (see [`Sockets`](crate::listener::sockets::Sockets)),
-//! and carrying the plan out (see `serving.rs`).
+//! Deliberately not here: binding the sockets, which comes first (see
+//! [`Sockets`](crate::listener::sockets::Sockets)), and carrying the plan out (see `serving.rs`).
 
 use super::port::Definition;
 use crate::config::Config;
 
-/// What is in force. `S` is a socket, which equals itself only.
+/// The configuration in force, and its ports. `S` is a socket; two sockets are equal only if they are the same one.
 pub(super) struct InForce<'a, S> {
     pub config: &'a Config,
-    /// How many connections there may be.
+    /// The limit on all connections.
     pub connections: usize,
     pub ports: Vec<PortInForce<'a, S>>,
 }
@@ -23,19 +23,19 @@ pub(super) struct PortInForce<'a, S> {
     pub sockets: &'a [S],
 }
 
-/// What to do. Ports that are in force are named by their place among them.
+/// What to do. A number names a port by its index in [`InForce::ports`].
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Plan<S> {
     /// The ports of the new configuration, in its order.
     pub ports: Vec<PlannedPort<S>>,
-    /// The ports that stop accepting while the change is made: clients wait in the backlog, and the permits
-    /// come back.
+    /// The ports that stop accepting while the change is made. Their clients wait in the backlog, and the
+    /// permits of the accepting tasks are free again.
     pub paused: Vec<usize>,
-    /// The sockets that close, each with its port. Who waits there already is still let in.
+    /// The sockets that close, each with its port. Clients that wait there already are still accepted.
     pub closing: Vec<(usize, S)>,
-    /// Whether the limits on connections are new, and so to be told.
+    /// Whether the limits on connections have changed, and so are logged.
     pub tells_limit: bool,
-    /// Whether all that probes have found is forgotten.
+    /// Whether the probe settings have changed: then all servers are probed anew.
     pub probes_anew: bool,
 }
 
@@ -44,17 +44,18 @@ pub(super) struct Plan<S> {
 pub(super) struct PlannedPort<S> {
     pub definition: Definition,
     pub sockets: Vec<S>,
-    /// The port of this name that is in force.
+    /// The port in force that has this name.
     pub before: Option<usize>,
-    /// Whether that one means the same, so that its service goes on.
+    /// Whether `before` has the same definition, so that its service goes on.
     pub is_same: bool,
-    /// For a new service: a port in force with the same servers, the one of this name first. What is known of
-    /// the mailbox is taken over from it.
+    /// For a new service: a port in force with the same servers, preferably the one of this name. The new service
+    /// takes over what that port knows of the mailbox.
     pub mailbox_of: Option<usize>,
 }
 
 impl<S: Clone + PartialEq> Plan<S> {
-    /// From what is in force to `new`, with its sockets by listener and as many connections.
+    /// The plan from what is in force to `new`: with `sockets` for each listener, and `connections` as the limit
+    /// on all connections.
     pub fn between(
         old: &InForce<S>,
         new: &Config,
@@ -124,7 +125,7 @@ mod tests {
         Plan::between(&in_force, &new, sockets, connections)
     }
 
-    /// Of each port: which one it was, whether its service goes on, and whose mailbox it takes over.
+    /// For each port: which port it was, whether its service goes on, and whose mailbox it takes over.
     fn ports(plan: &Plan<u8>) -> Vec<(Option<usize>, bool, Option<usize>)> {
         plan.ports.iter().map(|port| (port.before, port.is_same, port.mailbox_of)).collect()
     }

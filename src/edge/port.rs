@@ -16,34 +16,34 @@ use crate::upstream::health::{self, Monitor};
 use crate::upstream::probe::Target;
 
 /// How much longer an attempt to connect may take once the edge is stopping: enough for WireGuard to
-/// repeat a handshake, after 5 to 5.4 seconds; but half of the drain at most, so that whoever is turned
-/// away then can still be told.
+/// repeat a handshake, after 5 to 5.4 seconds. It is at most half of the drain time-out, so that a client
+/// that is turned away then can still get the answer.
 const LAST_DIAL: Duration = Duration::from_secs(6);
 
-/// A listener's sockets, and what is done for who comes there.
+/// A listener's sockets, and its service for the clients that connect there.
 pub(super) struct Port {
     pub(super) definition: Definition,
     pub(super) service: Arc<Service<Node>>,
     pub(super) sockets: Vec<Socket>,
-    /// Those that the log has told of, under this listener's name.
+    /// The sockets for which "listening" was logged under this listener's name.
     pub(super) announced: Vec<Socket>,
-    /// A task for each socket, or none while it does not accept. A reload leaves them be if nothing changes here.
+    /// A task for each socket; empty while the port does not accept. A reload that changes nothing here keeps them.
     pub(super) accepting: Vec<Vital>,
     pub(super) monitors: Vec<Arc<Monitor>>,
-    /// A task for each monitor, or none without probes.
+    /// A task for each monitor; empty without probes.
     pub(super) probing: Vec<Vital>,
 }
 
-/// What a service is made of. While it stays the same, so does the service.
+/// The settings that a service depends on. While they stay the same, a reload keeps the service.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Definition {
-    /// With `listen` empty: another address makes no other service.
+    /// With `listen` empty, since another address does not need another service.
     pub(super) listener: config::Listener,
     pub(super) connect: Duration,
     pub(super) half_close: Duration,
     pub(super) hostname: Option<String>,
     pub(super) last_dial: Duration,
-    /// Whether there is a place for anybody to be held.
+    /// Whether clients may be held at all: `limits.hold_max` is not 0.
     pub(super) holds: bool,
 }
 
@@ -72,7 +72,7 @@ impl Port {
         }
     }
 
-    /// Accepts on every socket, and tells of those that are new to this listener.
+    /// Accepts on every socket, and logs the sockets that are new to this listener.
     pub(super) fn accept(&mut self, admission: &Admission, vitals: &Vitals) {
         for socket in &self.sockets {
             if !self.announced.contains(socket) {
@@ -93,7 +93,7 @@ impl Port {
         }
     }
 
-    /// Probes every server from now on, or none, and forgets then what a probe has found.
+    /// Probes every server from now on. With an interval of 0 it probes none, and forgets what probes have found.
     pub(super) fn probe(&mut self, node: &Arc<Node>, vitals: &Vitals, settings: config::Probe) {
         self.probing.clear();
         for (monitor, server) in self.monitors.iter_mut().zip(self.service.upstream.servers()) {
@@ -112,7 +112,7 @@ impl Port {
     }
 }
 
-/// For one server of a listener's service.
+/// The monitor for one server of a listener's service.
 pub(super) fn monitor(service: &Service<Node>, server: &Server) -> Monitor {
     let target = Target {
         host: server.host().to_owned(),

@@ -1,9 +1,9 @@
-//! The configuration while the edge runs: where it is read from again, and what differs.
+//! The configuration while the edge runs: where a reload reads it, and what has changed.
 //!
 //! Invariants
-//! - What was given at the start stays in force: the file's path, `--upstream`, and the environment as
-//!   it was then, without the variables that hold credentials.
-//! - Nothing is compared by its text: a file that says the same in another way has not changed.
+//! - A reload uses what was given at the start: the file's path, `--upstream`, and the environment of that
+//!   time, without the variables that hold credentials.
+//! - Settings are compared, not text: a file that says the same in another way has not changed.
 //!
 //! Deliberately not here: putting a configuration in force (see `edge/serving.rs`).
 
@@ -22,7 +22,7 @@ use crate::listener::BindError;
 use crate::support::text::list;
 use crate::tailnet::credential::VARIABLES;
 
-/// How long reading the file may take. Only a network file system takes any time.
+/// How long reading the file may take. Only a network file system is this slow.
 const READ_LIMIT: Duration = Duration::from_secs(10);
 
 /// Where the configuration comes from.
@@ -31,21 +31,21 @@ pub struct Source {
     path: Option<PathBuf>,
     upstream: Option<String>,
     environment: HashMap<String, String>,
-    /// One permit, for the one thread that reads the file.
+    /// One permit: only one thread reads the file at a time.
     reading: Arc<Semaphore>,
 }
 
-/// Why everything stays as it was.
+/// Why a reload has changed nothing.
 #[derive(Debug, Error)]
 pub enum ReloadError {
-    /// There is nothing to read.
+    /// The edge has no configuration file.
     #[error(
         "the edge was started without a configuration file, so there is none to read; restart it to give it one"
     )]
     NoFile,
-    /// A pipe has nothing more to say, which would read as an empty file.
+    /// A pipe was read to its end at the start; now it would look like an empty file.
     #[error(
-        "{} is not a regular file, so it cannot be read again; restart the edge, and name a regular file to have it reloaded",
+        "{} is not a regular file, so it cannot be read again; restart the edge with a regular file",
         .0.display()
     )]
     NoRegularFile(PathBuf),
@@ -54,7 +54,7 @@ pub enum ReloadError {
         "the configuration file could not be read within {READ_LIMIT:?}; check the file system that it is on"
     )]
     Slow,
-    /// The read before this one has not come back: on a file system that hangs, it hangs too.
+    /// The read before this one has not ended: the file system hangs.
     #[error(
         "the configuration file is still being read for the reload before this one; check the file system that it is on"
     )]
@@ -68,8 +68,8 @@ pub enum ReloadError {
 }
 
 impl Source {
-    /// What the command line and the environment say now. `variables` are those of the process; one
-    /// that holds a credential, or is not UTF-8, is not kept.
+    /// Keeps what the command line and the environment say now. `variables` are the variables of the process.
+    /// A variable that holds a credential, or is not UTF-8, is not kept.
     pub fn capture(
         config: Option<PathBuf>,
         upstream: Option<String>,
@@ -83,7 +83,7 @@ impl Source {
         Source { path, upstream, environment, reading: Arc::new(Semaphore::new(1)) }
     }
 
-    /// A variable as it was at the start; none that holds a credential.
+    /// A variable's value at the start. Variables that hold credentials are not known here.
     pub fn variable(&self, name: &str) -> Option<String> {
         self.environment.get(name).cloned()
     }
@@ -93,7 +93,7 @@ impl Source {
         self.path.is_some()
     }
 
-    /// Reads the configuration, which `env` may know more variables for.
+    /// Reads the configuration. `env` may know more variables than [`Source::variable`] does.
     pub fn load(&self, env: Env) -> Result<Config, ConfigError> {
         match &self.path {
             Some(path) => Config::load(path, self.upstream.as_deref(), env),
@@ -101,7 +101,7 @@ impl Source {
         }
     }
 
-    /// Reads the file again, with one thread however often it hangs.
+    /// Reads the file again. If the file system hangs, only one thread hangs with it, however often this is called.
     pub async fn load_again(&self) -> Result<Config, ReloadError> {
         let Some(path) = self.path.clone() else { return Err(ReloadError::NoFile) };
         let source = self.clone();
@@ -119,7 +119,7 @@ impl Source {
         read: impl FnOnce() -> Result<Config, ReloadError> + Send + 'static,
     ) -> Result<Config, ReloadError> {
         let permit = Arc::clone(&self.reading).try_acquire_owned().map_err(|_| ReloadError::StillReading)?;
-        // The permit comes back when the thread does, which may be long after the limit.
+        // The thread gives the permit back when it ends, which may be long after the limit.
         let read = tokio::task::spawn_blocking(move || (read(), permit).0);
         match timeout(READ_LIMIT, read).await {
             Ok(Ok(config)) => config,
@@ -135,7 +135,7 @@ pub struct Changes {
     pub added: Vec<String>,
     /// Names of listeners that only the old one has.
     pub removed: Vec<String>,
-    /// Names of listeners that are set otherwise.
+    /// Names of listeners whose settings differ.
     pub changed: Vec<String>,
     /// Sections and keys that are not a listener's.
     pub settings: Vec<&'static str>,
@@ -177,7 +177,7 @@ impl Changes {
         added.is_empty() && removed.is_empty() && changed.is_empty() && settings.is_empty()
     }
 
-    /// Logs them, after they were put in force.
+    /// Logs the changes, after they were put in force.
     pub fn tell(&self) {
         for key in &self.restart {
             warn!("{key} has changed and takes effect with the next restart");
@@ -197,7 +197,7 @@ impl Changes {
     }
 }
 
-/// The keys of `[tailnet]`, which make the node.
+/// The keys of `[tailnet]` that differ. The node is started with them, so they wait for a restart.
 fn kept_until_restart(old: &Config, new: &Config) -> Vec<&'static str> {
     let (old, new) = (&old.tailnet, &new.tailnet);
     differing(&[

@@ -1,10 +1,10 @@
 //! The ports and what is connected through them, under the configuration that is in force.
 //!
 //! Invariants
-//! - A configuration is put in force as a whole or not at all: what can fail, binding, comes first.
-//! - What has not changed is not touched: sockets stay open, and a listener that means the same keeps
-//!   its service, with all that is known of its mailbox and everybody who waits for it.
-//! - Connections live by the service that they began with, and count against the limits of the day.
+//! - A configuration is put in force as a whole or not at all: binding comes first, since only binding can fail.
+//! - What has not changed is not touched: sockets stay open, and a listener whose definition stays the same
+//!   keeps its service, with what is known of its mailbox and with the clients that wait for it.
+//! - A connection keeps the service that it began with, and counts against the limits now in force.
 //!
 //! Deliberately not here: reading the configuration (see `reload.rs`), and finding sockets (see
 //! `sockets.rs`).
@@ -47,7 +47,7 @@ use crate::upstream::peers::{Peer, Peers};
 pub(super) struct Parts {
     pub node: Arc<Node>,
     pub admin: Admin,
-    /// Where it is shown what is known of the mailbox.
+    /// Shows the admin listener what is known of the mailbox.
     pub board: watch::Sender<Option<Arc<Board>>>,
     pub connections: Arc<Connections>,
     pub logging: Arc<Logging>,
@@ -56,18 +56,18 @@ pub(super) struct Parts {
 
 /// The ports, and what is connected through them.
 pub(super) struct Serving {
-    /// In force; its `[tailnet]` is that of the start.
+    /// The configuration in force. Its `[tailnet]` is the one of the start.
     config: Config,
     parts: Parts,
     ports: Vec<Port>,
-    /// Listeners of configurations before this one, whose connections may be left.
+    /// Listeners of earlier configurations that may still have connections.
     removed: Vec<Listening>,
-    /// Which of them accept.
+    /// Which of the ports accept.
     opening: Opening,
     sockets: Sockets,
     admission: Admission,
     permits: Permits,
-    /// Set by a reload, too.
+    /// A reload may change it.
     memory: MemoryLimit,
     held: Permits,
     peers: Peers<Node>,
@@ -79,13 +79,13 @@ pub(super) struct Serving {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Opening {
     None,
-    /// Those whose clients can be held.
+    /// The ports whose clients can be held.
     Holding,
     All,
 }
 
 impl Serving {
-    /// Nothing accepts yet.
+    /// Sets up the ports; none accepts yet.
     pub fn new(config: Config, sockets: Sockets, opened: Opened, parts: Parts) -> Serving {
         let memory = MemoryLimit::new(config.limits.memory_mib);
         let limit = total_limit(&config, &opened, &memory);
@@ -126,7 +126,7 @@ impl Serving {
         serving
     }
 
-    /// Bounds how long a stop may take, whatever the configuration allows.
+    /// Limits how long a stop may take, also where the configuration allows more.
     pub fn bound_drain(&mut self, most: Duration) {
         self.config.timeouts.drain = self.config.timeouts.drain.min(most);
     }
@@ -141,12 +141,12 @@ impl Serving {
         self.peers.known().iter().filter_map(Weak::upgrade).collect()
     }
 
-    /// What is known of the mailbox, in each configuration that is in force.
+    /// What is known of the mailbox. Changes with each reload.
     pub fn watch_board(&self) -> watch::Receiver<Option<Arc<Board>>> {
         self.parts.board.subscribe()
     }
 
-    /// Whether every port accepts, as it does once the edge has been on the tailnet.
+    /// Whether every port accepts: the edge has been on the tailnet.
     pub fn is_open(&self) -> bool {
         self.opening == Opening::All
     }
@@ -176,16 +176,16 @@ impl Serving {
         self.sockets.store(supervisor, &opened);
     }
 
-    /// Puts another configuration in force, and says what has changed with it. If an address cannot be
-    /// bound nothing has.
+    /// Puts another configuration in force, and returns what has changed. If an address cannot be bound,
+    /// nothing has changed.
     pub async fn change(&mut self, new: Config) -> Result<Changes, BindError> {
         let changes = Changes::between(&self.config, &new);
-        // Its default address may have been taken, and be free now.
+        // Another program may have had the default address, and have given it up.
         let is_admin_missing = new.admin.is_some() && self.parts.admin.running.is_none();
         if changes.is_empty() && !is_admin_missing {
             return Ok(changes);
         }
-        // What is new is bound first: nothing after this can fail.
+        // New addresses are bound first: nothing after this can fail.
         let opened = self.sockets.open(&new, &self.opened())?;
         new.warnings.iter().for_each(|warning| warn!("{warning}"));
         self.sockets.warn_of_idle_units(&opened);
@@ -212,7 +212,7 @@ impl Serving {
         Ok(changes)
     }
 
-    /// The limits of the configuration, and this one on all connections.
+    /// Puts the configuration's limits in force, with `connections` as the limit on all connections.
     async fn change_limits(&mut self, connections: usize) {
         self.permits.resize(connections).await;
         self.held.resize(self.config.limits.hold_max).await;
@@ -220,7 +220,7 @@ impl Serving {
         self.peers.set_limit(self.config.timeouts.dead_peer);
     }
 
-    /// What has a configuration of its own beside the ports.
+    /// Gives the parts beside the ports their new settings.
     fn change_parts(&mut self, admin: Option<Socket>) {
         let Parts { logging, connections, admin: admin_listener, node, .. } = &mut self.parts;
         logging.change(self.config.log);
@@ -236,7 +236,7 @@ impl Serving {
         InForce { config: &self.config, connections: self.permits.size(), ports: ports.collect() }
     }
 
-    /// Keeps in mind the listeners that the configuration has no more, for as long as they have connections.
+    /// Remembers listeners that are no longer in the configuration, as long as they have connections.
     fn remember_removed(&mut self) {
         let open = self.parts.connections.open();
         self.removed.retain(|removed| open.iter().any(|connection| connection.listener() == removed.name));
@@ -246,7 +246,7 @@ impl Serving {
         self.removed.retain(|removed| !is_there(&removed.name));
     }
 
-    /// The ports of the plan, with what goes on of those before.
+    /// Makes the ports of the plan. A port that stays the same goes on.
     fn set_ports(&mut self, plan: Plan<Socket>) {
         for (place, socket) in plan.closing {
             let service = &self.ports[place].service;
@@ -279,7 +279,7 @@ impl Serving {
         let listener = &definition.listener;
         let config::Upstream { hosts, port } = &listener.upstream;
         let servers = hosts.iter().map(|host| self.peers.get(host)).collect();
-        // Without a place for anybody nobody is held.
+        // With `hold_max` at 0 nobody is held.
         let limit = if definition.holds { listener.hold } else { Duration::ZERO };
         let service = Arc::new(Service {
             name: listener.name.clone(),
@@ -322,7 +322,7 @@ impl Serving {
         Opened { listeners: self.ports.iter().map(sockets).collect(), admin }
     }
 
-    /// What goes on, in one line, whenever it is asked.
+    /// A function that gives the state in one line, for the supervisor.
     pub fn summary(&self) -> impl Fn() -> String + use<> {
         let (board, tasks) = (self.parts.board.subscribe(), self.admission.tasks.clone());
         move || board.borrow().as_deref().map(|board| board.summary(tasks.len())).unwrap_or_default()
@@ -349,7 +349,7 @@ fn tell_limit(config: &Config, limit: &ConnectionLimit) {
     info!(max_connections = limit.connections, per_client, "limit on connections: {}", limit.reason);
 }
 
-/// Puts the limit on memory in force, and says what it is.
+/// Puts the limit on memory in force, and logs it.
 fn bound_memory(limit: &MemoryLimit, overview: &Overview) {
     set_memory(limit.in_flight_bytes(), limit.heap_bytes());
     set_kept_most(limit.kept_bytes() as usize);

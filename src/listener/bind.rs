@@ -1,6 +1,6 @@
-//! Binding a port: a listening socket, or why there is none and what to do.
+//! Binds a port: the result is a listening socket, or the reason why not and what to do.
 //!
-//! `[::]` sockets take IPv6 only, so that v4 and v6 are configured and fail each on their own.
+//! `[::]` sockets accept IPv6 only, so that IPv4 and IPv6 are configured separately and fail separately.
 
 use std::io;
 use std::net::SocketAddr;
@@ -31,12 +31,12 @@ pub struct BindError {
     pub kind: io::ErrorKind,
 }
 
-/// A listening socket. Unlike tokio's, it tells that there is somebody before it accepts.
+/// A listening socket. Unlike tokio's, it can wait for a client without accepting it.
 #[derive(Debug)]
 pub struct ListeningSocket(AsyncFd<std::net::TcpListener>);
 
 impl ListeningSocket {
-    /// Of a socket that does not block. Must be called within a tokio runtime.
+    /// Takes a socket that does not block. Must be called within a tokio runtime.
     #[expect(
         deprecated,
         reason = "it is unsound for types that lie about their descriptor, which the standard library's do not; its successor needs `unsafe`"
@@ -50,19 +50,19 @@ impl ListeningSocket {
         self.0.get_ref().local_addr()
     }
 
-    /// Waits until somebody may be there.
+    /// Waits until a client may be there.
     pub(super) async fn somebody(&self) -> io::Result<AsyncFdReadyGuard<'_, std::net::TcpListener>> {
         self.0.readable().await
     }
 
-    /// Accepts whoever is there, also where the runtime has not heard yet that somebody is.
+    /// Accepts a client that is there, also if the runtime does not know of it yet.
     pub(super) fn accept_now(&self) -> io::Result<(TcpStream, SocketAddr)> {
         let (client, peer) = acceptfrom_with(self, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
         let peer = peer.ok_or(io::ErrorKind::AddrNotAvailable)?.try_into()?;
         Ok((TcpStream::from_std(client.into())?, peer))
     }
 
-    /// Accepts the next one. Dropping the future loses nobody.
+    /// Accepts the next client. Dropping the future loses no client.
     pub async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
         loop {
             let mut somebody = self.somebody().await?;
@@ -89,8 +89,7 @@ pub fn bind(name: &str, address: SocketAddr) -> Result<ListeningSocket, BindErro
     })
 }
 
-/// A kernel started without IPv6 has no socket of that family to give; the
-/// standard library has no kind for its answer.
+/// The error's kind. A kernel without IPv6 answers EAFNOSUPPORT, for which the standard library has no kind.
 fn kind_of(error: &io::Error) -> io::ErrorKind {
     match error.raw_os_error() {
         Some(libc::EAFNOSUPPORT) => io::ErrorKind::Unsupported,

@@ -1,19 +1,20 @@
-//! The listening sockets of a configuration: those that are open already, those that the supervisor has
-//! handed over, and for the rest new ones.
+//! The listening sockets of a configuration. They are sockets that are open already, sockets that the supervisor
+//! has handed over, and new ones.
 //!
-//! What is handed over comes from socket units, or from the supervisor's store, where the edge has put
-//! its own sockets before (`kept.` and the listener's name), so that the port stays open over a restart.
+//! The supervisor hands over the sockets of socket units, and the sockets of its store. The edge has put its own
+//! sockets there before, under the name `kept.` and the listener's name, so that the port stays open over a
+//! restart.
 //!
 //! Invariants
 //! - Everything is bound before anything is closed, and a socket whose address stays is not touched.
-//! - A socket unit's socket with a listener's name is that listener's address, whatever the file says;
-//!   another one is used where the file has exactly its address. It is never closed, since it cannot be
-//!   bound anew: the supervisor has it open for as long as the unit is there.
+//! - If a socket unit's socket has a listener's name, it is that listener's socket, whatever address the file has.
+//!   If it has another name, it is used where the file has exactly its address. It is never closed, since it could
+//!   not be bound again: the supervisor keeps it open for as long as the unit is there.
 //! - A kept socket is used only where the configuration still has exactly its address.
-//! - Nobody can prevent the start by taking the admin listener's default address, which many others may
-//!   have, and which needs no privilege: the edge runs without it.
-//! - Nothing that was handed over can prevent the start: what is no listening TCP socket is told and
-//!   left out.
+//! - Another program that uses the admin listener's default address cannot prevent the start: any user can bind
+//!   that address, so the edge then runs without the admin listener.
+//! - A handed over descriptor cannot prevent the start: if it is not a listening TCP socket, a warning is logged
+//!   and it is left out.
 //!
 //! Deliberately not here: accepting, and socket options (see `listener.rs`).
 
@@ -36,16 +37,15 @@ use crate::support::text::list;
 /// What the names of our own sockets in the supervisor's store begin with.
 const KEPT: &str = "kept.";
 
-/// As many sockets as the packaged unit has the supervisor keep; of more than its own limit it says
-/// nothing.
+/// How many sockets the packaged unit lets the supervisor keep. The supervisor does not report when it drops more.
 const STORE_MAX: usize = 64;
 
-/// An open socket, in the place of an address of the configuration.
+/// An open socket, for an address of the configuration.
 #[derive(Clone, Debug)]
 pub struct Socket {
     /// The configuration's address, whose port may be 0.
     address: SocketAddr,
-    /// Shared with who accepts from it; it is closed when the last has let go.
+    /// Shared with the task that accepts on it; closed when the last owner drops it.
     pub listener: Arc<ListeningSocket>,
     /// Whether it belongs to a socket unit, and not to us.
     is_units: bool,
@@ -74,14 +74,14 @@ struct Inherited {
 #[derive(Debug, Default)]
 pub struct Sockets {
     units: Vec<Inherited>,
-    /// Of our own; only until the start is over.
+    /// The edge's own sockets from the store; empty after the start.
     kept: Vec<Inherited>,
-    /// The local addresses of what is in the store, by name.
+    /// The local addresses of the sockets in the store, by name.
     stored: BTreeMap<String, BTreeSet<SocketAddr>>,
 }
 
 impl Sockets {
-    /// Takes in what was handed over, with one warning for each thing that cannot be used. Must be
+    /// Takes the descriptors that were handed over, and logs a warning for each that cannot be used. Must be
     /// called within a tokio runtime.
     pub fn new(handed: Vec<Handed>) -> Sockets {
         let mut sockets = Sockets::default();
@@ -100,9 +100,9 @@ impl Sockets {
                 Ok(inherited) => sockets.units.push(inherited),
                 Err(problem) => {
                     warn!(
-                        "descriptor {number} ({name}), which the supervisor has handed over, is not used: {problem}"
+                        "descriptor {number} ({name}), handed over by the supervisor, is not used: {problem}"
                     );
-                    // So that it is taken out of the store, if it is in there.
+                    // So that it is removed from the store.
                     if name.starts_with(KEPT) {
                         sockets.stored.entry(name).or_default().insert(NOWHERE);
                     }
@@ -112,7 +112,7 @@ impl Sockets {
         if let (Some(first), Some(last)) = (missing.first(), missing.last()) {
             let count = missing.len();
             warn!(
-                "{count} of the descriptors that the supervisor has announced, from {first} to {last}, are no sockets; they are not used"
+                "{count} of the descriptors that the supervisor has announced, from {first} to {last}, are not sockets and are not used"
             );
         }
         sockets
@@ -129,14 +129,14 @@ impl Sockets {
         }
         if let Some(address) = config.admin {
             let units = search.units_named(ADMIN, &[address], true);
-            // It has one socket; `warn_of_idle_units` tells of the others.
+            // The admin listener has one socket; `warn_of_idle_units` warns of the others.
             let own = units.iter().find(|unit| unit.address == address).or(units.first()).cloned();
             opened.admin = match own {
                 Some(unit) => Some(unit),
                 None => match search.of_address(ADMIN, address) {
                     Err(error) if Some(address) == default_admin() && error.kind == ErrorKind::AddrInUse => {
                         warn!(
-                            "{error}, with admin.listen; mail is served, but nobody can ask this edge how it is"
+                            "{error}, with admin.listen; mail is served, but health, status and metrics are not"
                         );
                         None
                     }
@@ -147,7 +147,7 @@ impl Sockets {
         Ok(opened)
     }
 
-    /// After the start: closes what was kept and has no place in the configuration.
+    /// After the start: closes kept sockets that the configuration does not use.
     pub fn close_unused(&mut self, opened: &Opened) {
         self.warn_of_idle_units(opened);
         let used: BTreeSet<SocketAddr> = opened.all().filter_map(|socket| socket.local()).collect();
@@ -156,13 +156,13 @@ impl Sockets {
         }
     }
 
-    /// A socket unit takes connections for as long as it is there, whoever wants them.
+    /// Warns of socket units that no listener uses: their port is open, but nobody accepts there.
     pub fn warn_of_idle_units(&self, opened: &Opened) {
         let used: BTreeSet<SocketAddr> = opened.all().filter_map(Socket::local).collect();
         for unit in self.units.iter().filter(|unit| !used.contains(&unit.local)) {
             match opened.admin.as_ref().filter(|_| unit.name == ADMIN).and_then(Socket::local) {
                 Some(admin) => warn!(
-                    "nobody accepts connections on the socket unit's {unit}: the admin listener has one socket, {admin}; give its unit one ListenStream="
+                    "nobody accepts connections on the socket unit's {unit}: the admin listener uses only one socket, {admin}; give its unit one ListenStream="
                 ),
                 None => warn!(
                     "nobody accepts connections on the socket unit's {unit}: no listener has its name or its address; see FileDescriptorName= and ListenStream=, or stop the unit"
@@ -171,8 +171,8 @@ impl Sockets {
         }
     }
 
-    /// Has the supervisor keep what is open now, and nothing else. A port that the kernel has chosen
-    /// is not kept: the next start would not know it.
+    /// Makes the supervisor keep the sockets that are open now, and no others. A socket whose port the kernel has
+    /// chosen is not kept: the next start would not know that port.
     pub fn store(&mut self, supervisor: &Supervisor, opened: &Opened) {
         let mut wanted: BTreeMap<String, Vec<&Socket>> = BTreeMap::new();
         for (name, sockets) in &opened.listeners {
@@ -184,17 +184,17 @@ impl Sockets {
         let count: usize = wanted.values().map(Vec::len).sum();
         if count > STORE_MAX && supervisor.is_there() {
             warn!(
-                "{count} sockets are to be kept over a restart, and the packaged unit has room for {STORE_MAX}; raise FileDescriptorStoreMax="
+                "{count} sockets are to be kept over a restart, but the packaged unit keeps only {STORE_MAX}; raise FileDescriptorStoreMax="
             );
         }
         if let Err(error) = self.store_all(supervisor, &wanted) {
             warn!(
-                "the supervisor could not be told which sockets to keep: {error}; ports may be closed during the next restart, unless a reload goes better"
+                "the supervisor could not be told which sockets to keep: {error}; ports may be closed during the next restart, unless a reload succeeds"
             );
         }
     }
 
-    /// Up to the first message that does not go out: each may take its time to fail.
+    /// Sends the messages for the store, and stops at the first that fails: each could take a second to fail.
     fn store_all(
         &mut self,
         supervisor: &Supervisor,
@@ -210,7 +210,7 @@ impl Sockets {
         let old: Vec<String> =
             stored.filter(|(name, stored)| is_old(name, stored)).map(|(name, _)| name.clone()).collect();
         for name in old {
-            // A name stands for all its sockets: to take out one is to take out all.
+            // A message removes all sockets of a name, never only one of them.
             supervisor.forget(&name)?;
             self.stored.remove(&name);
         }
@@ -227,25 +227,25 @@ impl Sockets {
     }
 }
 
-/// Stands for what was in the store and is no address.
+/// Stands for something in the store that has no address.
 const NOWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
 
 impl Inherited {
-    /// A listening TCP socket that was not seen before, or what else it is.
+    /// Accepts a listening TCP socket that was not seen before. The error says what else it is.
     fn check(name: &str, socket: OwnedFd, seen: &mut BTreeSet<(u64, u64)>) -> Result<Inherited, String> {
         let view = SockRef::from(&socket);
         let is_inet = matches!(view.domain(), Ok(Domain::IPV4 | Domain::IPV6));
         if !is_inet || !matches!(view.r#type(), Ok(Type::STREAM)) {
-            return Err("it is no TCP socket".to_owned());
+            return Err("it is not a TCP socket".to_owned());
         }
         if !view.is_listener().unwrap_or(false) {
             return Err("it does not listen".to_owned());
         }
         let local = view.local_addr().ok().and_then(|local| local.as_socket());
-        let local = local.ok_or("its address cannot be told")?;
+        let local = local.ok_or("its address is not known")?;
         let identity = rustix::fs::fstat(&socket).map_err(|error| error.to_string())?;
         if !seen.insert((identity.st_dev, identity.st_ino)) {
-            return Err("it was handed over before, under another number".to_owned());
+            return Err("the same socket was handed over under another number already".to_owned());
         }
         let is_dual_stack = local.is_ipv6() && !view.only_v6().unwrap_or(true);
         let listener = view.set_nonblocking(true).and_then(|()| {
@@ -256,7 +256,7 @@ impl Inherited {
         Ok(Inherited { name: name.to_owned(), local, is_dual_stack, listener })
     }
 
-    /// Whether it takes the connections of this address, and no others.
+    /// Whether it is bound to exactly this address, or is a dual-stack `[::]` socket that covers it.
     fn is_for(&self, address: SocketAddr) -> bool {
         let is_any = address.ip().is_unspecified() && self.local.ip().is_unspecified();
         let covers = self.is_dual_stack && is_any && address.is_ipv4() && address.port() == self.local.port();
@@ -271,7 +271,7 @@ impl fmt::Display for Inherited {
 }
 
 impl Socket {
-    /// Its address, with the port that the system chose for port 0. `None` if the system does not tell.
+    /// Its address, with the port that the system chose for port 0; `None` if the system does not give one.
     pub fn local(&self) -> Option<SocketAddr> {
         self.listener.local_addr().ok()
     }
@@ -282,7 +282,7 @@ impl Socket {
     }
 }
 
-/// Whether it is the same socket; another one at the same address is another.
+/// Equal only if both are the same socket; two sockets at one address differ.
 impl PartialEq for Socket {
     fn eq(&self, other: &Socket) -> bool {
         Arc::ptr_eq(&self.listener, &other.listener)
@@ -299,14 +299,14 @@ impl Opened {
 struct Search<'a> {
     sockets: &'a Sockets,
     current: &'a Opened,
-    /// Of all listeners: a unit's socket with one of them is nobody else's.
+    /// The names of all listeners. A unit's socket with such a name is only for that listener.
     names: BTreeSet<&'a str>,
     /// The local addresses of the sockets found so far.
     used: BTreeSet<SocketAddr>,
 }
 
 impl Search<'_> {
-    /// A default `[::]` on a machine without IPv6 is only worth a warning.
+    /// The sockets of a listener. If its default `[::]` fails on a machine without IPv6, that is only a warning.
     fn of_listener(&mut self, listener: &Listener) -> Result<Vec<Socket>, BindError> {
         let units = self.units_named(&listener.name, &listener.listen, listener.configured);
         if !units.is_empty() {
@@ -341,8 +341,8 @@ impl Search<'_> {
             .collect()
     }
 
-    /// The socket of an address; `None` if another one of the same configuration takes its
-    /// connections already.
+    /// The socket of an address; `None` if another socket of this configuration accepts its connections
+    /// already.
     fn of_address(&mut self, name: &str, address: SocketAddr) -> Result<Option<Socket>, BindError> {
         if let Some(socket) = self.open_already(name, address) {
             self.used.extend(socket.local());
@@ -360,7 +360,7 @@ impl Search<'_> {
         Ok(Some(Socket { address, listener: Arc::new(bound), is_units: false }))
     }
 
-    /// One that is open for this address now. A port that the kernel has chosen is its listener's.
+    /// A socket that is open for this address now. If the kernel chose its port, only the same listener may use it.
     fn open_already(&self, name: &str, address: SocketAddr) -> Option<Socket> {
         let admin = self.current.admin.iter().map(|socket| (ADMIN, socket));
         let listeners = self.current.listeners.iter();
@@ -371,7 +371,7 @@ impl Search<'_> {
         open.find(|(owner, _)| address.port() != 0 || *owner == name).map(|(_, socket)| socket.clone())
     }
 
-    /// An address that is in our own way.
+    /// The error, with a better reason if a socket of this edge itself uses the address.
     fn explained(&self, mut error: BindError) -> BindError {
         let address = error.address;
         let covers = |socket: &&Socket| {
@@ -381,7 +381,7 @@ impl Search<'_> {
         if let (ErrorKind::AddrInUse, Some(own)) = (error.kind, self.current.all().find(covers)) {
             let own = own.address;
             error.reason =
-                format!("this edge itself listens on {own}, which would have to be closed first; restart it");
+                format!("this edge itself listens on {own}, which must be closed first; restart the edge");
         }
         error
     }
@@ -392,7 +392,7 @@ fn may_be_missing(listener: &Listener, address: SocketAddr, error: &BindError) -
     !listener.configured && address.is_ipv6() && is_absent
 }
 
-/// Says that a listener is reached here now.
+/// Logs that a listener listens here.
 pub fn announce(listener: &str, socket: &Socket) {
     if let Some(address) = socket.local() {
         info!(listener, %address, "listening");
@@ -460,7 +460,7 @@ mod tests {
         config.admin = Some(taken);
         let error = Sockets::default().open(&config, &Opened::default()).unwrap_err();
         assert_eq!((error.name.as_str(), error.kind), (ADMIN, ErrorKind::AddrInUse));
-        // It is taken now, by us or by somebody else.
+        // The address is in use now, by this test or by another program.
         let _taken = std::net::TcpListener::bind(default_admin().unwrap());
         config.admin = default_admin();
         let opened = Sockets::default().open(&config, &Opened::default()).unwrap();
@@ -475,7 +475,7 @@ mod tests {
         let free = free_addr();
         let opened = sockets.open(&config(&[&[free]]), &Opened::default()).unwrap();
         assert_eq!(locals(&opened), [[at]]);
-        // `b` wants the address of a's socket, which is a's as long as there is an a.
+        // `b` wants the address of `a`'s socket, which belongs to `a` as long as there is a listener `a`.
         let error = sockets.open(&config(&[&[free], &[at]]), &Opened::default()).unwrap_err();
         assert_eq!(error.kind, ErrorKind::AddrInUse);
     }

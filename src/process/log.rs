@@ -1,12 +1,12 @@
-//! Where log lines go, and which.
+//! Which lines are logged, and where they go.
 //!
-//! They go to standard error: as text, in colour on a terminal, or as JSON. `RUST_LOG` decides which
-//! where it is set, else the configuration.
+//! They go to standard error: as text, in colour on a terminal, or as JSON. `RUST_LOG` decides which lines are
+//! logged; if it is not set, the configuration decides.
 //!
 //! Invariants
-//! - A reader of the log that hangs does not stop mail: lines are written by a thread of their own, and
-//!   when too many wait the rest is lost and counted.
-//! - What is in the queue when the program ends is still written, within a second.
+//! - If the reader of the log hangs, mail goes on: a separate thread writes the lines. When too many wait, further
+//!   lines are dropped and counted.
+//! - Lines that are in the queue when the program ends are still written, within a second.
 //! - A panic is logged like any other line. Rust's own handler writes to standard error itself, and would
 //!   wait for a reader that hangs.
 //!
@@ -26,14 +26,14 @@ use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 use crate::config::{Log, LogFormat};
 use crate::support::vital;
 
-/// Lines that may wait: more than the connections that there usually may be, since at a stop all that
-/// are quiet end at once.
+/// How many lines may wait. This is more than the usual limit on connections, since at a stop all quiet
+/// connections end at once.
 const QUEUE_LINES: usize = 32_768;
 
 type Formatter = Box<dyn Layer<Registry> + Send + Sync>;
 type Filtered = tracing_subscriber::layer::Layered<reload::Layer<Formatter, Registry>, Registry>;
 
-/// The log of the process. When it is dropped what waits is written.
+/// The log of the process. Dropping it writes the lines that still wait.
 pub struct Logging {
     formatter: reload::Handle<Formatter, Registry>,
     filter: reload::Handle<EnvFilter, Filtered>,
@@ -45,7 +45,7 @@ pub struct Logging {
     _worker: WorkerGuard,
 }
 
-/// Starts logging; may be done once in a process. `environment` is asked for `RUST_LOG` and `NO_COLOR`
+/// Starts logging. May be called once in a process. `environment` is asked for `RUST_LOG` and `NO_COLOR`
 /// (no-color.org).
 pub fn start(settings: Log, environment: &dyn Fn(&str) -> Option<String>) -> Logging {
     let set = |name| environment(name).filter(|value| !value.is_empty());
@@ -69,9 +69,9 @@ impl fmt::Debug for Logging {
 }
 
 impl Logging {
-    /// Follows a changed configuration.
+    /// Puts changed settings in force.
     pub fn change(&self, settings: Log) {
-        // It fails only when the subscriber is gone, and then nobody listens.
+        // This fails only when the subscriber is gone; then there is no log any more.
         let _ = self.formatter.reload(format(settings, &self.writer, self.colour));
         let _ = self.filter.reload(choose(settings, self.directives.as_deref()));
     }

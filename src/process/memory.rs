@@ -1,9 +1,10 @@
-//! How much memory the edge takes at most, and what follows from that.
+//! The limit on memory, and how it is divided.
 //!
-//! The figure is `limits.memory_mib`, or half of what the machine or the control group has, at most
-//! 256 MiB. Three quarters of it bound the heap of the tailnet library, whose collector works harder as it comes
-//! near. A sixteenth is for bytes in flight that all connections share; what each may have in any case is the less the
-//! more there are (see `libtailscale/budget.go`). A thirty-second is for what the relay keeps.
+//! The limit is `limits.memory_mib`, or half of what the machine or the control group has, at most 256 MiB. Three
+//! quarters of it limit the heap of the tailnet library, whose garbage collector works harder near that limit. A
+//! sixteenth is for bytes in flight that all connections share; the more connections there are, the less each may
+//! always have (see `libtailscale/budget.go`). A thirty-second is for bytes that the relay has read and not yet
+//! written.
 //!
 //! Deliberately not here: how many connections there may be (see `limits.rs`).
 
@@ -15,20 +16,20 @@ use procfs::{ProcessCGroup, ProcessCGroups};
 
 const MIB: u64 = 1024 * 1024;
 
-/// The default is never more: more in flight is not faster.
+/// The default is never more than this: more bytes in flight would not be faster.
 const DEFAULT_CEILING_MIB: u64 = 256;
 
-/// The default is never less: the program itself takes half of it.
+/// The default is never less than this: the program itself needs half of it.
 const DEFAULT_FLOOR_MIB: u64 = 64;
 
-/// What the edge aims to stay below, and where that comes from.
+/// The memory that the edge aims to stay below, and the reason for this figure.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryLimit {
     /// In MiB, as `limits.memory_mib`.
     pub mib: u64,
     /// The reason, for the log.
     pub reason: String,
-    /// Why that is too much, if there is less.
+    /// A warning, if the machine has less than that.
     pub warning: Option<String>,
 }
 
@@ -62,23 +63,23 @@ impl MemoryLimit {
         self.mib * MIB
     }
 
-    /// Of it, for bytes that are in flight.
+    /// The part for bytes in flight.
     pub fn in_flight_bytes(&self) -> u64 {
         self.bytes() / 16
     }
 
-    /// Of it, for what was read and is not taken yet.
+    /// The part for bytes that were read and not yet written.
     pub fn kept_bytes(&self) -> u64 {
         self.bytes() / 32
     }
 
-    /// Of it, for the heap of the tailnet library.
+    /// The part for the heap of the tailnet library.
     pub fn heap_bytes(&self) -> u64 {
         self.bytes() / 4 * 3
     }
 }
 
-/// What this process has of the machine's memory at this moment, where /proc tells.
+/// The resident memory of this process at this moment, if /proc can be read.
 pub fn resident_bytes() -> Option<u64> {
     Some(Process::myself().ok()?.stat().ok()?.rss * procfs::page_size())
 }
@@ -101,7 +102,7 @@ impl Machine {
     }
 }
 
-/// The lowest limit of the control groups that the process is in, of either version of cgroups.
+/// The lowest memory limit of the process's control groups, with cgroups version 1 or 2.
 fn group_limit(groups: &ProcessCGroups, root: &Path) -> Option<u64> {
     let limits = groups.into_iter().flat_map(|ProcessCGroup { controllers, pathname, .. }| {
         if controllers.is_empty() {
@@ -115,8 +116,8 @@ fn group_limit(groups: &ProcessCGroups, root: &Path) -> Option<u64> {
     limits.min()
 }
 
-/// The lowest number in these files of a group and those above it. In a container the paths may be those
-/// outside, and then only the topmost exists.
+/// The lowest number in these files of a group and of the groups above it. In a container the paths may be the
+/// host's paths; then only the topmost group exists.
 fn lowest(root: &Path, group: &str, files: &[&str]) -> Option<u64> {
     let groups =
         Path::new(group).ancestors().map(|group| root.join(group.strip_prefix("/").unwrap_or(group)));
@@ -178,7 +179,7 @@ mod tests {
         write("system.slice/edge.service/memory.high", "268435456\n");
         assert_eq!(limit("0::/system.slice/edge.service\n"), Some(256 * MIB));
 
-        // Of the first version; seen from a container that shows the outer paths.
+        // Version 1, seen from a container that shows the host's paths.
         let first = "12:cpu,cpuacct:/docker/1\n9:memory:/docker/1\n0::/\n";
         assert_eq!(limit(first), None);
         write("memory/memory.limit_in_bytes", "134217728\n");

@@ -1,13 +1,13 @@
-//! What the signals mean, and how a stop went.
+//! What the signals mean, and how a stop is reported.
 //!
-//! SIGTERM and SIGINT begin a drain: no new connections, then the rest have a
-//! limited time. A second one ends it at once. SIGHUP has the configuration read
-//! again; however many come meanwhile, once more. Where there is no file to read and
-//! a terminal, it is the terminal that goes away, and a stop: nobody is left who
-//! would end the edge by Ctrl-C.
+//! SIGTERM and SIGINT begin a drain: no new connections are accepted, and open
+//! ones have a limited time. A second signal ends the drain at once. SIGHUP reloads
+//! the configuration; several SIGHUPs during a reload cause one more reload. On a
+//! terminal without a configuration file, SIGHUP is a stop: the terminal was closed,
+//! and nobody can press Ctrl-C any more.
 //!
-//! Until the handlers are there a stop ends the process in order at once, and SIGHUP is put off until they
-//! are ([`crate::ffi::process::expect_signals`], which `run` begins with).
+//! Until the handlers are installed, SIGTERM and SIGINT end the process at once, and SIGHUP is remembered
+//! ([`crate::ffi::process::expect_signals`], which `run` calls first).
 
 use std::fmt;
 use std::io::{self, IsTerminal as _};
@@ -25,7 +25,7 @@ pub struct Signals {
     interrupt: Signal,
     hangup: Signal,
     hangup_stops: bool,
-    /// A SIGHUP that came before the handlers were there.
+    /// Whether a SIGHUP came before the handlers were installed.
     early_hangup: bool,
 }
 
@@ -53,7 +53,7 @@ impl Signals {
         Ok(signals)
     }
 
-    /// Waits for the next request; a stop goes first.
+    /// Waits for the next request. A stop comes before a reload.
     pub async fn next(&mut self) -> Request {
         tokio::select! {
             biased;
@@ -65,7 +65,7 @@ impl Signals {
         }
     }
 
-    /// Waits for the next request to stop and names it. A SIGHUP waits too.
+    /// Waits for the next request to stop, and returns the signal's name. A SIGHUP meanwhile is not lost.
     pub async fn stop(&mut self) -> &'static str {
         tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",
@@ -87,14 +87,14 @@ fn handler(kind: SignalKind) -> io::Result<Signal> {
     Ok(installed)
 }
 
-/// What became of the connections that were there when a stop began.
+/// How the connections ended that were open when a stop began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Drained {
     /// How many there were.
     pub connections: usize,
-    /// Those that waited for their client, or for the mailbox, and were sent away.
+    /// Connections that waited for their client or for the mailbox, and were closed.
     pub dismissed: usize,
-    /// Those that were still there when the time was over.
+    /// Connections that were still open after the drain time-out.
     pub cut: usize,
     /// From the signal until none was left.
     pub took: Duration,

@@ -1,14 +1,12 @@
-//! The supervisor's side of a service: what it has handed over at the start, and what it is told
+//! The supervisor, usually systemd: the descriptors that it hands over at the start, and the messages that it gets
 //! (sd_notify(3)).
 //!
 //! Invariants
-//! - Without `NOTIFY_SOCKET` nothing is said, and a message that cannot be sent is no reason to stop.
-//! - What changes the supervisor's mind waits for a moment when its queue is full (10 messages by the
-//!   kernel's default); what is said again anyway, status and signs of life, does not.
-//! - The watchdog is told only what is true: that this runtime runs, and that a call into the Go side
-//!   returns.
-//! - A message needs no descriptor that is not there yet, so that an edge that has run out of them is
-//!   not taken for dead.
+//! - Without `NOTIFY_SOCKET` no message is sent. A message that cannot be sent is no reason to stop.
+//! - If the supervisor's queue is full (10 messages by the kernel's default), an important message waits for up to
+//!   a second. Status and signs of life do not wait, since they are repeated anyway.
+//! - The watchdog gets a sign of life only if this runtime runs and a call into the Go side returns.
+//! - Sending a message opens no descriptor. So an edge that has run out of descriptors still gives signs of life.
 //!
 //! Deliberately not here: which sockets are used for what (see `sockets.rs`).
 
@@ -33,24 +31,23 @@ use crate::config::Env;
 use crate::ffi::libtailscale::open_connections;
 use crate::ffi::process::take_inherited_sockets;
 
-/// How often, at most, the one-line status is sent.
+/// The least time between two status lines.
 const STATUS_INTERVAL: Duration = Duration::from_secs(2);
 
-/// While the edge joins, the supervisor is asked for this much more time, this often.
+/// While the edge joins, it asks the supervisor for this much more time, at this interval.
 const EXTENSION: Duration = Duration::from_secs(30);
 const EXTENSION_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Beyond the drain time-out: closing the node, and room for a busy machine.
+/// How long a stop may take after the drain time-out: for closing the node, and for a busy machine.
 const AFTER_DRAIN: Duration = Duration::from_secs(20);
 
-/// How long a message that must arrive waits for a supervisor that does not read.
+/// How long an important message waits if the supervisor does not read.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// The watchdog is not fed more often than this, whatever it asks for: a sign of life within a millisecond
-/// is no sign of anything, and looking for one would be all that this process does.
+/// The least time between two signs of life, whatever the watchdog asks for: more would only waste CPU time.
 const WATCHDOG_FASTEST: Duration = Duration::from_millis(10);
 
-/// More descriptors than this nobody hands over; a number that is wrong costs no more system calls.
+/// The most descriptors that are looked at, so that a wrong number does not cost many system calls.
 const HANDED_MAX: usize = 4096;
 
 /// The name of a descriptor that was given none (sd_listen_fds_with_names(3)).
@@ -63,21 +60,21 @@ pub struct Handed {
     pub name: String,
     /// Its number at the start.
     pub number: usize,
-    /// Itself, if it is a socket.
+    /// The descriptor, if it is a socket.
     pub socket: Option<OwnedFd>,
 }
 
-/// What there is of a supervisor.
+/// The supervisor, as far as there is one.
 #[derive(Debug, Default)]
 pub struct Supervisor {
-    /// Where messages go, and from where.
+    /// The socket that sends messages, and their address.
     channel: Option<(OwnedFd, SocketAddrUnix)>,
-    /// How long it waits for a sign of life.
+    /// How long the supervisor waits for a sign of life.
     watchdog: Option<Duration>,
 }
 
 impl Supervisor {
-    /// The supervisor that the environment tells of.
+    /// The supervisor that the environment describes.
     pub fn find(env: Env) -> Supervisor {
         let channel = env("NOTIFY_SOCKET").filter(|path| !path.is_empty()).and_then(|path| {
             let address = match path.strip_prefix('@') {
@@ -86,7 +83,7 @@ impl Supervisor {
             };
             let socket =
                 socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None).ok()?;
-            // The kernel's own wait: poll(2) knows of the queue of a connected peer only.
+            // The kernel waits, since poll(2) sees the queue of a connected peer only.
             set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE)).ok()?;
             Some((socket, address.ok()?))
         });
@@ -101,7 +98,7 @@ impl Supervisor {
         self.insist("READY=1");
     }
 
-    /// Says that the configuration is being read again, which a `ready` ends.
+    /// Says that the configuration is being reloaded. [`Supervisor::ready`] ends that.
     pub fn reloading(&self) {
         let now = clock_gettime(ClockId::Monotonic);
         let micros = i128::from(now.tv_sec) * 1_000_000 + i128::from(now.tv_nsec) / 1000;
@@ -114,23 +111,23 @@ impl Supervisor {
         self.insist(&format!("STOPPING=1\nSTATUS=stopping\nEXTEND_TIMEOUT_USEC={limit}"));
     }
 
-    /// Whether there is anybody to be told.
+    /// Whether there is a supervisor.
     pub fn is_there(&self) -> bool {
         self.channel.is_some()
     }
 
-    /// Has a listening socket kept for the next start.
+    /// Gives the supervisor a listening socket to keep for the next start.
     pub fn store(&self, name: &str, socket: BorrowedFd<'_>) -> io::Result<()> {
         self.send(&format!("FDSTORE=1\nFDNAME={name}"), Some(socket), SendFlags::empty())
     }
 
-    /// Has every socket of this name forgotten.
+    /// Removes every socket of this name from the supervisor's store.
     pub fn forget(&self, name: &str) -> io::Result<()> {
         self.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), None, SendFlags::empty())
     }
 
-    /// Asks for more time, again and again, until it is dropped: a start may wait for a control
-    /// server that is away, or for a person.
+    /// Asks for more time, again and again, until this future is dropped: a start may wait for a control
+    /// server that is down, or for a person.
     pub async fn extend_start(&self) {
         let mut ticks = interval(EXTENSION_INTERVAL);
         loop {
@@ -139,18 +136,18 @@ impl Supervisor {
         }
     }
 
-    /// Keeps the supervisor informed until it is dropped: of the edge in one line, and that it lives.
+    /// Sends the status line and the signs of life, until this future is dropped.
     pub async fn keep_informed(&self, status: impl Fn() -> String) {
         if self.channel.is_none() {
             return;
         }
-        // A call that waits for no lock of Tailscale's: its client may hold one for as long as a
-        // control server keeps silent, while mail passes.
+        // This call waits for no lock of Tailscale's. Tailscale's client may hold its lock for as long as a control
+        // server does not answer, while mail passes.
         let check = async || spawn_blocking(open_connections).await.is_ok();
         tokio::join!(self.keep_watchdog(check), self.keep_status(status));
     }
 
-    /// Feeds the watchdog each time that `check` says in time that all is well.
+    /// Sends a sign of life each time that `check` succeeds in time.
     async fn keep_watchdog(&self, check: impl AsyncFn() -> bool) {
         let Some(half) = self.watchdog.map(|limit| (limit / 2).max(WATCHDOG_FASTEST)) else { return };
         let mut ticks = interval(half);
@@ -159,7 +156,7 @@ impl Supervisor {
             ticks.tick().await;
             match timeout(half, check()).await {
                 Ok(true) => self.tell("WATCHDOG=1"),
-                _ => warn!("the tailnet library does not answer; the watchdog is not told that all is well"),
+                _ => warn!("the tailnet library does not answer; the watchdog gets no sign of life"),
             }
         }
     }
@@ -176,18 +173,18 @@ impl Supervisor {
         }
     }
 
-    /// Tells what is said again before long.
+    /// Sends a message that is repeated soon, so it may be lost.
     fn tell(&self, message: &str) {
         if let Err(error) = self.send(message, None, SendFlags::DONTWAIT) {
             debug!("cannot tell the supervisor {:?}: {error}", message.lines().next());
         }
     }
 
-    /// Tells what the supervisor has to hear, and says so if it does not.
+    /// Sends an important message, and logs a warning if that fails.
     fn insist(&self, message: &str) {
         if let Err(error) = self.send(message, None, SendFlags::empty()) {
             let first = message.lines().next().unwrap_or_default();
-            warn!("cannot tell the supervisor {first}: {error}; it may take this edge for stuck");
+            warn!("cannot tell the supervisor {first}: {error}; it may think that this edge hangs");
         }
     }
 
@@ -195,7 +192,7 @@ impl Supervisor {
         let Some((socket, address)) = &self.channel else { return Ok(()) };
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
-        // There is room for one.
+        // `space` has room for one descriptor.
         control.push(SendAncillaryMessage::ScmRights(descriptor.as_slice()));
         let (text, began) = ([IoSlice::new(message.as_bytes())], Instant::now());
         loop {
@@ -209,21 +206,21 @@ impl Supervisor {
     }
 }
 
-/// The descriptors that the environment says this process was started with. To be called once, and
-/// before there is anything in this process that they could be confused with.
+/// The descriptors that this process was started with, as the environment says. Must be called once, and before
+/// this process opens sockets that could get their numbers.
 pub fn handed_over(env: Env) -> Vec<Handed> {
     const FIRST: usize = 3;
     if !env("LISTEN_PID").is_some_and(|pid| is_own_pid(&pid)) {
         return Vec::new();
     }
     let announced: usize = env("LISTEN_FDS").and_then(|count| count.parse().ok()).unwrap_or(0);
-    // Above it there can be none, whatever the number says.
+    // No descriptor can be above this limit, whatever the number says.
     let limit = getrlimit(Resource::Nofile).current.map_or(HANDED_MAX, |limit| limit as usize);
     let names = env("LISTEN_FDNAMES").unwrap_or_default();
     let (named, rest) = (names.split(':').count(), std::iter::repeat(NAMELESS));
     if !names.is_empty() && named != announced {
         warn!(
-            "LISTEN_FDNAMES has {named} names for {announced} descriptors; those without are found by their address"
+            "LISTEN_FDNAMES has {named} names for {announced} descriptors; a descriptor without a name is found by its address"
         );
     }
     let names =
@@ -278,7 +275,7 @@ mod tests {
         }
     }
 
-    /// Has room for a few messages only, and has no more.
+    /// A supervisor whose queue is full; the last value is how many messages it has room for.
     fn full() -> (Supervisor, UnixDatagram, usize) {
         let name = format!("tailwart-test-{}-{:?}", std::process::id(), std::thread::current().id());
         let address = SocketAddr::from_abstract_name(name.as_bytes()).unwrap();

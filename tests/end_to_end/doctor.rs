@@ -148,7 +148,7 @@ fn nothing_is_wrong_with_a_healthy_edge_whether_it_runs_or_not() {
         .says("node", "pass", &["on the tailnet as tailwart-edge"])
         .says("tag", "pass", &["tag:reverse-proxy"])
         .says("peer stalwart", "pass", &["direct ", " ms"])
-        .says("upstream mail stalwart:2525", "pass", &["takes connections"])
+        .says("upstream mail stalwart:2525", "pass", &["accepts connections"])
         .says("greeting mail stalwart:2525", "pass", &["220 mail.example.com ESMTP"])
         .says("proxy mail stalwart:2525", "pass", &["demands it"])
         .says("outbound-25", "pass", &["220 mx.example.com"])
@@ -206,7 +206,7 @@ fn a_running_edge_looks_once_at_a_time() {
     assert_eq!(refusal, "HTTP/1.1 429 Too Many Requests\r\n");
     assert_eq!(status(&both[1 - second]), None, "the first goes on looking");
     let report = doctor(&patient.edge);
-    report.says("tailnet", "warn", &["looking for another doctor", "in a moment"]);
+    report.says("tailnet", "warn", &["working for another doctor", "in a moment"]);
     let head = ask(admin, "HEAD");
     let told = wait_for(LIMIT, || status(&head));
     assert_eq!(told.as_deref(), Some("HTTP/1.1 405 Method Not Allowed\r\n"));
@@ -238,7 +238,7 @@ fn an_edge_that_hangs_is_noticed() {
     edge.wait_ready(LIMIT);
     edge.pause();
     let report = doctor(&patient.edge);
-    report.says("tailnet", "fail", &["does not answer on the admin address", "restart it if it hangs"]);
+    report.says("tailnet", "fail", &["does not answer on the admin address", "restart the edge if it hangs"]);
     edge.resume();
     let off = patient.edge.clone().set("admin", "listen", r#""off""#);
     doctor(&off).says("tailnet", "warn", &["admin.listen is off"]);
@@ -344,7 +344,7 @@ fn who_is_not_enrolled_is_told_how_to_be() {
     let state = private_dir("doctor");
     let edge = edge.state_dir(state.path());
     let without = doctor(&edge);
-    without.says("credential", "fail", &["nothing to enrol with", "TS_AUTHKEY", "tag:reverse-proxy"]);
+    without.says("credential", "fail", &["no credential to enrol with", "TS_AUTHKEY", "tag:reverse-proxy"]);
     without.says("tailnet", "warn", &["not enrolled", "tailwart-edge run"]);
     let with = doctor(&edge.clone().env("TS_AUTHKEY", "tskey-auth-good-1"));
     with.says("credential", "pass", &["the auth key from TS_AUTHKEY is there"]);
@@ -366,7 +366,7 @@ fn a_wrong_configuration_is_a_failed_check_for_each_mistake() {
     let table = run(&edge, mail_server.addr, &[]);
     assert_eq!(table.status.and_then(|status| status.code()), Some(1));
     let text = table.stdout();
-    for words in ["FAIL  config  ", "hostnam", "max_connections", "      ", "0 ok, 0 to look at, 2 failed"] {
+    for words in ["FAIL  config  ", "hostnam", "max_connections", "      ", "0 ok, 0 warned, 2 failed"] {
         assert!(text.contains(words), "{words:?} is missing from:\n{text}");
     }
     let usage = run(&edge, mail_server.addr, &["--address", "nonsense"]);

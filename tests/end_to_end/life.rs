@@ -458,7 +458,7 @@ fn ephemeral_nodes_keep_nothing_and_leave_when_they_stop() {
     tailnet.stop_control();
     third.signal("TERM");
     stops(&mut third, LIMIT);
-    tells(&third.log().text(), &["could not be taken off the tailnet", "remove it in the admin console"]);
+    tells(&third.log().text(), &["could not be removed from the tailnet", "remove it in the admin console"]);
 }
 
 #[test]

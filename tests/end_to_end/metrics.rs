@@ -54,7 +54,7 @@ fn documented() -> BTreeMap<String, String> {
         let cells: Vec<&str> = row.split('|').map(str::trim).collect();
         for name in cells[1].split('`').skip(1).step_by(2) {
             let name = name.split('{').next().unwrap_or_default();
-            assert!(found.insert(name.to_owned(), cells[2].to_owned()).is_none(), "{name} is there twice");
+            assert!(found.insert(name.to_owned(), cells[2].to_owned()).is_none(), "{name} appears twice");
         }
     }
     found

@@ -181,7 +181,7 @@ fn what_is_wrong_changes_nothing_and_is_told_in_one_line() {
     scene.edge.replace_config("hostname = 1\n[limits]\nhold_max = \"many\"\n");
     scene.edge.signal("HUP");
     let line = scene.edge.wait_log("was not reloaded", LIMIT);
-    tells(&line, &["ERROR", ":1: hostname: ", ":3: limits.hold_max: ", "all goes on as before"]);
+    tells(&line, &["ERROR", ":1: hostname: ", ":3: limits.hold_max: ", "the old one stays in force"]);
 
     let told = scene.listeners(&[tcp("new", free, 1), tcp("other", taken.1, 1)]);
     tells(&told, &["ERROR", &format!("listener other: cannot bind {}", taken.1), "another program"]);
@@ -479,7 +479,7 @@ fn the_default_admin_address_is_taken_as_soon_as_it_is_free() {
     let listen = |builder: Builder| builder.set("admin", "listen", &format!("\"{admin}\""));
     let mail = Listener::new("mail", "tcp", 2525);
     let scene = start(&[(2525, mailbox.addr)], &[mail], listen);
-    let line = scene.edge.wait_log("nobody can ask this edge how it is", LIMIT);
+    let line = scene.edge.wait_log("health, status and metrics are not", LIMIT);
     tells(&line, &[" WARN ", &admin.to_string(), "another program listens there"]);
     drop(echoes(scene.edge.addr("mail")));
     drop(other);

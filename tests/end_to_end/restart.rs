@@ -112,7 +112,7 @@ fn a_socket_units_name_or_address_makes_it_a_listeners() {
         &warning("nobody.socket"),
         &[&unwanted.to_string(), "nobody accepts connections", "FileDescriptorName="],
     );
-    tells(&warning("the admin listener has one socket"), &[&second.to_string(), &admin.to_string()]);
+    tells(&warning("the admin listener uses only one socket"), &[&second.to_string(), &admin.to_string()]);
     assert!(systemd.stored().is_empty(), "what is a unit's need not be stored: {:?}", systemd.stored());
     // A reload leaves them where they are.
     tells(
@@ -154,7 +154,7 @@ fn a_socket_that_was_shut_down_elsewhere_is_tried_with_pauses() {
     drop(echoes(edge.addr("broken")));
     shared.shutdown(std::net::Shutdown::Both).expect("it listens");
     let warning = edge.wait_log("cannot accept", LIMIT);
-    tells(&warning, &["WARN", "broken", "restart the edge, and the socket unit"]);
+    tells(&warning, &["WARN", "broken", "restart the edge, and its socket unit"]);
     drop(echoes(edge.addr("good")));
     assert_eq!(edge.log().count("cannot accept"), 1);
     assert_eq!(edge.log().count("a client was lost"), 100);
@@ -289,12 +289,12 @@ fn whatever_is_handed_over_does_not_prevent_the_start() {
     drop(echoes(good));
     let log = edge.log();
     for words in [
-        "(udp), which the supervisor has handed over, is not used: it is no TCP socket",
-        "(kept.connected), which the supervisor has handed over, is not used: it does not listen",
-        "(unix), which the supervisor has handed over, is not used: it is no TCP socket",
-        "is not used: it was handed over before, under another number",
+        "(udp), handed over by the supervisor, is not used: it is not a TCP socket",
+        "(kept.connected), handed over by the supervisor, is not used: it does not listen",
+        "(unix), handed over by the supervisor, is not used: it is not a TCP socket",
+        "is not used: the same socket was handed over under another number already",
         "the socket unit's first at",
-        "are no sockets; they are not used",
+        "are not sockets and are not used",
         "names for 1008 descriptors",
     ] {
         assert_eq!(log.count(words), 1, "{words}\n{}", log.tail());

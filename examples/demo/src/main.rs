@@ -1,14 +1,14 @@
 //! `make demo`: a mailbox that only a tailnet can reach, the edge in front of it, and one message
 //! through both, all on this machine and without an account.
 //!
-//! The tailnet is the one of the tests; the mailbox is a real Postfix and a real Dovecot, which take
-//! nothing without a PROXY header; the edge is the real program. Every fact that is printed has been
-//! checked: the first one that is not so ends the demo with a message and a failure. `DEMO_ONCE=1`
-//! ends it after the message instead of serving on.
+//! The tailnet is the one of the tests. The mailbox is a real Postfix and a real Dovecot, which accept
+//! nothing without a PROXY header. The edge is the real program. The demo checks every fact that it prints,
+//! and fails with a message at the first one that is wrong. With `DEMO_ONCE=1` it ends after the mail
+//! message; otherwise it goes on serving.
 //!
-//! Expects the edge's program beside its own, where cargo leaves both, or as its argument. Needs root,
-//! which Postfix and Dovecot start as. Ctrl-C may kill it at any moment: see `tests/common/process.rs`
-//! for who cleans up.
+//! The edge's program is expected beside the demo's own, where cargo puts both, or as the argument. The demo
+//! needs root, since Postfix and Dovecot start as root. Ctrl-C may end it at any moment:
+//! `tests/common/process.rs` says who cleans up then.
 
 /// Those servers and clients of the tests that it runs, and what they need.
 #[path = "../../../tests/common"]
@@ -46,7 +46,7 @@ use common::wait::eventually;
 
 const MAILBOX: &str = "stalwart";
 const AUTH_KEY: &str = "tskey-auth-demo";
-/// Any address of 127.0.0.0/8 is this machine; this one is nobody else's.
+/// Any address of 127.0.0.0/8 is this machine. Nothing else uses this one.
 const CLIENT: &str = "127.0.0.77";
 const SENDER: &str = "someone@example.net";
 /// Bounds every wait. Seconds are enough; a busy machine gets the rest.
@@ -159,7 +159,7 @@ impl Demo {
         curl(&self.mail.home.certificate().cert, &arguments, b"", LIMIT).expect_success().stdout()
     }
 
-    /// How long the edge needed to reach the mailbox for this client.
+    /// How many milliseconds the edge needed to reach the mailbox for this client.
     fn connect_ms(&self, client: SocketAddr) -> String {
         let line = self.edge.wait_log(&format!("client={client} "), LIMIT);
         let milliseconds = before(after(&line, "connect_ms="), " ");
@@ -210,7 +210,7 @@ fn step(started: Instant, text: &str) {
     println!("{:5.1} s  {text}", started.elapsed().as_secs_f64());
 }
 
-/// The five that the edge serves by default, on free ports instead of the well-known ones.
+/// The edge's five default listeners, on free ports instead of the well-known ones.
 fn default_listeners() -> Vec<Listener> {
     let five = [("smtp", 25), ("submissions", 465), ("submission", 587), ("imaps", 993), ("sieve", 4190)];
     five.map(|(protocol, port)| Listener::new(protocol, protocol, port)).into()
@@ -256,5 +256,5 @@ fn after<'a>(text: &'a str, mark: &str) -> &'a str {
 /// The text of a panic.
 fn reason(payload: &dyn Any) -> &str {
     let owned = payload.downcast_ref::<String>().map(String::as_str);
-    owned.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("for no reason that it knows")
+    owned.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("no reason was given")
 }

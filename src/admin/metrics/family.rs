@@ -1,7 +1,7 @@
-//! Metrics that are looked up for one scrape: a value, or one for each set of labels.
+//! Metrics that are looked up for one scrape: one value, or a value for each set of labels.
 //!
-//! The library's own `GaugeVec` takes two series for one when their labels' values are the same text one
-//! after the other, and the names of servers and relays may be anything.
+//! The library's own `GaugeVec` is not used: it joins the label values to tell series apart, so `a`, `bc` and
+//! `ab`, `c` would be one series, and the names of servers and relays may be anything.
 
 use prometheus::proto::{Counter, Gauge, LabelPair, Metric, MetricFamily, MetricType};
 

@@ -7,7 +7,7 @@ use crate::doctor::test_dns::{Server, Zone};
 const V4: &str = "203.0.113.7";
 const V6: &str = "2001:db8::7";
 
-/// A domain with which all is well.
+/// A domain without any mistake.
 const GOOD: [(&str, &str, &str); 10] = [
     ("example.com", "MX", "10 mx.example.com"),
     ("mx.example.com", "A", V4),
@@ -127,7 +127,7 @@ async fn mail_has_to_come_to_this_machine() {
         "no mail host of example.com (mx.example.com)",
     );
     only(&look(&server, &own(&[]), &both()).await, "mx-here", Warn, "--address");
-    // A second host elsewhere is nothing wrong.
+    // A second host elsewhere is not a mistake.
     let backup = [("example.com", "MX", "20 b.example.net"), ("b.example.net", "AAAA", "2001:db8::99")];
     let checks = changes(&[], &backup).await;
     assert!(checks.iter().all(|check| check.outcome == Pass), "{checks:#?}");
@@ -138,9 +138,9 @@ async fn what_is_published_has_to_be_served() {
     let server = changed(&[], &[]);
     let v4_only = listening("'0.0.0.0:25'");
     let checks = look(&server, &own(&[V4, V6]), &v4_only).await;
-    only(&checks, "mx-served 2001:db8::7", Fail, "no listener for mail takes connections there");
+    only(&checks, "mx-served 2001:db8::7", Fail, "no mail listener accepts connections there");
     let checks = look(&server, &own(&[V4]), &v4_only).await;
-    only(&checks, "mx-served 2001:db8::7", Warn, "no address of this machine");
+    only(&checks, "mx-served 2001:db8::7", Warn, "not an address of this machine");
 }
 
 #[tokio::test]
@@ -149,7 +149,12 @@ async fn a_reverse_name_has_to_lead_back() {
     let checks = changes(&[(reverse, "PTR")], &[]).await;
     only(&checks, "reverse-dns 203.0.113.7", Warn, "has no name (PTR record); ask the provider");
     let checks = changes(&[(reverse, "PTR")], &[(reverse, "PTR", "host-7.example.net")]).await;
-    only(&checks, "reverse-dns 203.0.113.7", Warn, "named host-7.example.net, which does not lead back");
+    only(
+        &checks,
+        "reverse-dns 203.0.113.7",
+        Warn,
+        "named host-7.example.net, but that name does not have this address",
+    );
     // One of several is enough.
     let checks = changes(&[], &[(reverse, "PTR", "host-7.example.net")]).await;
     assert!(checks.iter().all(|check| check.outcome == Pass), "{checks:#?}");
@@ -180,7 +185,7 @@ async fn names_for_mail_programs_are_optional() {
 #[tokio::test]
 async fn a_failing_question_does_not_end_the_others() {
     let checks = changes(&[], &[("example.com", "SERVFAIL", "")]).await;
-    only(&checks, "mx", Fail, "cannot say: error response: Server Failure");
+    only(&checks, "mx", Fail, "cannot answer: error response: Server Failure");
     assert!(checks.iter().any(|check| check.name == "autoconfig"), "{checks:#?}");
 }
 
@@ -190,10 +195,10 @@ async fn a_silent_server_is_one_failure_that_names_it() {
     let checks = look(&silent, &own(&[V4, V6]), &both()).await;
     assert_eq!(checks.len(), 1, "{checks:#?}");
     only(&checks, "dns-server", Fail, &format!("the DNS server {} does not answer", silent.address()));
-    // The first question with its repetitions, and none of the other eleven.
+    // Only the first question with its repetitions was asked, none of the other eleven.
     let asked = silent.questions();
     assert!((1..=8).contains(&asked), "{asked} questions to a silent server");
-    // One that is not there says so at once.
+    // A server that does not exist is reported at once.
     let gone = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let resolver = Resolver::new(Some(gone)).unwrap();
     let checks = check("example.com", &own(&[V4]), &both(), &resolver).await;

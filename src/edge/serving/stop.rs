@@ -1,4 +1,5 @@
-//! The end of serving: ports close, whoever came before is served, and the rest is cut when the time is over.
+//! The end of serving: ports close, clients that are connected are served to their end, and connections that are
+//! left after the drain time-out are cut.
 
 use std::time::Duration;
 
@@ -10,12 +11,12 @@ use crate::listener;
 use crate::listener::sockets::Socket;
 use crate::process::signals::{Drained, Signals};
 
-/// How long those who wait for a tailnet that refuses this edge may take to read the answer.
+/// How long clients may take to read their answer when the tailnet has refused this edge.
 const TURN_AWAY_LIMIT: Duration = Duration::from_secs(3);
 
 impl Serving {
-    /// Closes the ports and waits for the connections within the drain time-out; another signal ends
-    /// the wait. `signal` is the one that asked for it, if one did.
+    /// Closes the ports, and waits for the connections until the drain time-out; another signal ends
+    /// the wait. `signal` is the signal that asked for the stop, if one did.
     pub async fn stop(&mut self, signal: Option<&str>, signals: &mut Signals) {
         if self.opening == Opening::None {
             return info!(signal, "stopping before anything was served");
@@ -25,7 +26,7 @@ impl Serving {
         self.close_ports().await;
         let connections = tasks.len();
         info!(signal, connections, "stopping");
-        // A task may be done with its connection, and wait for its client to have read the answer.
+        // Connections are counted, not tasks: a task may only wait until its client has read the answer.
         let open = || self.parts.connections.open().len();
         self.drain.cancel();
         tokio::select! {
@@ -44,15 +45,15 @@ impl Serving {
         }
     }
 
-    /// Closes the ports and turns away those who wait, who are all there are without a tailnet.
+    /// Closes the ports and turns away the clients that wait. Without a tailnet all clients wait.
     pub async fn turn_away(&mut self) {
         self.close_ports().await;
         self.drain.cancel();
         let _ = timeout(TURN_AWAY_LIMIT, self.admission.tasks.wait()).await;
     }
 
-    /// Takes in those who have got through to a port already, and closes it. A socket that a supervisor
-    /// has too stays open there, and queues clients for the next start.
+    /// Accepts the clients that already wait in a port's backlog, and closes the port. A socket that the
+    /// supervisor has too stays open there, and queues clients for the next start.
     async fn close_ports(&mut self) {
         for mut port in std::mem::take(&mut self.ports) {
             port.stop_accepting().await;
