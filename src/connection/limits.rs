@@ -246,7 +246,7 @@ mod tests {
         for (mib, connections) in [(64, 1677), (128, 8388), (256, DEFAULT_CEILING)] {
             let limit = limit_for(None, 10, 1 << 20, mib << 20);
             assert_eq!(limit.connections, connections, "{}", limit.reason);
-            assert_eq!(limit.reason.contains("limit on memory"), connections != DEFAULT_CEILING);
+            assert_eq!(limit.reason.contains("memory limit"), connections != DEFAULT_CEILING);
         }
         assert_eq!(limit_for(Some(9000), 10, 1 << 20, 64 << 20).connections, 9000, "who says so may");
     }

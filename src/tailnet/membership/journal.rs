@@ -289,7 +289,7 @@ mod tests {
         let moved = NodeStatus { ips: vec!["100.64.0.9".parse().unwrap()], ..running() };
         match &journal.lines(&moved, after(0))[..] {
             [JournalLine::Warn(line)] => {
-                assert!(line.contains("was [100.64.0.1] and is [100.64.0.9]"), "{line}")
+                assert!(line.contains("changed from [100.64.0.1] to [100.64.0.9]"), "{line}")
             }
             other => panic!("{other:?}"),
         }
