@@ -74,7 +74,7 @@ fn a_peer_is_told_as_much_as_the_policy_lets_it() {
         let metrics = http::get(*address, "/metrics");
         assert!(metrics.body.contains("\ntailwart_edge_node_running 1\n"), "{metrics:?}");
         let doctor = http::get(*address, "/doctor");
-        assert!(doctor.code == 403 && doctor.body.contains("ask at admin.listen"), "{doctor:?}");
+        assert!(doctor.code == 403 && doctor.body.contains("at admin.listen"), "{doctor:?}");
     }
     let address = addresses[0];
     tailnet.deny_port(EDGE, PORT);

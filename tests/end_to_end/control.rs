@@ -109,7 +109,7 @@ fn a_control_server_that_was_renamed_is_the_same_and_another_one_is_not() {
         // Whether it is the same cannot be asked.
         other.stop_control();
         let line = fails(elsewhere.spawn(), 3, AT_ONCE);
-        tells(&line, &["cannot reach the control server", "refused", "asked whether it is the same server"]);
+        tells(&line, &["cannot reach the control server", "refused", "ask whether this is the same server"]);
     }
 }
 

@@ -285,7 +285,7 @@ fn the_way_to_the_mailbox_is_told_apart() {
 
     tailnet.derp_only(true);
     let relayed = doctor(edge);
-    relayed.says("peer stalwart", "warn", &["relayed via", "let UDP out"]);
+    relayed.says("peer stalwart", "warn", &["relayed via", "allow UDP out"]);
     relayed.says(upstream, "pass", &[]);
     tailnet.derp_only(false);
 
@@ -417,7 +417,7 @@ fn a_certificate_on_a_tls_port_is_looked_at() {
     let name = "certificate mail stalwart:2525";
     for (certificate, outcome, words) in [
         (Certificate::create_for(good.path(), "mail.example.com"), "pass", "mail.example.com"),
-        (Certificate::create_expired_for(expired.path(), "mail.example.com"), "warn", "expired since"),
+        (Certificate::create_expired_for(expired.path(), "mail.example.com"), "warn", "expired at"),
     ] {
         let (address, _terminator) = tls_in_front_of(plain.addr, &certificate);
         patient.tailnet.forward(MAILBOX, PORT, address);

@@ -191,7 +191,7 @@ fn what_is_wrong_changes_nothing_and_is_told_in_one_line() {
 
     let any: SocketAddr = (std::net::Ipv4Addr::UNSPECIFIED, mail.port()).into();
     let told = scene.listeners(&[tcp("mail", any, 1)]);
-    tells(&told, &["ERROR", "this edge itself listens on", "restart it"]);
+    tells(&told, &["ERROR", "this edge itself listens on", "restart the edge"]);
     drop(on("one", mail));
 
     scene.builder = good;
