@@ -1,5 +1,5 @@
 // Package main is libtailscale: a tailnet node and its TCP connections behind a C
-// interface, for hosts that are not written in Go. tailscale.h is the contract;
+// interface, for programs that are not written in Go. tailscale.h is the contract;
 // README.md says what matches upstream libtailscale and what does not.
 //
 // The C side: export.go and export_conn.go, with tailscale.c; the codes are in

@@ -77,7 +77,7 @@ enum tailscale_code {
     TAILSCALE_RESET = -25,
     // Writing after tailscale_conn_shutdown.
     TAILSCALE_CLOSED = -26,
-    // Every local port towards that peer and port is taken.
+    // Every local port for connections to that peer and port is in use.
     TAILSCALE_NO_PORTS = -27,
     // The stack has no route to the address.
     TAILSCALE_UNREACHABLE = -28,
@@ -96,7 +96,7 @@ enum tailscale_code {
     TAILSCALE_NEEDS_APPROVAL = -42,
     // The control server, or its API, could not be reached; the text names it.
     TAILSCALE_CONTROL_UNREACHABLE = -43,
-    // The time set by tailscale_set_up_timeout passed for another reason.
+    // The time set by tailscale_set_up_timeout passed, and no other code says why.
     TAILSCALE_UP_TIMED_OUT = -44,
     // tailscale_close was called during the call.
     TAILSCALE_CANCELLED = -45,
@@ -117,9 +117,9 @@ enum tailscale_code {
     // The control server answers, but a proxy in front of it does not pass on
     // the upgrade to the control protocol; the text has the answer.
     TAILSCALE_UPGRADE_BLOCKED = -51,
-    // The identity belongs to another control server (one with another key), or
-    // that cannot be excluded (tailscale_start and tailscale_up); the text has
-    // both URLs.
+    // The identity belongs, or may belong, to another control server, which is
+    // one with another key (tailscale_start and tailscale_up); the text has both
+    // URLs.
     TAILSCALE_OTHER_CONTROL = -52,
     // The node's key has expired, and the control server (a Headscale) would keep that
     // expiry whatever the node enrols with; the credential was not used.
@@ -136,38 +136,42 @@ enum tailscale_ready {
 // The process
 // ---------------------------------------------------------------------------
 
-// Removes from the environment, of C and of the Go runtime, every variable from
-// which tsnet would take credentials or a control server without the caller's
-// knowledge: TS_AUTHKEY, TS_AUTH_KEY, TS_CLIENT_SECRET, TS_CLIENT_ID,
-// TS_ID_TOKEN, TS_AUDIENCE, TS_CONTROL_URL, and TS_AUTHKEY_FILE, which may hold
-// a key by mistake; and two of Tailscale's own settings that log the auth key
-// or ask for one without need; and those by which systemd talks to this process
-// (NOTIFY_SOCKET, WATCHDOG_*, LISTEN_*, FDSTORE), so that no child has them.
+// Removes these variables from the environment, of C and of the Go runtime:
+//   - those from which tsnet would take credentials or a control server without
+//     the caller's knowledge: TS_AUTHKEY, TS_AUTH_KEY, TS_CLIENT_SECRET,
+//     TS_CLIENT_ID, TS_ID_TOKEN, TS_AUDIENCE, TS_CONTROL_URL, and
+//     TS_AUTHKEY_FILE, which may hold a key by mistake;
+//   - two of Tailscale's own settings: one logs the auth key, the other asks for
+//     one without need;
+//   - those by which systemd talks to this process (NOTIFY_SOCKET, WATCHDOG_*,
+//     LISTEN_*, FDSTORE), so that no child has them.
 // The values of the credential variables are also overwritten in memory, so
-// that /proc/PID/environ does not show them. Call it once, after copying them
-// and before other threads read the environment: it uses unsetenv(3), and
-// setenv(3) for what would otherwise be set by the first tailscale_start (no
-// log upload, no log directory in /var/lib/tailscale).
+// that /proc/PID/environ does not show them. Call it once, after copying the
+// variables and before other threads read the environment, since it uses
+// unsetenv(3) and setenv(3). It sets what the first tailscale_start would
+// otherwise set (no log upload, no log directory in /var/lib/tailscale).
 void tailscale_forget_environment(void);
 
 // Nonzero: the nodes of this process upload Tailscale's own logs to Tailscale,
 // as its own programs do; the default is not to. Call it before the first
-// tailscale_start, and when tailscale_forget_environment may be called.
+// tailscale_start and, like tailscale_forget_environment, before other threads
+// read the environment.
 void tailscale_set_log_upload(int on);
 
-// Bounds what the nodes of this process hold, in bytes: what is in flight on
-// all connections together (sent and not acknowledged, received and not read),
-// beyond a floor for each (the more connections there are, the lower it is);
-// and Go's heap, which the garbage collector tries to keep below the bound.
-// Call it at any time; zero or less leaves a bound as it is.
+// Sets two bounds on the memory of all nodes of this process, in bytes.
+// `in_flight` is for what all connections together hold (sent and not
+// acknowledged, received and not read) beyond the floor of each connection; the
+// more connections there are, the lower the floor. `heap` is for Go's heap: the
+// garbage collector tries to keep it below the bound. Call it at any time; zero
+// or less leaves a bound as it is.
 void tailscale_set_memory(int64_t in_flight, int64_t heap);
 
-// Sets the one function that is called when a connection or listener became ready.
-// `token` is what tailscale_conn_open, tailscale_accept or tailscale_listen was given, `ready` a set of
-// tailscale_ready bits. It may be called from any thread, concurrently, under
-// locks of the network stack and during a call on the same connection: it
-// must not block and must not call back into this library. Set it once,
-// before the first of those.
+// Sets the one function that is called when a connection or listener becomes
+// ready. `token` is what tailscale_conn_open, tailscale_accept or
+// tailscale_listen was given, `ready` a set of tailscale_ready bits. It may be
+// called from any thread, concurrently, under locks of the network stack and
+// during a call on the same connection: it must not block and must not call
+// back into this library. Set it once, before the first of those.
 void tailscale_set_wake(void (*wake)(uintptr_t token, uint32_t ready));
 
 // The version of Tailscale that is linked in, such as "1.104.5". Static.
@@ -198,9 +202,9 @@ int tailscale_set_tags(tailscale sd, const char* tags);
 // May be changed at any time. (Not in upstream.)
 int tailscale_set_up_timeout(tailscale sd, int64_t timeout_ms);
 // Where Tailscale's log lines go, one write each; -1, the default, drops
-// them. The library owns the descriptor from here on, also when the call fails:
-// it makes it non-blocking and closes it, in tailscale_close or at once. Lines are
-// dropped while it is full.
+// them. The library owns the descriptor from here on: it makes the descriptor
+// non-blocking, and closes it in tailscale_close, or at once when the call fails.
+// Lines are dropped while the descriptor takes no more.
 int tailscale_set_logfd(tailscale sd, int fd);
 // Where the node's state goes: one line of JSON for every change, beginning
 // with the state at start. Ownership as for tailscale_set_logfd. While there is
@@ -213,20 +217,23 @@ int tailscale_set_logfd(tailscale sd, int fd);
 //    "network_changes":0,"wake_ups":0,"unsaved":"","control_error":"",
 //    "control_advice":"","home_region":"fra","home_region_id":4,
 //    "control_moved_from":""}
+// "key_expiry": left out for a key that does not expire;
 // "enrolled": the node has a key, valid or not;
-// "removed": the control server no longer knows the node; "needs_log_upload":
-// the tailnet has stopped the node because it uploads no logs; "relay" says
-// what is wrong with the relays, empty when nothing is; the next two count
-// network changes and wake-ups of this machine since the start; "unsaved" is
-// why the identity could not be saved, which is tried again; "control_error" is
-// the last error with the control server since it was last heard (why it could
-// not be reached, or its answer), and "control_advice" what to do about it,
-// where that is known; the next two are the region of the node's home relay,
-// empty and 0 without one; "control_moved_from" is the former URL of the same
-// control server (it has the same key), empty if the URL has not changed.
-// "key_expiry" is left out for a key that does not expire, in whatever way the
-// control server says so. Texts that come from elsewhere are in one line,
-// without control characters and keys.
+// "removed": the control server no longer knows the node;
+// "needs_log_upload": the tailnet has stopped the node because it uploads no logs;
+// "relay": what is wrong with the relays, empty when nothing is;
+// "network_changes", "wake_ups": how often this machine's network has changed,
+//   and how often the machine woke from sleep, since the start;
+// "unsaved": why the identity could not be saved, which is tried again;
+// "control_error": the last error with the control server since it was last
+//   heard: why it could not be reached, or its answer;
+// "control_advice": what to do about that error, where it is known;
+// "home_region", "home_region_id": the region of the node's home relay, empty
+//   and 0 without one;
+// "control_moved_from": the former URL of the same control server (it has the
+//   same key), empty if the URL has not changed.
+// Texts that come from elsewhere are in one line, without control characters
+// and keys.
 int tailscale_set_eventfd(tailscale sd, int fd);
 
 // What the node may enrol with. Used only when the control server asks for a
@@ -243,15 +250,16 @@ int tailscale_set_client_id(tailscale sd, const char* client_id);
 int tailscale_set_client_secret(tailscale sd, const char* client_secret);
 // - a federated identity, for the same: a client id and a token of its identity
 //   provider.
-// The last two are not sent over http except to this host itself.
+// Neither the secret nor the token is sent over http, except to this host itself.
 int tailscale_set_id_token(tailscale sd, const char* id_token);
 // Nonzero: nodes with keys that the API makes need no device approval. (Not in
 // upstream, like the three above.)
 int tailscale_set_preauthorized(tailscale sd, int preauthorized);
 
-// Nonzero: where tailscale_up would fail with TAILSCALE_NEEDS_LOGIN, it waits for
-// a person to visit the "login_url" of the node's state instead. Its time-out
-// does not run while there is one. May be changed at any time. (Not in upstream.)
+// Nonzero: where tailscale_up would fail with TAILSCALE_NEEDS_LOGIN, it waits
+// for a person to visit the "login_url" of the node's state instead. The
+// time-out of tailscale_up stands still while there is a "login_url". May be
+// changed at any time. (Not in upstream.)
 int tailscale_set_interactive(tailscale sd, int on);
 
 // Starts the node without waiting for the tailnet. Optional:
@@ -260,13 +268,13 @@ int tailscale_start(tailscale sd);
 
 // Joins the tailnet and returns when the node is running and the control server
 // has been heard. For a node that is running already it returns at once, unless
-// that server is out of reach. May be called again after a failure, from
-// several threads, which then take turns, and for a node that has lost its
-// place (its key expired, it was removed, or stopped for the lack of log
-// upload). Fails with one of the joining codes; tailscale_errmsg has the text.
-// A node that is enrolled and cannot reach its control server gets
-// TAILSCALE_UP_TIMED_OUT and goes on trying in the background;
-// TAILSCALE_CONTROL_UNREACHABLE means it was never enrolled.
+// that server is out of reach. Call it again after a failure, or for a node
+// that has lost its place (its key expired, it was removed, or stopped because
+// it uploads no logs). Threads that call it at the same time take turns. Fails with one
+// of the joining codes; tailscale_errmsg has the text. A node that is enrolled
+// and cannot reach its control server gets TAILSCALE_UP_TIMED_OUT and goes on
+// trying in the background; TAILSCALE_CONTROL_UNREACHABLE means it was never
+// enrolled.
 int tailscale_up(tailscale sd);
 
 // Stops the node, cancels a pending tailscale_up, and waits up to two seconds
@@ -293,12 +301,12 @@ int tailscale_status(tailscale sd, char* buf, size_t buflen);
 //    "heap_released_bytes":2000000,"gc_count":12,"gc_pause_seconds":0.002,
 //    "gomaxprocs":2,"endpoints":4,"handles":3,"in_flight_bytes":0,
 //    "in_flight_max_bytes":16777216}
-// The heap and the rest up to "gomaxprocs" are
-// Go's, for all nodes of the process; "endpoints" are the TCP endpoints of this
-// node's stack (some outlive their handle); "handles" is tailscale_conn_count;
-// the last two are how much all connections hold beyond their floors, and the
-// most that they may hold, see tailscale_set_memory. It takes microseconds and
-// does not stop Go's threads. Returns as tailscale_status. (Not in upstream.)
+// Those up to "gomaxprocs" are Go's, for all nodes of the process; "endpoints"
+// are the TCP endpoints of this node's stack (some outlive their handle);
+// "handles" is tailscale_conn_count; the last two are how much all connections
+// hold beyond their floors, and the most that they may hold, see
+// tailscale_set_memory. It takes microseconds and does not stop Go's threads.
+// Returns as tailscale_status. (Not in upstream.)
 int tailscale_figures(tailscale sd, char* buf, size_t buflen);
 
 // Writes the text of the last failed node call, NUL-terminated. Zero, EBADF,
@@ -319,9 +327,9 @@ int tailscale_errmsg(tailscale sd, char* buf, size_t buflen);
 int tailscale_ping(tailscale sd, const char* host, int64_t timeout_ms,
                    char* buf, size_t buflen);
 
-// Resets every connection to a peer's address, whoever holds it: for a peer
-// that was found to be gone and cannot close them itself. Their owners are
-// woken and see TAILSCALE_RESET. Zero also when there was none,
+// Resets every connection to a peer's address, whoever holds it. Call it when the
+// peer is gone and cannot close its connections itself. The owners are woken and
+// see TAILSCALE_RESET. Zero also when there was none,
 // TAILSCALE_BAD_ARGUMENT when ip is no address, or TAILSCALE_NOT_RUNNING before
 // the start and while closing. (Not in upstream.)
 int tailscale_abort_peer(tailscale sd, const char* ip);
@@ -341,11 +349,11 @@ int tailscale_conn_open(tailscale sd, const char* host, uint16_t port,
 
 // Takes connections from peers to `port` (1 to 65535) of the node's own
 // addresses. The tailnet's policy decides who may connect. At most `backlog` of
-// them (at least 1) wait to be accepted; more are refused. The token is given
-// to the wake function, with TAILSCALE_READABLE, when one has come and when the
-// node is closed, until tailscale_listener_close returns. The listener stays
-// when the node loses its place on the tailnet and gets another. Zero,
-// TAILSCALE_BAD_STATE when the node listens on that port already, or
+// them (at least 1) wait to be accepted; more are refused. The wake function
+// gets the token, with TAILSCALE_READABLE, when a connection has come and when
+// the node is closed, but not after tailscale_listener_close has returned. The
+// listener stays when the node loses its place on the tailnet and gets another.
+// Zero, TAILSCALE_BAD_STATE when the node listens on that port already, or
 // TAILSCALE_NOT_RUNNING before the start and after the close.
 int tailscale_listen(tailscale sd, uint16_t port, int backlog, uintptr_t token,
                      tailscale_listener* listener_out);
@@ -368,8 +376,8 @@ int tailscale_conn_state(tailscale_conn conn);
 
 // Reads up to buflen bytes. A positive count; zero at the peer's end of
 // stream (or when buflen is zero); TAILSCALE_WOULD_BLOCK; or the code of the
-// failure, which is given only after every byte received before it, and again
-// at every later call.
+// failure. The code comes after every byte that was received before the failure,
+// and again at every later call.
 ptrdiff_t tailscale_conn_read(tailscale_conn conn, void* buf, size_t buflen);
 
 // Writes some of the bytes. A positive count, possibly less than buflen;

@@ -239,13 +239,14 @@ fn answer(request: &Request<Incoming>, overview: &Overview) -> Response<Full<Byt
 async fn examined(examiner: Option<&Examiner>) -> Response<Full<Bytes>> {
     let Some(examiner) = examiner else {
         let sentence =
-            "the doctor connects to the mailbox, so only this machine may ask for it, at admin.listen";
+            "only this machine may run the doctor, at admin.listen, since it connects to the mailbox";
         return json(StatusCode::FORBIDDEN, &serde_json::json!({ "error": sentence }));
     };
     match examiner.examine().await {
         Ok(checks) => json(StatusCode::OK, &serde_json::json!({ "checks": checks })),
         Err(NoLook::Busy) => {
-            let error = serde_json::json!({"error": "another doctor is at work; try again in a minute"});
+            let error =
+                serde_json::json!({"error": "another doctor run is not finished; try again in a minute"});
             json(StatusCode::TOO_MANY_REQUESTS, &error)
         }
         Err(NoLook::NoNode) => {

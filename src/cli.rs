@@ -39,14 +39,15 @@ Environment:
   TS_CONTROL_URL   The control server, unless tailnet.control_url names one
   Any variable can be used in the configuration's strings as ${NAME}.
 
-  Credentials to join with, needed the first time only; the first one set counts:
+  Credentials to join with, needed only the first time. The first that is set is
+  used, in this order:
   TS_AUTHKEY        A key, or file:PATH of a file that holds it (or TS_AUTH_KEY)
   TS_AUTHKEY_FILE   The path of a file that holds a key
   (tailnet.auth_key_file, then the systemd credential ts_authkey)
-  TS_CLIENT_SECRET  An OAuth client's secret, or file:PATH (TS_CLIENT_ID its id)
-  TS_CLIENT_ID      A workload identity's id, with TS_ID_TOKEN its token, or
-                    file:PATH for each
-  Without any, on a terminal, the edge shows an address to log in with a browser.
+  TS_CLIENT_SECRET  An OAuth client's secret; TS_CLIENT_ID may hold its id
+  TS_ID_TOKEN       A workload identity's token; TS_CLIENT_ID holds its id
+  (each of these three may be file:PATH instead)
+  If none is set, an edge on a terminal shows an address for a browser login.
 
 Files:
   /etc/tailwart-edge/config.toml  The configuration, if neither --config nor
@@ -125,7 +126,7 @@ pub struct ConfigArgs {
 /// Which edge to ask. There is no `--upstream` here, since only `admin.listen` is read.
 #[derive(Debug, Args)]
 pub struct EdgeArgs {
-    /// Read admin.listen from this file, also if it has mistakes elsewhere [default: $TAILWART_CONFIG,
+    /// Read admin.listen from this file, even if it has other mistakes [default: $TAILWART_CONFIG,
     /// else /etc/tailwart-edge/config.toml if it exists, else none]
     #[arg(short, long, value_name = "FILE")]
     pub config: Option<PathBuf>,

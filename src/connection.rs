@@ -164,7 +164,7 @@ impl Outcome {
                     Side::Client => EndState::ServerStalled,
                     Side::Upstream => EndState::ClientStalled,
                 };
-                (state, format!("half-close time-out after {first} closed"))
+                (state, format!("no progress for timeouts.half_close after {first} closed"))
             }
             End::Drained => (EndState::StoppedQuiet, "closed because the edge is stopping".to_owned()),
         };

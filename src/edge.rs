@@ -2,8 +2,8 @@
 //!
 //! It promises an order. Ports are bound first, so that a mistake there does not use up an auth key. An edge
 //! whose node is enrolled accepts at once, and holds its clients until the node is on the tailnet. An edge whose
-//! node is not enrolled may never get there, and some listeners hold nobody: in both cases clients wait in the
-//! kernel's backlog until the tailnet is there. If control_url was changed, the node starts only after the new
+//! node is not enrolled may never get onto the tailnet, so its clients wait in the kernel's backlog until it does. So
+//! do the clients of listeners that hold nobody. If control_url was changed, the node starts only after the new
 //! server has shown, within 5 s, that it is the server of this identity. A reload works at any time after the
 //! node has started, also while it joins.
 //!

@@ -7,7 +7,7 @@
 //! for clients that are held.
 //!
 //! Invariants
-//! - A server that its probe calls down, or that has just made a client wait for nothing, is tried last, but it is
+//! - A server is tried last if its probe calls it down, or if an attempt to reach it has just been slow. It is still
 //!   tried: it may be up again, and the probe may be wrong.
 //! - However many clients wait for a mailbox that cannot be reached, only one of them tries. When it succeeds, the
 //!   others follow, a limited number at a time.

@@ -222,7 +222,7 @@ fn library_metrics(figures: &Figures) -> [MetricFamily; 8] {
         ),
         whole(
             "tailwart_edge_in_flight_bytes",
-            "Memory of connections for bytes in flight, beyond what each may always have.",
+            "Bytes that connections may have in flight now, beyond the minimum that each has.",
             figures.in_flight_bytes,
         ),
         whole(

@@ -7,8 +7,8 @@
 //! The probe decides whether the mailbox answers; the edge is not ready before the first probe has ended. If
 //! probing is off, the last attempt of a client decides. Then an edge that was not ready becomes ready only
 //! after a client has reached the mailbox: with a load balancer in front, probing is needed. A listener that no
-//! client has tried yet does not count: alone it is ready, beside a failed one it does not help. A reload keeps
-//! what is known as long as the servers stay the same.
+//! client has tried yet does not count: if there is no other, the edge is ready; if another has failed, it is
+//! not. A reload keeps what is known as long as the servers stay the same.
 //!
 //! One listener with a working server is enough; what is wrong with the others is a warning. A load balancer
 //! takes out the whole machine, and would take away port 993 because of port 4190. Listeners for mail count;

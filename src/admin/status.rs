@@ -94,7 +94,7 @@ pub struct MemoryView {
     pub limit_bytes: u64,
     /// The resident memory of the process.
     pub resident_bytes: u64,
-    /// Memory of connections for bytes in flight, beyond what each may always have.
+    /// Bytes that connections may have in flight now, beyond the minimum that each has.
     pub in_flight_bytes: u64,
     /// The most that all connections together may have in flight.
     pub in_flight_max_bytes: u64,

@@ -176,7 +176,7 @@ keys! {
     LOG_LEVEL: tracing::Level = "log.level", LOG_LEVEL, Is("info"),
         "How much is logged, unless `RUST_LOG` says otherwise. `debug` adds Tailscale's own lines.";
     LOG_REPEATS: u32 = "log.repeats", LINES, Is("10"),
-        "How many lines a minute are logged for connections that came to nothing, for each client or reason. For each client's sessions it is ten times as many. The rest is counted.";
+        "How many lines a minute each client or reason has in the log, for connections that came to nothing. For sessions each client has ten times as many. The rest is counted.";
 
     ADMIN_LISTEN: Option<SocketAddr> = "admin.listen", ADMIN_ADDRESS, Is("127.0.0.1:9464"),
         "Where health, state and metrics are served. Whoever can reach it can read the state of the edge, so keep it on loopback. If another program has the default address, the edge runs without its admin listener.";

@@ -165,7 +165,7 @@ fn warn_of_short_hold(listeners: &[Listener], timeouts: &Timeouts, mistakes: &mu
         let name = &listener.name;
         mistakes.warn(
             &place,
-            &format!("too long for the hold of {name}: its clients may be turned away before its second server is tried"),
+            &format!("too long for the hold of {name}: a client may be turned away before the second server is tried"),
         );
     }
 }

@@ -266,7 +266,7 @@ fn what_cannot_work_is_warned_about() {
     let words = "--upstream: \"192.168.1.1\" is not a tailnet address";
     assert!(flag.len() == 1 && flag[0].starts_with(words) && flag[0].contains("subnet router"), "{flag:?}");
     let short = warnings("upstream.host = [\"a\", \"b\"]\ntimeouts.hold = \"8s\"");
-    assert!(short.len() == 1 && short[0].contains("before its second server is tried"), "{short:?}");
+    assert!(short.len() == 1 && short[0].contains("before the second server is tried"), "{short:?}");
     assert_eq!(warnings("upstream.host = [\"a\"]\ntimeouts.hold = \"8s\""), [""; 0]);
 }
 

@@ -155,17 +155,17 @@ impl EndState {
                 "the mailbox had ended its side, and the client made no progress for timeouts.half_close",
             ),
             EndState::Idle => ("cD", "neither side sent anything for the listener's idle_timeout"),
-            EndState::ServerUnreachable => ("SC", "the mailbox could not be reached; the client was told"),
+            EndState::ServerUnreachable => ("SC", "the mailbox could not be reached; the client was refused"),
             EndState::ServerSilent => {
-                ("sC", "the mailbox did not answer within timeouts.connect; the client was told")
+                ("sC", "the mailbox did not answer within timeouts.connect; the client was refused")
             }
             EndState::PolicyDenied => (
                 "AC",
-                "the tailnet's policy denies this edge the mailbox's port; the client was told, after it was held for as long as its listener holds clients",
+                "the tailnet's policy denies this edge the mailbox's port; the client was held for the listener's hold time, then refused",
             ),
             EndState::HoldEnded => (
                 "sQ",
-                "the client was held for the whole hold time, and no mailbox served it; the client was told",
+                "the client was held for the whole hold time, and no mailbox served it; the client was refused",
             ),
             EndState::ServerWordless => ("SH", "the mailbox closed the connection before it sent anything"),
             EndState::ServerRefused => (
@@ -181,19 +181,20 @@ impl EndState {
                 "DD",
                 "the mailbox's node did not answer for timeouts.dead_peer, so the connection was reset",
             ),
-            EndState::NoTailnet => ("TC", "this edge was not on the tailnet; the client was told"),
+            EndState::NoTailnet => ("TC", "this edge was not on the tailnet; the client was refused"),
             EndState::ClientLimit => {
                 ("PC", "the client had as many connections as limits.max_connections_per_client allows")
             }
             EndState::HoldFull => {
-                ("PQ", "as many clients were held as limits.hold_max allows; the client was told")
+                ("PQ", "as many clients were held as limits.hold_max allows; the client was refused")
             }
             EndState::StoppedQuiet => {
                 ("K-", "the edge was stopping, and the connection was idle, waiting for its client")
             }
-            EndState::StoppedWaiting => {
-                ("KQ", "the edge was stopping while the client waited for the mailbox; the client was told")
-            }
+            EndState::StoppedWaiting => (
+                "KQ",
+                "the edge was stopping while the client waited for the mailbox; the client was refused",
+            ),
             EndState::StoppedCut => {
                 ("KD", "the edge was stopping, and the connection was cut when timeouts.drain was over")
             }

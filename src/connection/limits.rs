@@ -2,8 +2,9 @@
 //!
 //! A permit for the whole edge is taken when a client is there but *before* it is accepted: at the limit clients
 //! wait in the kernel's backlog instead of being accepted and refused. The limit per client can only be checked
-//! after accepting. Dropping gives both back. Either limit may change while connections are open: no connection is
-//! cut, and no client is accepted until there are fewer connections than the new limit allows.
+//! after accepting. A permit that is dropped is given back, and so is a client's place. Either limit may change
+//! while connections are open: no connection is cut, and no client is accepted until there are fewer connections
+//! than the new limit allows.
 //!
 //! A client is an IPv4 address or an IPv6 /64, which is what one customer
 //! gets; rates are not limited here.
@@ -73,7 +74,7 @@ fn limit_for(
         Some(wanted) => ConnectionLimit { connections: wanted, reason: "max_connections".into() },
         None if free > DEFAULT_CEILING && ceiling == DEFAULT_CEILING => ConnectionLimit {
             connections: ceiling,
-            reason: "default ceiling; max_connections can raise it".into(),
+            reason: "the default maximum; max_connections can raise it".into(),
         },
         None if free > ceiling => ConnectionLimit {
             connections: ceiling,

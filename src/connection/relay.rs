@@ -1,8 +1,8 @@
 //! Moves bytes between a client and its upstream until both directions ended.
 //!
 //! Each direction is read, written and half-closed on its own: an end of stream on one side becomes a FIN on the
-//! other, and the other direction goes on. Clients depend on that which send everything, shut down writing and
-//! then read the reply.
+//! other, and the other direction goes on. Some clients send everything, shut down
+//! writing and then read the reply: they depend on this.
 //!
 //! Invariants
 //! - Nothing is buffered while idle: reads go through one buffer per worker thread. Only bytes that the other side

@@ -241,7 +241,7 @@ impl Domain<'_> {
             name,
             format!("{host} is published as {address}, but no mail listener accepts connections there"),
             format!(
-                "remove that {record} record, or let the smtp listener listen on {family} too: senders prefer IPv6, and try again late, if at all"
+                "remove that {record} record, or let the smtp listener listen on {family} too: senders prefer IPv6, and try IPv4 late or never"
             ),
         ))
     }
@@ -262,7 +262,10 @@ impl Domain<'_> {
         for name in &names {
             match self.resolver.addresses(name).await {
                 Ok(addresses) if addresses.contains(&address) => {
-                    checks.push(Check::pass(check, format!("{address} is {name}, which is {address}")));
+                    checks.push(Check::pass(
+                        check,
+                        format!("{address} is named {name}, and that name has this address"),
+                    ));
                     return Ok(());
                 }
                 Err(silent @ Unanswered::Silent { .. }) => return Err(silent),

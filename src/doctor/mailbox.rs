@@ -161,7 +161,7 @@ fn demand(visit: &Visit, without: &Result<Finding, ProbeError>, own: &[IpAddr]) 
     }
     Check::warn(
         name,
-        "greets with a PROXY header and without one: it may not read the client's address from the header, and it treats every tailnet node that may connect as a client",
+        "greets with a PROXY header and without one: perhaps it does not read the client's address from the header, and any tailnet node that can reach the port can connect as a client",
         format!("make it demand the header: {}", advice(own)),
     )
 }

@@ -1,4 +1,4 @@
-//! Questions to the DNS, with a deadline each, and connections to the addresses that they give.
+//! Questions to the DNS, with a deadline each, and connections to the addresses in the answers.
 //!
 //! Invariants: no name is completed with a search domain, and no hosts file is read. "There is no such record"
 //! is an answer; a server that gives no answer is an error.

@@ -323,7 +323,7 @@ async fn through_the_edge(admin: SocketAddr) -> Vec<Check> {
             Err(_) => failed(format!("{admin}{PATH} does not answer with checks")),
         },
         StatusCode::TOO_MANY_REQUESTS => {
-            vec![Check::warn(NAME, "not checked: the edge is already working for another doctor", RETRY)]
+            vec![Check::warn(NAME, "not checked: another doctor run is not finished", RETRY)]
         }
         StatusCode::SERVICE_UNAVAILABLE => {
             vec![Check::warn(NAME, "not checked: the edge has not started its node yet", RETRY)]

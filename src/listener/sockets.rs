@@ -1,9 +1,9 @@
 //! The listening sockets of a configuration. They are sockets that are open already, sockets that the supervisor
 //! has handed over, and new ones.
 //!
-//! The supervisor hands over the sockets of socket units, and the sockets of its store. The edge has put its own
-//! sockets there before, under the name `kept.` and the listener's name, so that the port stays open over a
-//! restart.
+//! The supervisor hands over the sockets of socket units, and the kept sockets: those that an earlier process of the
+//! edge has put into the supervisor's store, under the name `kept.` and the listener's name, so that the port stays
+//! open over a restart.
 //!
 //! Invariants
 //! - Everything is bound before anything is closed, and a socket whose address stays is not touched.
@@ -152,7 +152,9 @@ impl Sockets {
         self.warn_of_idle_units(opened);
         let used: BTreeSet<SocketAddr> = opened.all().filter_map(|socket| socket.local()).collect();
         for kept in self.kept.drain(..).filter(|kept| !used.contains(&kept.local)) {
-            info!("the kept socket {kept} is closed: the configuration has another address");
+            info!(
+                "the socket {kept}, kept over the restart, is closed: the configuration no longer has this address"
+            );
         }
     }
 

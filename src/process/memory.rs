@@ -2,9 +2,9 @@
 //!
 //! The limit is `limits.memory_mib`, or half of what the machine or the control group has, at most 256 MiB. Three
 //! quarters of it limit the heap of the tailnet library, whose garbage collector works harder near that limit. A
-//! sixteenth is for bytes in flight that all connections share; the more connections there are, the less each may
-//! always have (see `libtailscale/budget.go`). A thirty-second is for bytes that the relay has read and not yet
-//! written.
+//! sixteenth is for bytes in flight that all connections share; the minimum of each connection is outside it, and
+//! shrinks when there are more connections (see `libtailscale/budget.go`). A thirty-second is for bytes that the
+//! relay has read and not yet written.
 //!
 //! Deliberately not here: how many connections there may be (see `limits.rs`).
 

@@ -106,7 +106,7 @@ impl fmt::Display for Drained {
         let ended = connections.saturating_sub(dismissed + cut);
         write!(
             f,
-            "connections ended by themselves: {ended}, closed while quiet: {dismissed}, cut: {cut}, in {:.1} s",
+            "connections ended by themselves: {ended}, closed while idle: {dismissed}, cut: {cut}, in {:.1} s",
             took.as_secs_f64()
         )
     }
@@ -120,7 +120,7 @@ mod tests {
     fn every_connection_is_counted_once() {
         let took = Duration::from_millis(1234);
         let drained = Drained { connections: 10, dismissed: 3, cut: 2, took };
-        let told = "connections ended by themselves: 5, closed while quiet: 3, cut: 2, in 1.2 s";
+        let told = "connections ended by themselves: 5, closed while idle: 3, cut: 2, in 1.2 s";
         assert_eq!(drained.to_string(), told);
     }
 }

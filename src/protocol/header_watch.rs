@@ -10,7 +10,7 @@
 //!   error" or "bye", is an answer to the header, since nothing else was sent.
 //! - A refusal for another reason (load, policy, a ban list, an idle client) is never taken for a complaint: a
 //!   false alarm would mislead the operator. In doubt there is no alarm.
-//! - A watch has a few bytes, and keeps at most the beginning of one line.
+//! - A watch is a few bytes large: it keeps at most the beginning of one line.
 //!
 //! Deliberately not here: anything about protocols in which the client speaks first (there an answer to the header
 //! looks like an answer to the client), and anything active, see [`crate::upstream::probe`].

@@ -2,8 +2,8 @@
 //!
 //! Rules, from <https://www.haproxy.org/download/3.2/doc/proxy-protocol.txt> and from the receivers we support:
 //! - The client's true family decides. A v4-mapped IPv6 address is IPv4; where
-//!   the two addresses still differ in family, both become IPv6, since `ppp`
-//!   would otherwise turn the pair into UNKNOWN and hide the client.
+//!   the two addresses still differ in family, both become IPv6, since the crate
+//!   `ppp` would otherwise write UNKNOWN and hide the client.
 //! - Never UNKNOWN or UNSPEC: Postfix refuses them, since they would bypass its access controls.
 //! - No TLV. Stalwart takes the TLS TLV (0x20) as proof that the client uses TLS, and an older Dovecot reads at
 //!   most 232 bytes.

@@ -59,7 +59,7 @@ pub enum JoinError {
     },
     /// The key expired on a Headscale, where no credential renews a tagged node's key.
     #[error(
-        "the control server {control} keeps this node's key expired, so no auth key was used; run `headscale nodes expire --identifier N --disable` there, or delete the node there and start again"
+        "the control server {control} does not renew this node's expired key, so no auth key was used; run `headscale nodes expire --identifier N --disable` there, or delete the node there and start again"
     )]
     KeyExpired {
         /// The control server.
@@ -160,7 +160,9 @@ pub enum ConnectError {
     #[error("the peer reset the connection at once; check the mail server's log")]
     Reset,
     /// Too many connections to that peer and port, those in TIME_WAIT included.
-    #[error("every local port towards that peer and port is taken; spread the load or lower max_connections")]
+    #[error(
+        "every local port for connections to that peer and port is in use; spread the load or lower max_connections"
+    )]
     NoPorts,
     /// The two nodes share no address family, or the stack has no route.
     #[error(

@@ -1,7 +1,7 @@
 //! Gets the node onto the tailnet, with its identity on disk or with a credential.
 //!
 //! Invariants: a node serves only after it was found to have every configured tag; a credential that was offered
-//! is taken back; every error says what to do.
+//! is withdrawn after the attempt; every error says what to do.
 //!
 //! Deliberately not here: when to try, and when to try again (see `membership.rs`).
 
@@ -171,8 +171,7 @@ impl Node {
     fn check_tags(&self) -> Result<(), JoinError> {
         let status = self.look()?;
         if !status.is_running() {
-            let reason =
-                "it is not running any more, or the library said so in a way that cannot be read".to_owned();
+            let reason = "it no longer runs, or its state could not be read".to_owned();
             return Err(JoinError::TimedOut { after: Duration::ZERO, reason });
         }
         let missing: Vec<&str> =

@@ -7,15 +7,16 @@
 //!
 //! A lost packet is no silence: a ping without an answer is soon repeated within the same look, and bytes from the
 //! peer are a sign of life too. If one packet in ten is lost in each direction, a ping (question and answer) fails
-//! with probability 1 - 0.9^2 = 0.19. With 0.34, as if the search for the path had to succeed too, all four pings
-//! of a look fail with 0.014, and five looks in a row with 5e-10: with a look every 8 seconds, once in 500 years.
+//! with probability 1 - 0.9^2 = 0.19. Even if it failed with 0.34, as if the search for the path had to
+//! succeed too, all four pings of a look would fail with 0.014, and five looks in a row with 5e-10: with a
+//! look every 8 seconds, once in 500 years.
 //!
 //! The same pings tell which path packets take. A peer that gets a connection after a quiet time is
 //! pinged at once, so that the path of a short session is known before it ends.
 //!
-//! Invariants: a peer without connections is not pinged. What is not the peer's fault (this edge is off the
-//! tailnet, or has no network) does not count as its silence, and neither does a changed name, as long as its
-//! address answers. There is only one ping to a peer at a time, and the looks are at least a second apart.
+//! Invariants: a peer without connections is not pinged. A ping without an answer does not
+//! count if this edge is off the tailnet or has no network. If the peer's name has changed and its address answers,
+//! the peer is not silent. There is only one ping to a peer at a time, and the looks are at least a second apart.
 //!
 //! Deliberately not here: whether the mail server on it works (see `probe.rs`).
 

@@ -215,7 +215,7 @@ fn after_handshake(error: ProbeError) -> ProbeError {
             ProbeError::Cut("closed the connection after the TLS handshake, without a greeting".to_owned())
         }
         ProbeError::Silent { limit } => {
-            ProbeError::Cut(format!("said nothing after the TLS handshake, within {limit:?} of dialling"))
+            ProbeError::Cut(format!("sent nothing after the TLS handshake; the probe waits {limit:?} in all"))
         }
         other => other,
     }

@@ -83,7 +83,7 @@ fn entry(key: &Description) -> String {
 /// What follows from a listener's protocol, as a file with nothing else would have it.
 fn protocols() -> String {
     let mut table = "\n### What follows from the protocol\n\n\
-        | protocol | port | speaks first | idle timeout | held |\n|---|--:|---|--:|--:|\n"
+        | protocol | port | speaks first | idle time-out | held |\n|---|--:|---|--:|--:|\n"
         .to_owned();
     for protocol in Protocol::ALL {
         let listener = format!(

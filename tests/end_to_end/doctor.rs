@@ -206,7 +206,7 @@ fn a_running_edge_looks_once_at_a_time() {
     assert_eq!(refusal, "HTTP/1.1 429 Too Many Requests\r\n");
     assert_eq!(status(&both[1 - second]), None, "the first goes on looking");
     let report = doctor(&patient.edge);
-    report.says("tailnet", "warn", &["working for another doctor", "in a moment"]);
+    report.says("tailnet", "warn", &["another doctor run is not finished", "in a moment"]);
     let head = ask(admin, "HEAD");
     let told = wait_for(LIMIT, || status(&head));
     assert_eq!(told.as_deref(), Some("HTTP/1.1 405 Method Not Allowed\r\n"));

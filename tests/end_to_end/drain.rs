@@ -87,7 +87,7 @@ fn a_large_transfer_each_way_is_not_cut_short() {
     assert!(record.payload() == pattern(LARGE), "{} other bytes sent", record.payload().len());
     stops(&mut setup.edge, LIMIT);
     let told = setup.edge.wait_log(" stopped: ", LIMIT);
-    tells(&told, &["connections ended by themselves: 1, closed while quiet: 0, cut: 0, in "]);
+    tells(&told, &["connections ended by themselves: 1, closed while idle: 0, cut: 0, in "]);
 }
 
 #[test]
@@ -129,7 +129,7 @@ fn each_connection_is_counted_as_what_became_of_it() {
     let took = began.elapsed();
     assert!((Duration::from_secs(2)..Duration::from_secs(2 + 7)).contains(&took), "took {took:?}");
     let told = setup.edge.wait_log(" stopped: ", LIMIT);
-    tells(&told, &["connections ended by themselves: 0, closed while quiet: 3, cut: 1, in "]);
+    tells(&told, &["connections ended by themselves: 0, closed while idle: 3, cut: 1, in "]);
     drop(busy);
 }
 
@@ -168,7 +168,7 @@ fn whoever_came_before_the_stop_is_served() {
     stops(&mut setup.edge, LIMIT);
     assert_eq!(taken.count(), WAITING as usize + 1);
     let told = setup.edge.wait_log(" stopped: ", LIMIT);
-    tells(&told, &["connections ended by themselves: 21, closed while quiet: 0, cut: 0"]);
+    tells(&told, &["connections ended by themselves: 21, closed while idle: 0, cut: 0"]);
 }
 
 #[test]
@@ -180,5 +180,5 @@ fn a_client_that_never_closes_does_not_hold_the_exit_up() {
     setup.edge.signal("TERM");
     stops(&mut setup.edge, LIMIT);
     assert!(began.elapsed() < Duration::from_secs(2 + 7), "took {:?}", began.elapsed());
-    tells(&setup.edge.wait_log(" stopped: ", LIMIT), &["closed while quiet: 1, cut: 0"]);
+    tells(&setup.edge.wait_log(" stopped: ", LIMIT), &["closed while idle: 1, cut: 0"]);
 }
