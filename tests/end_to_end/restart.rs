@@ -209,7 +209,7 @@ fn the_store_follows_the_configuration() {
     // Another address than the kept one: it is not used, and not kept any longer.
     let edge = systemd.spawn(&any.clone().without_listeners().listener(tcp("other", &mail.to_string())));
     edge.wait_ready(LIMIT);
-    edge.wait_log("the configuration has another address", LIMIT);
+    edge.wait_log("the configuration no longer has this address", LIMIT);
     drop(echoes(mail));
     stores(&["kept.other"]);
     assert!(TcpStream::connect(moved).is_err(), "nobody listens there now");
