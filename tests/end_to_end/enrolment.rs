@@ -493,7 +493,10 @@ fn a_wrong_clock_is_told_from_an_expired_certificate() {
     let edge = edge.env("SSL_CERT_FILE", certificate.cert.to_str().expect("UTF-8"));
     let edge = edge.set("tailnet", "join_timeout", r#""4s""#);
     for (date, words) in [
-        ("Wed, 01 Jan 2020 00:00:00 GMT", ["the control server's says 2020-01-01T00:00:00Z", "set the clock"]),
+        (
+            "Wed, 01 Jan 2020 00:00:00 GMT",
+            ["the control server's says 2020-01-01T00:00:00Z", "set the clock"],
+        ),
         ("", ["has expired or is not yet valid", "check the network"]),
     ] {
         let _server = control_at(date, &host, &certificate);
