@@ -8,9 +8,9 @@
 //!
 //! It promises to show no secret and to change nothing. A web page cannot read it through a browser: a request is
 //! refused if it names another host than this one (DNS rebinding), or if a page of another site makes it. Clients
-//! that send half a request can only delay others for a moment: when half of the places are taken, the other half
-//! is for clients that send their request at once. Peers on the tailnet have places of their own, so that they
-//! cannot take the places of this machine.
+//! that send half a request can only delay others for a moment: when half of the slots are taken, the other half
+//! is for clients that send their request at once. Peers on the tailnet have slots of their own, so that they
+//! cannot take the slots of this machine.
 //!
 //! It deliberately has no authentication: it is meant for loopback, and on the tailnet the tailnet's policy decides
 //! who may ask. Peers on the tailnet cannot use `/doctor`.
@@ -49,9 +49,9 @@ use crate::tailnet::{Code, Node};
 use crate::upstream::dial::Reset;
 
 /// Admin connections at once; more wait in the backlog.
-const PLACES: usize = 64;
+const SLOTS: usize = 64;
 /// The same for peers on the tailnet.
-const PEER_PLACES: usize = 32;
+const PEER_SLOTS: usize = 32;
 /// How many peers may wait to be accepted; more are refused.
 const PEER_BACKLOG: u16 = 32;
 /// The time between two attempts to listen at the node's port.
@@ -60,7 +60,7 @@ const LISTEN_PAUSE: Duration = Duration::from_secs(5);
 const PEER_LEAVING: usize = 128;
 /// How long a request's head may take.
 const HEAD_LIMIT: Duration = Duration::from_secs(5);
-/// The same when half of the places are taken. A client that waited in the backlog has sent its head already.
+/// The same when half of the slots are taken. A client that waited in the backlog has sent its head already.
 const CROWDED_HEAD_LIMIT: Duration = Duration::from_millis(100);
 /// The same for peers: a few round trips over a relay.
 const CROWDED_PEER_HEAD_LIMIT: Duration = Duration::from_secs(1);
@@ -71,14 +71,14 @@ const PEER_CONNECTION_LIMIT: Duration = Duration::from_secs(10);
 
 /// Answers requests for as long as the edge lives.
 pub async fn serve(listener: Arc<ListeningSocket>, overview: Arc<Overview>, examiner: Arc<Examiner>) {
-    let places = Slots::new(PLACES, CROWDED_HEAD_LIMIT);
+    let slots = Slots::new(SLOTS, CROWDED_HEAD_LIMIT);
     loop {
-        let place = places.take().await;
+        let slot = slots.take().await;
         match listener.accept().await {
             Ok((stream, _)) => {
                 let (overview, examiner) = (Arc::clone(&overview), Arc::clone(&examiner));
                 tokio::spawn(async move {
-                    let served = connection(stream, place, &overview, Some(&examiner));
+                    let served = connection(stream, slot, &overview, Some(&examiner));
                     let _ = timeout(CONNECTION_LIMIT, served).await;
                 });
             }
@@ -94,10 +94,10 @@ pub async fn serve(listener: Arc<ListeningSocket>, overview: Arc<Overview>, exam
 pub async fn serve_tailnet(node: Arc<Node>, port: u16, overview: Arc<Overview>) {
     let mut listener = listen(port, || node.listen(port, PEER_BACKLOG)).await;
     info!(port, "the admin listener serves the tailnet");
-    let places = Slots::new(PEER_PLACES, CROWDED_PEER_HEAD_LIMIT);
+    let slots = Slots::new(PEER_SLOTS, CROWDED_PEER_HEAD_LIMIT);
     let leaving = Arc::new(Semaphore::new(PEER_LEAVING));
     loop {
-        let place = places.take().await;
+        let slot = slots.take().await;
         let stream = match listener.accept().await {
             Ok(stream) => stream,
             // The node is closed, since the edge stops.
@@ -105,7 +105,7 @@ pub async fn serve_tailnet(node: Arc<Node>, port: u16, overview: Arc<Overview>) 
             Err(code) => return error!(port, "cannot accept from the tailnet: {code:?}; please report this"),
         };
         let (overview, leaving) = (Arc::clone(&overview), Arc::clone(&leaving));
-        tokio::spawn(async move { serve_peer(stream, place, &overview, &leaving).await });
+        tokio::spawn(async move { serve_peer(stream, slot, &overview, &leaving).await });
     }
 }
 
@@ -128,12 +128,12 @@ async fn listen<L>(port: u16, try_to: impl Fn() -> Result<L, Code>) -> L {
 /// Answers a peer, and waits until the peer has read the answer and has closed. `leaving` limits how many peers
 /// are waited for. A peer that does not close, or for which `leaving` has no room, is reset: if the connection
 /// were only closed, the network stack would keep the unread answer for as long as that peer lives.
-async fn serve_peer<S>(mut stream: S, place: Slot, overview: &Overview, leaving: &Semaphore)
+async fn serve_peer<S>(mut stream: S, slot: Slot, overview: &Overview, leaving: &Semaphore)
 where
     S: AsyncRead + AsyncWrite + Reset + Unpin,
 {
     let served = async {
-        if !connection(&mut stream, place, overview, None).await {
+        if !connection(&mut stream, slot, overview, None).await {
             return true; // no answer, or a few bytes of an error
         }
         let Ok(_room) = leaving.try_acquire() else { return false };
@@ -144,14 +144,14 @@ where
     }
 }
 
-/// The places of one listener, one for each connection.
+/// The slots of one listener, one for each connection.
 struct Slots {
     free: Arc<Semaphore>,
     all: usize,
     crowded_head_limit: Duration,
 }
 
-/// A taken place, free again when it is dropped, and how long the request's head may take.
+/// A taken slot, free again when it is dropped, and how long the request's head may take.
 struct Slot {
     _permit: Option<OwnedSemaphorePermit>,
     head_limit: Duration,
@@ -170,11 +170,11 @@ impl Slots {
     }
 }
 
-/// Answers one request, and then gives the place back. Without an examiner `/doctor` is forbidden. Returns whether
+/// Answers one request, and then gives the slot back. Without an examiner `/doctor` is forbidden. Returns whether
 /// the request was answered and our side is closed.
 async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
-    place: Slot,
+    slot: Slot,
     overview: &Overview,
     examiner: Option<&Examiner>,
 ) -> bool {
@@ -187,8 +187,8 @@ async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
-        .keep_alive(false) // or clients that leave connections open would take all places
-        .header_read_timeout(place.head_limit)
+        .keep_alive(false) // or clients that leave connections open would take all slots
+        .header_read_timeout(slot.head_limit)
         .serve_connection(TokioIo::new(stream), service);
     served.await.inspect_err(|error| debug!("admin connection: {error}")).is_ok()
 }
@@ -287,30 +287,30 @@ mod tests {
 
     #[tokio::test]
     async fn when_half_of_the_places_are_taken_the_rest_is_for_those_who_ask_at_once() {
-        let places = Slots::new(4, CROWDED_HEAD_LIMIT);
+        let slots = Slots::new(4, CROWDED_HEAD_LIMIT);
         let mut taken = Vec::new();
         for limit in [HEAD_LIMIT, HEAD_LIMIT, CROWDED_HEAD_LIMIT, CROWDED_HEAD_LIMIT] {
-            taken.push(places.take().await);
-            assert_eq!(taken.last().map(|place| place.head_limit), Some(limit));
+            taken.push(slots.take().await);
+            assert_eq!(taken.last().map(|slot| slot.head_limit), Some(limit));
         }
-        assert!(timeout(Duration::ZERO, places.take()).await.is_err());
+        assert!(timeout(Duration::ZERO, slots.take()).await.is_err());
         taken.truncate(1);
-        assert_eq!(places.take().await.head_limit, HEAD_LIMIT);
+        assert_eq!(slots.take().await.head_limit, HEAD_LIMIT);
     }
 
     #[tokio::test(start_paused = true)]
     async fn half_a_request_has_its_place_until_its_time_is_over() {
-        let places = Slots::new(1, CROWDED_HEAD_LIMIT);
+        let slots = Slots::new(1, CROWDED_HEAD_LIMIT);
         let (mut client, stream) = tokio::io::duplex(1024);
         client.write_all(b"GET /livez HTTP/1.1\r\nHost:").await.unwrap();
-        let place = places.take().await;
-        let limit = place.head_limit;
+        let slot = slots.take().await;
+        let limit = slot.head_limit;
         let idle = overview(None, false, None);
-        tokio::spawn(async move { connection(stream, place, &idle, None).await });
+        tokio::spawn(async move { connection(stream, slot, &idle, None).await });
         sleep(limit - Duration::from_millis(1)).await;
-        assert_eq!(places.free.available_permits(), 0);
+        assert_eq!(slots.free.available_permits(), 0);
         sleep(Duration::from_millis(2)).await;
-        assert_eq!(places.free.available_permits(), 1);
+        assert_eq!(slots.free.available_permits(), 1);
     }
 
     #[tokio::test(start_paused = true)]
@@ -348,8 +348,8 @@ mod tests {
     async fn answer_to(request: &str) -> String {
         let (mut client, stream) = tokio::io::duplex(4096);
         client.write_all(format!("{request}\r\nHost: localhost\r\n\r\n").as_bytes()).await.unwrap();
-        let place = Slots::new(1, CROWDED_HEAD_LIMIT).take().await;
-        connection(stream, place, &overview(None, false, None), None).await;
+        let slot = Slots::new(1, CROWDED_HEAD_LIMIT).take().await;
+        connection(stream, slot, &overview(None, false, None), None).await;
         let mut answer = String::new();
         client.read_to_string(&mut answer).await.unwrap();
         answer

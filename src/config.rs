@@ -19,12 +19,14 @@ mod settings;
 mod syntax;
 mod values;
 
+#[doc(hidden)] // for the book, and the tests of it
 pub use keys::{DefaultValue, Description, KEYS};
 pub use load::{DEFAULT_PATH, Env, PATH_VARIABLE, admin, config_path};
 pub use mistakes::ConfigError;
 pub use settings::{
     ADMIN, Config, Limits, Listener, Log, LogFormat, Probe, Tailnet, Timeouts, Upstream, default_admin,
 };
+#[doc(hidden)]
 pub use values::Takes;
 
 #[cfg(test)]

@@ -57,7 +57,7 @@ impl Outlook {
         }
     }
 
-    fn verdict(&self) -> CanServe {
+    fn can_serve(&self) -> CanServe {
         if self.monitors.is_empty() {
             return match &*self.away.borrow() {
                 Some(error) if error.blames_a_server() => CanServe::No(error.to_string()),
@@ -151,11 +151,11 @@ impl Board {
         let any_mail = self.outlooks.iter().any(|outlook| outlook.is_mail);
         let (counting, others): (Vec<&Outlook>, Vec<&Outlook>) =
             self.outlooks.iter().partition(|outlook| outlook.is_mail || !any_mail);
-        let verdicts: Vec<CanServe> = counting.iter().map(|outlook| outlook.verdict()).collect();
+        let answers: Vec<CanServe> = counting.iter().map(|outlook| outlook.can_serve()).collect();
         let mut judgement = Judgement { reasons: complaints(&counting), warnings: complaints(&others) };
-        if verdicts.contains(&CanServe::Yes) {
+        if answers.contains(&CanServe::Yes) {
             judgement.warnings.splice(0..0, std::mem::take(&mut judgement.reasons));
-        } else if verdicts.contains(&CanServe::NotYetKnown) {
+        } else if answers.contains(&CanServe::NotYetKnown) {
             judgement.reasons.insert(0, NOT_REACHED_YET.to_owned());
         }
         judgement
@@ -163,7 +163,7 @@ impl Board {
 }
 
 fn complaints(outlooks: &[&Outlook]) -> Vec<String> {
-    let complaint = |outlook: &&Outlook| match outlook.verdict() {
+    let complaint = |outlook: &&Outlook| match outlook.can_serve() {
         CanServe::No(why) => Some(format!("listener {}: no upstream answers: {why}", outlook.listener)),
         _ => None,
     };

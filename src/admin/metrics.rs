@@ -273,7 +273,7 @@ mod tests {
     #[test]
     fn a_listener_has_all_its_counters_from_the_start() {
         let connections = Connections::new(0);
-        let _page = connections.of_listener("smtp", "stalwart:25".into());
+        let _listener = connections.of_listener("smtp", "stalwart:25".into());
         connections.counters.ended("smtp", EndState::HoldEnded);
         let text = text_of(&NodeStatus::default(), &connections);
         for line in [
@@ -327,7 +327,8 @@ mod tests {
     fn scrapes_can_be_compared_line_by_line() {
         let scrape = |listeners: [&str; 3]| {
             let connections = Connections::new(0);
-            let _pages = listeners.map(|listener| connections.of_listener(listener, "stalwart:25".into()));
+            let _listeners =
+                listeners.map(|listener| connections.of_listener(listener, "stalwart:25".into()));
             let text = text_of(&NodeStatus::default(), &connections);
             let lines = text.lines().filter(|line| !line.starts_with("process_"));
             lines.map(str::to_owned).collect::<Vec<_>>()

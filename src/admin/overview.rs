@@ -285,8 +285,8 @@ mod tests {
         });
         let listeners = [listeners, gone.into()].concat();
         let overview = overview(Some(ready_node()), false, Some(Board { listeners, ..Board::empty() }));
-        let page = overview.connections.of_listener("smtp", "stalwart:25".into());
-        let enter = |client: &str| page.enter(client.parse().unwrap());
+        let listener = overview.connections.of_listener("smtp", "stalwart:25".into());
+        let enter = |client: &str| listener.enter(client.parse().unwrap());
         let _one = enter("192.0.2.7:1");
         let two = [enter("[2001:db8::1]:1"), enter("[2001:db8::2]:1")];
         two[0].moved(10, 200);

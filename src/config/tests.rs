@@ -295,6 +295,7 @@ fn control_urls_that_work() {
         "http://10.0.0.1:8080",
         "https://[fd00::1]",
         "https://example.com/headscale/",
+        "HTTPS://example.com", // schemes have no case (RFC 3986, 3.1), and Go's parser agrees
     ] {
         let config = with(&format!("[tailnet]\ncontrol_url = \"{url}\"\n"));
         assert_eq!(config.tailnet.control_url.as_deref(), Some(url));

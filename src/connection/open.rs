@@ -333,7 +333,7 @@ mod tests {
         let connections = Connections::new(0);
         let connection = connection(&connections, "192.0.2.7:4711");
         let task = tokio::spawn(async move {
-            let _visit = connection;
+            let _open = connection;
             panic!("as this test wants it");
         });
         assert!(task.await.is_err());

@@ -115,7 +115,11 @@ mod tests {
 
     /// The plan from [`BASE`], whose sockets are 1 and 2, to `text` with these sockets.
     fn plan(text: &str, sockets: &[&[u8]], connections: usize) -> Plan<u8> {
-        let (old, new) = (config(BASE), config(text));
+        plan_from(BASE, text, sockets, connections)
+    }
+
+    fn plan_from(base: &str, text: &str, sockets: &[&[u8]], connections: usize) -> Plan<u8> {
+        let (old, new) = (config(base), config(text));
         let definitions: Vec<Definition> = old.listeners.iter().map(|l| Definition::of(&old, l)).collect();
         let ports = definitions.iter().zip([&[1], &[2]]);
         let ports = ports.map(|(definition, sockets)| PortInForce { definition, sockets }).collect();
@@ -183,6 +187,22 @@ mod tests {
         let plan = plan(&text, &[&[1], &[4]], CONNECTIONS);
         assert_eq!(ports(&plan), [(Some(0), true, None), (None, false, None)]);
         assert_eq!((&plan.paused[..], &plan.closing[..]), (&[1][..], &[(1, 2)][..]));
+    }
+
+    #[test]
+    fn a_port_knows_the_mailbox_by_the_port_of_its_own_name_first() {
+        const SAME: &str = "[[listener]]\nname = 'one'\nprotocol = 'smtp'\n[[listener]]\nname = 'two'\nprotocol = 'smtp'\n\
+                            listen = ['127.0.0.1:26']\n";
+        let changed =
+            SAME.replace("listen = ['127.0.0.1:26']\n", "listen = ['127.0.0.1:26']\nidle_timeout = '1m'\n");
+        let plan = plan_from(SAME, &changed, &[&[1], &[2]], CONNECTIONS);
+        assert_eq!(ports(&plan), [(Some(0), true, None), (Some(1), false, Some(1))]);
+    }
+
+    #[test]
+    fn a_socket_that_moves_to_another_port_does_not_close() {
+        let plan = plan(BASE, &[&[2], &[1]], CONNECTIONS);
+        assert_eq!((&plan.paused[..], &plan.closing[..]), (&[0, 1][..], &[][..]));
     }
 
     #[test]

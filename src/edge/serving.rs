@@ -166,6 +166,8 @@ impl Serving {
         for port in self.ports.iter_mut().filter(|port| port.accepting.is_empty()) {
             if opening.includes(&port.service) {
                 port.accept(&self.admission, &self.parts.vitals);
+            } else {
+                port.announced.clear(); // it does not listen any more
             }
         }
     }
@@ -255,6 +257,7 @@ impl Serving {
             }
         }
         let before = std::mem::take(&mut self.ports);
+        // All of them to the end: they keep their peers, with what is known of these, for the new services.
         let upstreams: Vec<_> = before.iter().map(|port| Arc::clone(&port.service.upstream)).collect();
         let mut before: Vec<Option<Port>> = before.into_iter().map(Some).collect();
         for PlannedPort { definition, sockets, before: place, is_same, mailbox_of } in plan.ports {

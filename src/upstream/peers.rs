@@ -220,7 +220,7 @@ impl<D: Dial> Peers<D> {
 
 /// Watches a peer until it is no longer referenced.
 async fn keep_watch<D: Dial>(dialler: Arc<D>, peer: Weak<Peer>, limit: watch::Receiver<Duration>) {
-    let mut silence = Unheard::default();
+    let mut unheard = Unheard::default();
     // Remembered, since a peer that is removed or has another name has no address by its name any more.
     let mut address = None;
     while let Some(peer) = peer.upgrade() {
@@ -229,11 +229,11 @@ async fn keep_watch<D: Dial>(dialler: Arc<D>, peer: Weak<Peer>, limit: watch::Re
         let interval = limit / (LOOKS + 1); // the first look may come up to an interval late
         let look_limit = interval.saturating_sub(OWN_NETWORK_LIMIT).max(MIN_LOOK_LIMIT);
         if peer.connections() > 0 && is_silent(&*dialler, &peer, look_limit, &mut address).await {
-            silence.goes_on(&peer, began);
+            unheard.goes_on(&peer, began);
         } else {
-            silence = Unheard::default();
+            unheard = Unheard::default();
         }
-        if let (true, Some(address)) = (silence.is_long(), address) {
+        if let (true, Some(address)) = (unheard.is_long(), address) {
             let (upstream, connections) = (&peer.host, peer.connections());
             warn!(
                 upstream,
@@ -242,10 +242,10 @@ async fn keep_watch<D: Dial>(dialler: Arc<D>, peer: Weak<Peer>, limit: watch::Re
             );
             *peer.given_up.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
             dialler.abort(address);
-            silence = Unheard::default();
+            unheard = Unheard::default();
         }
         if peer.is_woken_before(began + interval, interval).await {
-            silence = Unheard::default(); // a peer that has just accepted a connection is there
+            unheard = Unheard::default(); // a peer that has just accepted a connection is there
             sleep_until(began + LEAST_PAUSE).await;
         }
     }
