@@ -11,7 +11,8 @@ use std::net::{IpAddr, SocketAddr};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::connection::view::{ConnectionView, FailureView};
+use crate::connection::ended::FailureView;
+use crate::connection::view::ConnectionView;
 use crate::support::text::{bytes, lasting, table};
 use crate::upstream::health::{Seen, State};
 

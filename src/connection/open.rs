@@ -3,7 +3,7 @@
 //!
 //! Deliberately not here: how an end is logged (see `ended.rs`), and how a connection is shown (see `view.rs`).
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -12,14 +12,9 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 use crate::connection::counters::{Counters, ListenerCounters};
-use crate::connection::ended::{Ended, LineKind, cut};
-use crate::connection::view::FailureView;
-use crate::support::repeats::Repeats;
+use crate::connection::end_state::EndState;
+use crate::connection::ended::{End, Ended, FailureView, Failures, Lines, cut};
 use crate::upstream::Server;
-
-/// Log lines a minute for a client's sessions, as a multiple of those for connections that came to nothing. A
-/// session is worth a line, since it used the mailbox; but sending one byte must not be enough to fill the log.
-const OF_SESSIONS: u32 = 10;
 
 /// How often lines that were held back are looked for.
 const TELL_INTERVAL: Duration = Duration::from_secs(5);
@@ -27,46 +22,43 @@ const TELL_INTERVAL: Duration = Duration::from_secs(5);
 /// Every connection of this edge.
 #[derive(Debug)]
 pub struct Connections {
-    pub(super) ids: AtomicU64,
-    pub(super) open: Mutex<BTreeMap<u64, Open>>,
-    pub(super) failures: Mutex<VecDeque<FailureView>>,
-    pub(super) dismissed: AtomicUsize,
+    ids: AtomicU64,
+    open: Mutex<BTreeMap<u64, Open>>,
+    failures: Failures,
+    dismissed: AtomicUsize,
     /// Counts since the start of the process, of every listener.
     pub counters: Counters,
-    /// Log lines that were held back. Connections that came to nothing, and sessions in which the mailbox received
-    /// something, have limits of their own.
-    pub(super) repeats: Repeats<LineKind>,
-    pub(super) session_repeats: Repeats<LineKind>,
+    lines: Lines,
 }
 
 /// An open connection, to be listed.
 #[derive(Clone, Debug)]
-pub struct Open(pub(super) Arc<Entry>);
+pub struct Open(Arc<Entry>);
 
 /// The connections of one listener.
 #[derive(Debug)]
 pub struct ListenerConnections {
-    pub(super) all: Arc<Connections>,
-    pub(super) listener: Arc<str>,
+    all: Arc<Connections>,
+    listener: Arc<str>,
     /// All its servers, in words; shown for connections that have no server yet.
-    pub(super) upstream: String,
-    pub(super) counters: ListenerCounters,
+    upstream: String,
+    counters: ListenerCounters,
 }
 
 #[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) id: u64,
-    pub(super) of_listener: Arc<ListenerConnections>,
-    pub(super) client: SocketAddr,
-    pub(super) accepted: Instant,
+struct Entry {
+    id: u64,
+    of_listener: Arc<ListenerConnections>,
+    client: SocketAddr,
+    accepted: Instant,
     /// Bytes to the mailbox.
-    pub(super) sent: AtomicU64,
+    sent: AtomicU64,
     /// Bytes to the client.
-    pub(super) received: AtomicU64,
-    pub(super) stage: Mutex<Stage>,
+    received: AtomicU64,
+    stage: Mutex<Stage>,
     /// When the mailbox's first byte came.
-    pub(super) first_byte: OnceLock<Instant>,
-    pub(super) ended: AtomicBool,
+    first_byte: OnceLock<Instant>,
+    ended: AtomicBool,
 }
 
 /// How far a connection has come, in words.
@@ -74,7 +66,7 @@ pub const STAGES: [&str; 3] = ["connecting", "held", "relaying"];
 
 /// How far a connection has come.
 #[derive(Clone, Debug)]
-pub(super) enum Stage {
+enum Stage {
     Connecting,
     Held,
     Relaying { server: Arc<Server>, connected: Duration },
@@ -92,18 +84,16 @@ impl Connections {
         Arc::new(Connections {
             ids: AtomicU64::new(1),
             open: Mutex::default(),
-            failures: Mutex::default(),
+            failures: Failures::default(),
             dismissed: AtomicUsize::new(0),
             counters: Counters::default(),
-            repeats: Repeats::new(repeats_per_minute),
-            session_repeats: Repeats::new(repeats_per_minute.saturating_mul(OF_SESSIONS)),
+            lines: Lines::new(repeats_per_minute),
         })
     }
 
     /// Changes the limit on similar log lines.
     pub fn set_repeats(&self, per_minute: u32) {
-        self.repeats.set_limit(per_minute);
-        self.session_repeats.set_limit(per_minute.saturating_mul(OF_SESSIONS));
+        self.lines.set_limit(per_minute);
     }
 
     /// The connections of one listener; `upstream` names its servers, in words.
@@ -125,14 +115,14 @@ impl Connections {
 
     /// The last failures, the latest first.
     pub fn failures(&self) -> Vec<FailureView> {
-        self.failures.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+        self.failures.list()
     }
 
     /// Logs, again and again, how many lines were held back. Runs until it is dropped.
     pub async fn keep_telling(&self) {
         loop {
             sleep(TELL_INTERVAL).await;
-            self.tell_repeats(false);
+            self.lines.log_held_back(false);
         }
     }
 
@@ -143,7 +133,7 @@ impl Connections {
         for Open(entry) in &open {
             entry.of_listener.end(entry, &cut());
         }
-        self.tell_repeats(true);
+        self.lines.log_held_back(true);
         open.len()
     }
 }
@@ -170,6 +160,42 @@ impl ListenerConnections {
         let mut open = self.all.open.lock().unwrap_or_else(PoisonError::into_inner);
         open.insert(entry.id, Open(Arc::clone(&entry)));
         Connection { entry }
+    }
+
+    fn end(&self, entry: &Entry, ended: &Ended) {
+        if entry.ended.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let all = &self.all;
+        all.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&entry.id);
+        if matches!(ended.state, EndState::StoppedQuiet | EndState::StoppedWaiting) {
+            all.dismissed.fetch_add(1, Ordering::Relaxed);
+        }
+        let end = self.end_of(entry, ended);
+        all.counters.ended(&self.listener, ended.state);
+        end.first_byte.inspect(|after| self.counters.first_byte.observe(after.as_secs_f64()));
+        all.failures.note(&end);
+        all.lines.log(&end);
+    }
+
+    fn end_of<'a>(&'a self, entry: &Entry, ended: &'a Ended) -> End<'a> {
+        let (server, connected) = match entry.stage() {
+            Stage::Relaying { server, connected } => (Some(server), Some(connected)),
+            Stage::Connecting | Stage::Held => (None, None),
+        };
+        End {
+            id: entry.id,
+            listener: &self.listener,
+            client: entry.client,
+            upstream: server.as_ref().map_or_else(|| self.upstream.clone(), |server| server.to_string()),
+            path: server.and_then(|server| server.path()).map(|path| path.route.to_string()),
+            sent: entry.sent.load(Ordering::Relaxed),
+            received: entry.received.load(Ordering::Relaxed),
+            connected,
+            first_byte: entry.first_byte.get().map(|at| *at - entry.accepted),
+            total: entry.accepted.elapsed(),
+            ended,
+        }
     }
 }
 
@@ -237,7 +263,7 @@ impl Drop for Connection {
 }
 
 impl Entry {
-    pub(super) fn stage(&self) -> Stage {
+    fn stage(&self) -> Stage {
         self.stage.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -247,7 +273,7 @@ impl Entry {
 }
 
 impl Stage {
-    pub(super) fn name(&self) -> &'static str {
+    fn name(&self) -> &'static str {
         let [connecting, held, relaying] = STAGES;
         match self {
             Stage::Connecting => connecting,
@@ -258,6 +284,24 @@ impl Stage {
 }
 
 impl Open {
+    /// Its number in the log.
+    pub fn id(&self) -> u64 {
+        self.0.id
+    }
+
+    /// How long it has lasted.
+    pub fn age(&self) -> Duration {
+        self.0.accepted.elapsed()
+    }
+
+    /// The server it goes to, once that has the header.
+    pub fn server(&self) -> Option<Arc<Server>> {
+        match self.0.stage() {
+            Stage::Relaying { server, .. } => Some(server),
+            Stage::Connecting | Stage::Held => None,
+        }
+    }
+
     /// The listener's name.
     pub fn listener(&self) -> &str {
         &self.0.of_listener.listener
@@ -287,8 +331,6 @@ impl Open {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::connection::end_state::EndState;
-    use crate::connection::ended::FAILURES;
 
     fn connection(connections: &Arc<Connections>, client: &str) -> Connection {
         connections.of_listener("smtp", "stalwart:25".into()).enter(client.parse().unwrap())
@@ -339,45 +381,5 @@ mod tests {
         assert!(task.await.is_err());
         assert_eq!(connections.counters.count("smtp", EndState::Internal), 1);
         assert_eq!(connections.failures()[0].why, "error inside the edge");
-    }
-
-    #[tokio::test]
-    async fn failures_of_a_kind_are_one_and_the_latest_comes_first() {
-        let connections = Connections::new(0);
-        for client in 1..=5 {
-            connection(&connections, &format!("192.0.2.{client}:25")).end(&ended(EndState::HoldEnded));
-        }
-        connection(&connections, "192.0.2.9:25").end(&ended(EndState::ServerFailed));
-        connection(&connections, "192.0.2.9:25").end(&ended(EndState::ClientClosed));
-        connection(&connections, "192.0.2.6:25").end(&ended(EndState::HoldEnded));
-        let told: Vec<_> =
-            connections.failures().iter().map(|f| (f.end.clone(), f.count, f.client.to_string())).collect();
-        let expected = [("sQ".into(), 6, "192.0.2.6:25".into()), ("SD".into(), 1, "192.0.2.9:25".into())];
-        assert_eq!(told, expected);
-        for kind in 0..100 {
-            let why = format!("reason {kind}");
-            connection(&connections, "192.0.2.6:25").end(&Ended { why, ..ended(EndState::ServerFailed) });
-        }
-        assert_eq!(connections.failures().len(), FAILURES);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_flood_of_one_client_leaves_the_lines_of_others() {
-        let connections = Connections::new(3);
-        let of_listener = connections.of_listener("smtp", "stalwart:25".into());
-        let told = |client: &str, sent, state| {
-            let connection = of_listener.enter(client.parse().unwrap());
-            connection.moved(sent, 0);
-            of_listener.may_tell(&connection.entry, state).is_some()
-        };
-        let flood = (0..100).filter(|_| told("[2001:db8::1]:25", 0, EndState::ClientFailed)).count();
-        assert_eq!(flood, 3);
-        assert!(!told("[2001:db8::2]:25", 0, EndState::ClientFailed), "of the same /64");
-        assert!(told("[2001:db8::1]:25", 0, EndState::ClientClosed), "another kind");
-        assert!(told("192.0.2.7:25", 0, EndState::ClientFailed), "another client");
-        let sessions = (0..100).filter(|_| told("[2001:db8::1]:25", 1, EndState::ClientFailed)).count();
-        assert_eq!(sessions, 30, "they have more lines, and an end");
-        let outage = (1..100).filter(|n| told(&format!("192.0.2.{n}:25"), 0, EndState::HoldEnded)).count();
-        assert_eq!(outage, 3, "one reason for all");
     }
 }

@@ -1,11 +1,10 @@
-//! Connections and failures as they are shown, in `/status` and on the page.
+//! Open connections as they are shown, in `/status` and on the page.
 
 use std::net::SocketAddr;
 
-use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::open::{Open, Stage};
+use super::open::Open;
 
 /// A connection to be shown.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -34,49 +33,20 @@ pub struct ConnectionView {
     pub seconds: u64,
 }
 
-/// Failures of a kind, to be shown.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct FailureView {
-    /// When the last one was.
-    pub last: Timestamp,
-    /// How many there were since this kind is in the list.
-    #[serde(default)]
-    pub count: u64,
-    /// The listener's name.
-    #[serde(default)]
-    pub listener: String,
-    /// The server that the client was meant for.
-    #[serde(default)]
-    pub upstream: String,
-    /// The last one's client.
-    pub client: SocketAddr,
-    /// The end state, in two letters.
-    #[serde(default)]
-    pub end: String,
-    /// The reason, in words.
-    #[serde(default)]
-    pub why: String,
-}
-
 impl Open {
     /// This connection, as it is shown.
     pub fn view(&self) -> ConnectionView {
-        let (stage, (sent, received)) = (self.0.stage(), self.bytes());
-        let name = stage.name().to_owned();
-        let server = match stage {
-            Stage::Relaying { server, .. } => Some(server),
-            Stage::Connecting | Stage::Held => None,
-        };
+        let (server, (sent, received)) = (self.server(), self.bytes());
         ConnectionView {
-            id: self.0.id,
+            id: self.id(),
             listener: self.listener().to_owned(),
             client: self.client(),
-            stage: name,
+            stage: self.stage().to_owned(),
             path: server.as_ref().and_then(|server| server.path()).map(|path| path.route.to_string()),
             upstream: server.map(|server| server.to_string()),
             sent,
             received,
-            seconds: self.0.accepted.elapsed().as_secs(),
+            seconds: self.age().as_secs(),
         }
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::Code;
+use crate::ffi::libtailscale::NodeHandle;
 use crate::tailnet::credential::CredentialError;
 
 /// Why the node could not start or join; the text of each ends with what to do.
@@ -195,5 +196,23 @@ impl From<Code> for ConnectError {
             Code::ShieldsUp => ConnectError::ShieldsUp,
             other => ConnectError::Internal(other),
         }
+    }
+}
+
+/// Why a call on the node failed. The text of a panic is only on standard error.
+pub(super) fn failure(handle: &NodeHandle, code: Code) -> String {
+    match code {
+        Code::Panic => "the tailnet library panicked; please report this with the lines before".to_owned(),
+        _ => handle.error_message(),
+    }
+}
+
+/// Why the node could not start, or why it does not join for a reason that has nothing to do with a credential.
+pub(super) fn start_error(control: &str, code: Code, reason: String) -> JoinError {
+    match code {
+        Code::BadStateFile => JoinError::BadStateFile(reason),
+        Code::OtherControl => JoinError::OtherControl(reason),
+        Code::ControlUnreachable => JoinError::ControlUnreachable { control: control.to_owned(), reason },
+        _ => JoinError::Start(reason),
     }
 }

@@ -10,7 +10,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use super::credential::{Credential, CredentialKind};
-use super::node::failure;
+use super::error::{failure, start_error};
 use super::{Code, JoinError, Node};
 use crate::ffi::libtailscale::Setting;
 
@@ -182,14 +182,5 @@ impl Node {
         }
         let held = if status.tags.is_empty() { "no tag".to_owned() } else { status.tags.join(", ") };
         Err(JoinError::WrongTags { held, missing: missing.join(", "), remedy: self.missing_tags_remedy() })
-    }
-}
-
-pub(super) fn start_error(control: &str, code: Code, reason: String) -> JoinError {
-    match code {
-        Code::BadStateFile => JoinError::BadStateFile(reason),
-        Code::OtherControl => JoinError::OtherControl(reason),
-        Code::ControlUnreachable => JoinError::ControlUnreachable { control: control.to_owned(), reason },
-        _ => JoinError::Start(reason),
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::join::start_error;
+use super::error::{failure, start_error};
 use super::lines::{follow, take_in};
 use super::{Code, ConnectError, Figures, JoinError, NodeStatus, PingReport, TailnetListener, TailnetStream};
 use crate::config;
@@ -130,14 +130,6 @@ impl Node {
     pub async fn close(&self) -> bool {
         let handle = Arc::clone(&self.handle);
         tokio::task::spawn_blocking(move || handle.close().is_ok()).await.unwrap_or(false)
-    }
-}
-
-/// Why a call on the node failed. The text of a panic is only on standard error.
-pub(super) fn failure(handle: &NodeHandle, code: Code) -> String {
-    match code {
-        Code::Panic => "the tailnet library panicked; please report this with the lines before".to_owned(),
-        _ => handle.error_message(),
     }
 }
 
