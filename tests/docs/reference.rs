@@ -22,7 +22,7 @@ const TABLES: &[(&str, &str)] = &[
     ("upstream", "The mailbox of every listener that does not name its own."),
     (
         "listener",
-        "One `[[listener]]` for each port. Without any, five are served: smtp 25, submissions 465, submission 587, imaps 993 and sieve 4190. With one, only those in the file.",
+        "One `[[listener]]` for each port. Without any, five are served: smtp 25, submissions 465, submission 587, imaps 993 and sieve 4190. If the file has at least one, only those in the file are served.",
     ),
     ("timeouts", "How long things may take."),
     ("limits", "How many connections the edge accepts, and how much memory it uses."),
