@@ -29,7 +29,7 @@ use std::time::Duration;
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
 use hyper::header::{
-    ALLOW, CACHE_CONTROL, CONTENT_TYPE, HOST, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS,
+    ALLOW, CACHE_CONTROL, CONTENT_TYPE, HOST, HeaderName, HeaderValue, ORIGIN, X_CONTENT_TYPE_OPTIONS,
 };
 use hyper::http::uri::Authority;
 use hyper::server::conn::http1;
@@ -200,6 +200,10 @@ fn is_for_us<B>(request: &Request<B>, node: &str) -> bool {
     if header(&HeaderName::from_static("sec-fetch-site")) == Some("cross-site") {
         return false;
     }
+    // A browser says so of a page at a plain http address only here.
+    if header(&ORIGIN).is_some_and(|origin| origin.strip_prefix("http://") != header(&HOST)) {
+        return false;
+    }
     let Some(host) = request.uri().host().or(header(&HOST)) else { return true };
     let Ok(host) = host.parse::<Authority>() else { return false };
     let name = host.host().trim_end_matches('.');
@@ -339,6 +343,11 @@ mod tests {
             is_for_us(&request.body(()).unwrap(), node)
         };
         assert!(!from("cross-site") && from("same-origin") && from("none"));
+        let of = |origin| {
+            let request = Request::get("/status").header(HOST, "edge:9464").header(ORIGIN, origin);
+            is_for_us(&request.body(()).unwrap(), node)
+        };
+        assert!(of("http://edge:9464") && !of("http://evil.example.net") && !of("null"));
         assert!(is_for_us(&Request::get("/livez").body(()).unwrap(), node), "HTTP/1.0");
         let whole = Request::get("http://rebound.example.net/status").header(HOST, "localhost");
         assert!(!is_for_us(&whole.body(()).unwrap(), node));

@@ -125,8 +125,10 @@ pub(super) const HOST: Kind<String> =
     string("one host without a port: a short name, a MagicDNS name or a tailnet IP", host);
 
 pub(super) const NODE_NAME: Kind<String> =
-    string("1 to 63 letters, digits and hyphens, no hyphen first or last", |text| {
-        if is_label(text) { Ok(text.to_owned()) } else { Err("is not a DNS label") }
+    string("1 to 63 letters, digits and hyphens, no hyphen first or last", |text| match text {
+        _ if looks_like_key(text) => Err("looks like a key"),
+        _ if is_label(text) => Ok(text.to_owned()),
+        _ => Err("is not a DNS label"),
     });
 
 pub(super) const PUBLIC_NAME: Kind<String> = string("a full DNS name such as mx.example.org", |text| {
@@ -282,6 +284,9 @@ fn duration(text: &str) -> Result<Duration, &'static str> {
 }
 
 fn host(text: &str) -> Result<String, &'static str> {
+    if looks_like_key(text) {
+        return Err("looks like a key");
+    }
     if let Ok(ip) = text.parse::<IpAddr>() {
         return if ip.is_unspecified() { Err("is not the address of a host") } else { Ok(ip.to_string()) };
     }
@@ -333,8 +338,9 @@ fn control_url(text: &str) -> Result<String, &'static str> {
         Some(v6) => v6.parse::<Ipv6Addr>().is_ok(),
         None => host(authority.host()).is_ok(),
     };
-    let has_good_port =
-        authority.as_str() == authority.host() || authority.port_u16().is_some_and(|port| port > 0);
+    let has_sign = authority.as_str().contains(":+");
+    let has_good_port = authority.as_str() == authority.host()
+        || authority.port_u16().is_some_and(|port| port > 0 && !has_sign);
     if is_web && is_plain && is_host && has_good_port { Ok(text.to_owned()) } else { Err(WRONG) }
 }
 
@@ -354,6 +360,7 @@ mod tests {
             "https://100.64.0.300",
             "https://example.com/\u{e9}",
             "https://example.com/#f",
+            "https://example.com:+443",
         ] {
             assert_eq!(control_url(wrong), Err("is not the URL of a control server"), "{wrong}");
         }

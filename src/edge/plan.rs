@@ -48,7 +48,10 @@ pub(super) struct PlannedPort<S> {
     pub before: Option<usize>,
     /// Whether `before` has the same definition, so that its service goes on.
     pub is_same: bool,
-    /// For a new service: a port in force with the same servers, preferably the one of this name. The new service
+    /// Whether the new service keeps the servers of that one and their probes, with all that is known of them:
+    /// nothing has changed that these depend on.
+    pub keeps_mailbox: bool,
+    /// For other new services: a port in force with the same servers, preferably the one of this name. The new service
     /// takes over what that port knows of the mailbox.
     pub mailbox_of: Option<usize>,
 }
@@ -90,8 +93,11 @@ impl<S> PlannedPort<S> {
         let is_same = before.is_some_and(|place| *old[place].definition == definition);
         let leads_there =
             |place: &usize| old[*place].definition.listener.upstream == definition.listener.upstream;
-        let mailbox_of = before.into_iter().chain(0..old.len()).find(leads_there).filter(|_| !is_same);
-        PlannedPort { definition, sockets, before, is_same, mailbox_of }
+        let has_same_mailbox = |place: usize| old[place].definition.has_same_mailbox(&definition);
+        let keeps_mailbox = !is_same && before.is_some_and(has_same_mailbox);
+        let is_new = !is_same && !keeps_mailbox;
+        let mailbox_of = before.into_iter().chain(0..old.len()).find(leads_there).filter(|_| is_new);
+        PlannedPort { definition, sockets, before, is_same, keeps_mailbox, mailbox_of }
     }
 }
 
@@ -163,8 +169,27 @@ mod tests {
     fn a_port_that_means_something_else_knows_its_mailbox_still() {
         let text = BASE.replace("'smtp'\n", "'smtp'\nidle_timeout = '1m'\n");
         let plan = plan(&text, &[&[1], &[2]], CONNECTIONS);
-        assert_eq!(ports(&plan), [(Some(0), false, Some(0)), (Some(1), true, None)]);
+        assert_eq!(ports(&plan), [(Some(0), false, None), (Some(1), true, None)]);
+        assert!(plan.ports[0].keeps_mailbox);
         assert_eq!((&plan.paused[..], &plan.closing[..]), (&[0][..], &[][..]));
+    }
+
+    #[test]
+    fn what_is_known_of_the_mailbox_outlives_what_it_does_not_depend_on() {
+        let of = |text: &str| {
+            let plan = plan(text, &[&[1], &[2]], CONNECTIONS);
+            (plan.ports[0].keeps_mailbox, plan.ports[0].mailbox_of)
+        };
+        for setting in
+            ["[timeouts]\ndrain = '7s'", "[timeouts]\nhalf_close = '7s'", "hostname = 'mx.example.org'"]
+        {
+            assert_eq!(of(&format!("{setting}\n{BASE}")), (true, None), "{setting}");
+        }
+        assert_eq!(of(&BASE.replace("'smtp'\n", "'smtp'\nidle_timeout = '1m'\n")), (true, None));
+        // A probe may come to something else with these.
+        assert_eq!(of(&format!("[timeouts]\nconnect = '7s'\n{BASE}")), (false, Some(0)));
+        assert_eq!(of(&BASE.replace("'smtp'\n", "'smtp'\nproxy_protocol = 'off'\n")), (false, Some(0)));
+        assert_eq!(of(BASE), (false, None), "nothing is new");
     }
 
     #[test]
@@ -194,7 +219,7 @@ mod tests {
         const SAME: &str = "[[listener]]\nname = 'one'\nprotocol = 'smtp'\n[[listener]]\nname = 'two'\nprotocol = 'smtp'\n\
                             listen = ['127.0.0.1:26']\n";
         let changed =
-            SAME.replace("listen = ['127.0.0.1:26']\n", "listen = ['127.0.0.1:26']\nidle_timeout = '1m'\n");
+            SAME.replace("listen = ['127.0.0.1:26']\n", "listen = ['127.0.0.1:26']\nproxy_protocol = 'v1'\n");
         let plan = plan_from(SAME, &changed, &[&[1], &[2]], CONNECTIONS);
         assert_eq!(ports(&plan), [(Some(0), true, None), (Some(1), false, Some(1))]);
     }

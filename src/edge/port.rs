@@ -61,6 +61,17 @@ impl Definition {
     }
 }
 
+impl Definition {
+    /// Whether both lead to the same servers and a probe of these would find the same.
+    pub(super) fn has_same_mailbox(&self, other: &Definition) -> bool {
+        let of = |definition: &Definition| {
+            let config::Listener { protocol, proxy_protocol, .. } = definition.listener;
+            (protocol, proxy_protocol, definition.connect)
+        };
+        of(self) == of(other) && self.listener.upstream == other.listener.upstream
+    }
+}
+
 impl Port {
     pub(super) fn listening(&self) -> Listening {
         Listening {

@@ -260,9 +260,15 @@ impl Serving {
         // All of them to the end: they keep their peers, with what is known of these, for the new services.
         let upstreams: Vec<_> = before.iter().map(|port| Arc::clone(&port.service.upstream)).collect();
         let mut before: Vec<Option<Port>> = before.into_iter().map(Some).collect();
-        for PlannedPort { definition, sockets, before: place, is_same, mailbox_of } in plan.ports {
+        for PlannedPort { definition, sockets, before: place, is_same, keeps_mailbox, mailbox_of } in
+            plan.ports
+        {
             let mut port = match place.and_then(|place| before[place].take()) {
                 Some(old) if is_same => Port { sockets, ..old },
+                Some(old) if keeps_mailbox => {
+                    let service = self.new_service(&definition, Arc::clone(&old.service.upstream));
+                    Port { definition, service, sockets, ..old }
+                }
                 old => {
                     let announced = old.map(|old| old.announced).unwrap_or_default();
                     self.new_port(definition, sockets, announced)
@@ -271,7 +277,7 @@ impl Serving {
             if let Some(known) = mailbox_of.map(|place| &upstreams[place]) {
                 port.service.upstream.continues(known);
             }
-            if !is_same || plan.probes_anew {
+            if !(is_same || keeps_mailbox) || plan.probes_anew {
                 port.probe(&self.parts.node, &self.parts.vitals, self.config.probe);
             }
             self.ports.push(port);
@@ -279,20 +285,24 @@ impl Serving {
     }
 
     fn new_port(&mut self, definition: Definition, sockets: Vec<Socket>, announced: Vec<Socket>) -> Port {
-        let listener = &definition.listener;
-        let config::Upstream { hosts, port } = &listener.upstream;
+        let config::Upstream { hosts, port } = &definition.listener.upstream;
         let servers = hosts.iter().map(|host| self.peers.get(host)).collect();
+        let upstream = Upstream::new(Arc::clone(&self.parts.node), servers, *port, definition.connect);
+        let service = self.new_service(&definition, Arc::new(upstream));
+        let servers = service.upstream.servers().iter();
+        let monitors = servers.map(|server| Arc::new(monitor(&service, server))).collect();
+        let (accepting, probing) = (Vec::new(), Vec::new());
+        Port { definition, service, sockets, announced, accepting, monitors, probing }
+    }
+
+    fn new_service(&self, definition: &Definition, upstream: Arc<Upstream<Node>>) -> Arc<Service<Node>> {
+        let listener = &definition.listener;
         // With `hold_max` at 0 nobody is held.
         let limit = if definition.holds { listener.hold } else { Duration::ZERO };
-        let service = Arc::new(Service {
+        Arc::new(Service {
             name: listener.name.clone(),
             protocol: listener.protocol,
-            upstream: Arc::new(Upstream::new(
-                Arc::clone(&self.parts.node),
-                servers,
-                *port,
-                definition.connect,
-            )),
+            upstream,
             proxy_protocol: listener.proxy_protocol,
             timeouts: Timeouts {
                 idle: listener.idle_timeout,
@@ -303,11 +313,7 @@ impl Serving {
             public_name: PublicName::new(definition.hostname.clone()),
             drain: self.drain.clone(),
             connections: self.parts.connections.of_listener(&listener.name, listener.upstream.to_string()),
-        });
-        let servers = service.upstream.servers().iter();
-        let monitors = servers.map(|server| Arc::new(monitor(&service, server))).collect();
-        let (accepting, probing) = (Vec::new(), Vec::new());
-        Port { definition, service, sockets, announced, accepting, monitors, probing }
+        })
     }
 
     fn show_board(&self) {

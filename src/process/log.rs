@@ -19,6 +19,7 @@ use std::panic::PanicHookInfo;
 
 use tracing::error;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
@@ -102,10 +103,13 @@ fn format(settings: Log, writer: &NonBlocking, colour: bool) -> Formatter {
     }
 }
 
+/// What the directives do not speak of is logged as configured. `EnvFilter` alone would log nothing of it: a
+/// mistyped level, which it takes for the name of a target, would silence the edge.
 fn choose(settings: Log, directives: Option<&str>) -> EnvFilter {
-    EnvFilter::builder()
-        .with_default_directive(settings.level.into())
-        .parse_lossy(directives.unwrap_or_default())
+    let directives = directives.unwrap_or_default();
+    let is_level = |directive: &str| directive.trim().parse::<LevelFilter>().is_ok();
+    let filter = EnvFilter::builder().with_default_directive(settings.level.into()).parse_lossy(directives);
+    if directives.split(',').any(is_level) { filter } else { filter.add_directive(settings.level.into()) }
 }
 
 #[cfg(test)]

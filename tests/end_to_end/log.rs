@@ -189,7 +189,9 @@ fn the_level_decides_what_is_told_and_rust_log_goes_before_it() {
     assert_eq!(less, "");
     let only = life(|edge| edge.env("RUST_LOG", "off,tailscale=debug"));
     assert!(only.contains("magicsock") && only.lines().all(|line| line.contains(" DEBUG ")), "{only}");
-    for text in [warn, info, debug, more, only] {
+    let mistyped = life(|edge| log(edge, "level", r#""info""#).env("RUST_LOG", "verbose"));
+    assert!(mistyped.contains(" end=C- ") && !mistyped.contains(" DEBUG "), "{mistyped}");
+    for text in [warn, info, debug, more, only, mistyped] {
         assert!(!text.contains('\x1b'), "no terminal, no colours: {text:?}");
     }
 }

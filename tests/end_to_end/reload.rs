@@ -15,6 +15,7 @@ use crate::common::client::LineClient;
 use crate::common::edge::{Builder, Edge, Listener};
 use crate::common::net::{backlog, client_from, connect, echoes, free_addr, hears_itself, try_client_from};
 use crate::common::process::Daemon;
+use crate::common::sink::{Taken, takes_mail};
 use crate::common::stub::{self, Stub};
 use crate::common::tailnet::TestTailnet;
 use crate::common::wait::{eventually, wait_for};
@@ -304,6 +305,35 @@ fn without_probes_a_reload_makes_nobody_ready() {
     scene.tailnet.forward(crate::setup::MAILBOX, 1, mailbox.addr);
     drop(on("one", mail));
     becomes(&scene.edge, 200, r#""ready":true"#);
+}
+
+#[test]
+fn what_a_probe_has_found_outlives_a_reload_that_is_not_about_the_mailbox() {
+    let mailbox = Stub::start(takes_mail("mailbox", &Taken::default()));
+    let smtp = Listener::new("mail", "smtp", 25).set("listen", "[\"127.0.0.1:0\"]");
+    // No further probe comes in time.
+    let mut scene = start(&[(25, mailbox.addr)], &[smtp], |edge| edge.set("probe", "interval", "\"10m\""));
+    becomes(&scene.edge, 200, r#""ready":true"#);
+    let probe = |scene: &Scene| {
+        let status: serde_json::Value =
+            serde_json::from_str(&http::get(scene.edge.addr("admin"), "/status").body).expect("it is JSON");
+        status["upstreams"][0]["probe"].clone()
+    };
+    let found = probe(&scene);
+    assert_eq!(found["state"], "up", "{found}");
+    for (table, key, value) in [
+        ("timeouts", "drain", "\"7s\""),
+        ("", "hostname", "\"mx.example.org\""),
+        ("timeouts", "hold", "\"7s\""),
+    ] {
+        scene.set(table, key, value);
+        let ready = http::get(scene.edge.addr("admin"), "/readyz");
+        assert_eq!(ready.code, 200, "{key}: {}", ready.body);
+        assert_eq!(probe(&scene), found, "{key}");
+    }
+    assert_eq!(mailbox.accepted(), 1, "it was not probed again");
+    let greeting = LineClient::new(connect(scene.edge.addr("mail"))).line();
+    assert!(greeting.as_deref().is_some_and(|line| line.starts_with("220 ")), "{greeting:?}");
 }
 
 #[test]
