@@ -12,6 +12,7 @@
 //! It deliberately does not know what an accepted connection does (see `connection`).
 
 mod bind;
+mod inherited;
 pub mod sockets;
 
 use std::io;

@@ -5,11 +5,13 @@
 //! would wait for nothing. A question that the server cannot answer is a failed check of its own. Host names
 //! from the DNS are shown only through [`crate::support::text::harmless`].
 
+mod records;
+
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use hickory_resolver::proto::rr::{Name, RData, Record, RecordType};
+use hickory_resolver::proto::rr::{Name, Record, RecordType};
 use tokio::time::timeout;
 
 use super::local::Addresses;
@@ -17,6 +19,7 @@ use super::report::Check;
 use super::resolver::{Resolver, Unanswered};
 use crate::config::Config;
 use crate::protocol::Protocol;
+use records::{mail_exchange, plain, pointer, text};
 
 /// The limit on all questions together. Each question has a limit of its own.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -369,32 +372,6 @@ fn takes(config: &Config, address: IpAddr) -> bool {
         .iter()
         .filter(|l| l.protocol == Protocol::Smtp || l.listen.iter().any(|listen| listen.port() == 25));
     incoming.flat_map(|listener| &listener.listen).any(|listen| listen.is_ipv4() == address.is_ipv4())
-}
-
-fn mail_exchange(record: &Record) -> Option<(u16, &Name)> {
-    match &record.data {
-        RData::MX(mx) => Some((mx.preference, &mx.exchange)),
-        _ => None,
-    }
-}
-
-fn pointer(record: &Record) -> Option<String> {
-    match &record.data {
-        RData::PTR(name) => Some(plain(&name.0)),
-        _ => None,
-    }
-}
-
-fn text(record: &Record) -> Option<String> {
-    match &record.data {
-        RData::TXT(txt) => Some(String::from_utf8_lossy(&txt.txt_data.concat()).into_owned()),
-        _ => None,
-    }
-}
-
-/// A name in lower case, without the dot at the end.
-fn plain(name: &Name) -> String {
-    name.to_ascii().trim_end_matches('.').to_ascii_lowercase()
 }
 
 fn listed(addresses: &[IpAddr]) -> String {

@@ -19,16 +19,14 @@
 //! Deliberately not here: accepting, and socket options (see `listener.rs`).
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use rustix::io::{FdFlags, fcntl_setfd};
-use socket2::{Domain, SockRef, Type};
 use tracing::{info, warn};
 
+use super::inherited::Inherited;
 use crate::config::{ADMIN, Config, Listener, default_admin};
 use crate::listener::{BindError, ListeningSocket, bind};
 use crate::process::supervisor::{Handed, Supervisor};
@@ -58,16 +56,6 @@ pub struct Opened {
     pub listeners: Vec<(String, Vec<Socket>)>,
     /// `None` where `admin.listen` is off.
     pub admin: Option<Socket>,
-}
-
-/// A socket that was handed over.
-#[derive(Debug)]
-struct Inherited {
-    name: String,
-    local: SocketAddr,
-    /// Whether it takes IPv4 too.
-    is_dual_stack: bool,
-    listener: Arc<ListeningSocket>,
 }
 
 /// What was handed over at the start, and what is in the supervisor's store.
@@ -232,46 +220,6 @@ impl Sockets {
 /// Stands for something in the store that has no address.
 const NOWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
 
-impl Inherited {
-    /// Accepts a listening TCP socket that was not seen before. The error says what else it is.
-    fn check(name: &str, socket: OwnedFd, seen: &mut BTreeSet<(u64, u64)>) -> Result<Inherited, String> {
-        let view = SockRef::from(&socket);
-        let is_inet = matches!(view.domain(), Ok(Domain::IPV4 | Domain::IPV6));
-        if !is_inet || !matches!(view.r#type(), Ok(Type::STREAM)) {
-            return Err("it is not a TCP socket".to_owned());
-        }
-        if !view.is_listener().unwrap_or(false) {
-            return Err("it does not listen".to_owned());
-        }
-        let local = view.local_addr().ok().and_then(|local| local.as_socket());
-        let local = local.ok_or("its address is not known")?;
-        let identity = rustix::fs::fstat(&socket).map_err(|error| error.to_string())?;
-        if !seen.insert((identity.st_dev, identity.st_ino)) {
-            return Err("the same socket was handed over under another number already".to_owned());
-        }
-        let is_dual_stack = local.is_ipv6() && !view.only_v6().unwrap_or(true);
-        let listener = view.set_nonblocking(true).and_then(|()| {
-            fcntl_setfd(&socket, FdFlags::CLOEXEC)?;
-            ListeningSocket::new(socket.into())
-        });
-        let listener = Arc::new(listener.map_err(|error| error.to_string())?);
-        Ok(Inherited { name: name.to_owned(), local, is_dual_stack, listener })
-    }
-
-    /// Whether it is bound to exactly this address, or is a dual-stack `[::]` socket that covers it.
-    fn is_for(&self, address: SocketAddr) -> bool {
-        let is_any = address.ip().is_unspecified() && self.local.ip().is_unspecified();
-        let covers = self.is_dual_stack && is_any && address.is_ipv4() && address.port() == self.local.port();
-        self.local == address || covers
-    }
-}
-
-impl fmt::Display for Inherited {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} at {}", self.name, self.local)
-    }
-}
-
 impl Socket {
     /// Its address, with the port that the system chose for port 0; `None` if the system does not give one.
     pub fn local(&self) -> Option<SocketAddr> {
@@ -404,10 +352,11 @@ pub fn announce(listener: &str, socket: &Socket) {
 #[cfg(test)]
 mod tests {
     use std::net::{Ipv4Addr, Ipv6Addr};
+    use std::os::fd::OwnedFd;
     use std::os::linux::net::SocketAddrExt;
     use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram};
 
-    use socket2::{Socket as RawSocket, Type};
+    use socket2::{Domain, Socket as RawSocket, Type};
 
     use super::*;
     use crate::test_support::net::free_addr;
