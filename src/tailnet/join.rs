@@ -90,7 +90,7 @@ impl Node {
         }
     }
 
-    /// As [`Node::up`], and waits for a person to visit the login URL of [`NodeStatus`] if the
+    /// As [`Node::up`], and waits for a person to visit the login URL of [`NodeStatus`](super::NodeStatus) if the
     /// control server asks for a login. While there is one, `limit` does not run.
     pub(crate) async fn up_with_person(&self, limit: Duration) -> Result<(), JoinError> {
         let interactive = |on| {
