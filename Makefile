@@ -91,7 +91,7 @@ lint: ## clippy, warnings denied
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	$(CARGO) clippy --locked --test release -- -D warnings
 
-# Tests of the library wait half of the time, and share what there is one of in a process. So two processes run them.
+# The library's tests wait half of the time, and cannot run side by side in one process. So two processes run them.
 test-go: ## the Go tests, under the race detector
 	$(call step,Go tests)
 	cd libtailscale && { \

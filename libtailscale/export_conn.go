@@ -91,8 +91,8 @@ func TsConnState(h C.uint64_t) (ret C.int) {
 	return result(c.state())
 }
 
-//export TsConnRead
-func TsConnRead(h C.uint64_t, buf unsafe.Pointer, buflen C.size_t) (ret C.int64_t) {
+// transfer is a read or a write.
+func transfer(h C.uint64_t, buf unsafe.Pointer, buflen C.size_t, move func(*conn, []byte) (int, error)) (ret C.int64_t) {
 	defer guard(&ret)
 	c := conns.get(uint64(h))
 	if c == nil {
@@ -102,29 +102,21 @@ func TsConnRead(h C.uint64_t, buf unsafe.Pointer, buflen C.size_t) (ret C.int64_
 	if !ok {
 		return C.int64_t(codeBadArgument)
 	}
-	n, err := c.read(p)
+	n, err := move(c, p)
 	if err != nil {
 		return C.int64_t(result(err))
 	}
 	return C.int64_t(n)
 }
 
+//export TsConnRead
+func TsConnRead(h C.uint64_t, buf unsafe.Pointer, buflen C.size_t) C.int64_t {
+	return transfer(h, buf, buflen, (*conn).read)
+}
+
 //export TsConnWrite
-func TsConnWrite(h C.uint64_t, buf unsafe.Pointer, buflen C.size_t) (ret C.int64_t) {
-	defer guard(&ret)
-	c := conns.get(uint64(h))
-	if c == nil {
-		return C.int64_t(codeBadHandle)
-	}
-	p, ok := slice(buf, buflen)
-	if !ok {
-		return C.int64_t(codeBadArgument)
-	}
-	n, err := c.write(p)
-	if err != nil {
-		return C.int64_t(result(err))
-	}
-	return C.int64_t(n)
+func TsConnWrite(h C.uint64_t, buf unsafe.Pointer, buflen C.size_t) C.int64_t {
+	return transfer(h, buf, buflen, (*conn).write)
 }
 
 //export TsConnShutdown

@@ -12,7 +12,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admin::board::Board;
 use crate::admin::overview::Overview;
-use crate::connection::open::Connections;
+use crate::connection::end_state::EndState;
+use crate::connection::ended::Ended;
+use crate::connection::open::{Connection, Connections};
 use crate::connection::refusal::PublicName;
 use crate::connection::relay::Timeouts;
 use crate::connection::{Hold, Service};
@@ -72,6 +74,16 @@ pub fn service_to<D: Dial>(dialler: D, proxy_protocol: ProxyProtocol) -> Service
         drain: CancellationToken::new(),
         connections: Connections::new(0).of_listener("smtp", "mailbox:25".into()),
     }
+}
+
+/// A client's connection to the listener "smtp".
+pub fn connection(connections: &Arc<Connections>, client: &str) -> Connection {
+    connections.of_listener("smtp", "stalwart:25".into()).enter(client.parse().unwrap())
+}
+
+/// An end in this state.
+pub fn ended(state: EndState) -> Ended {
+    Ended { state, why: "so it was".into() }
 }
 
 /// The overview of an edge in this state.

@@ -216,15 +216,8 @@ fn millis(duration: Duration) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::connection::open::{Connection, Connections};
-
-    fn connection(connections: &Arc<Connections>, client: &str) -> Connection {
-        connections.of_listener("smtp", "stalwart:25".into()).enter(client.parse().unwrap())
-    }
-
-    fn ended(state: EndState) -> Ended {
-        Ended { state, why: "so it was".into() }
-    }
+    use crate::connection::open::Connections;
+    use crate::test_support::{connection, ended};
 
     #[tokio::test]
     async fn failures_of_a_kind_are_one_and_the_latest_comes_first() {

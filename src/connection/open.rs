@@ -331,14 +331,7 @@ impl Open {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn connection(connections: &Arc<Connections>, client: &str) -> Connection {
-        connections.of_listener("smtp", "stalwart:25".into()).enter(client.parse().unwrap())
-    }
-
-    fn ended(state: EndState) -> Ended {
-        Ended { state, why: "so it was".into() }
-    }
+    use crate::test_support::{connection, ended};
 
     #[tokio::test]
     async fn a_connection_shows_until_it_ends_and_is_counted_once() {

@@ -46,14 +46,20 @@ pub(super) struct PlannedPort<S> {
     pub sockets: Vec<S>,
     /// The port in force that has this name.
     pub before: Option<usize>,
-    /// Whether `before` has the same definition, so that its service goes on.
-    pub is_same: bool,
-    /// Whether the new service keeps the servers of that one and their probes, with all that is known of them:
-    /// nothing has changed that these depend on.
-    pub keeps_mailbox: bool,
-    /// For other new services: a port in force with the same servers, preferably the one of this name. The new service
-    /// takes over what that port knows of the mailbox.
-    pub mailbox_of: Option<usize>,
+    pub keeps: Keeps,
+}
+
+/// What a port of the new configuration keeps of those in force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Keeps {
+    /// The service of the port before, whose definition is the same.
+    Service,
+    /// The servers of the port before and their probes, with all that is known of them: nothing has changed that
+    /// these depend on.
+    Mailbox,
+    /// What this port knows of the mailbox. It has the same servers, and if possible the same name.
+    Knowledge(usize),
+    Nothing,
 }
 
 impl<S: Clone + PartialEq> Plan<S> {
@@ -73,7 +79,9 @@ impl<S: Clone + PartialEq> Plan<S> {
         });
         let ports: Vec<_> = planned.collect();
         let is_left_alone = |place: &usize| {
-            let goes_on = ports.iter().find(|port| port.is_same && port.before == Some(*place));
+            let is_its_own =
+                |port: &&PlannedPort<S>| port.keeps == Keeps::Service && port.before == Some(*place);
+            let goes_on = ports.iter().find(is_its_own);
             is_total_same && goes_on.is_some_and(|port| port.sockets == old.ports[*place].sockets)
         };
         let paused = (0..old.ports.len()).filter(|place| !is_left_alone(place)).collect();
@@ -90,14 +98,17 @@ impl<S: Clone + PartialEq> Plan<S> {
 impl<S> PlannedPort<S> {
     fn new(definition: Definition, sockets: Vec<S>, old: &[PortInForce<S>]) -> PlannedPort<S> {
         let before = old.iter().position(|old| old.definition.listener.name == definition.listener.name);
-        let is_same = before.is_some_and(|place| *old[place].definition == definition);
         let leads_there =
             |place: &usize| old[*place].definition.listener.upstream == definition.listener.upstream;
-        let has_same_mailbox = |place: usize| old[place].definition.has_same_mailbox(&definition);
-        let keeps_mailbox = !is_same && before.is_some_and(has_same_mailbox);
-        let is_new = !is_same && !keeps_mailbox;
-        let mailbox_of = before.into_iter().chain(0..old.len()).find(leads_there).filter(|_| is_new);
-        PlannedPort { definition, sockets, before, is_same, keeps_mailbox, mailbox_of }
+        let keeps = match before.map(|place| old[place].definition) {
+            Some(same) if *same == definition => Keeps::Service,
+            Some(like) if like.has_same_mailbox(&definition) => Keeps::Mailbox,
+            _ => {
+                let knows = before.into_iter().chain(0..old.len()).find(leads_there);
+                knows.map_or(Keeps::Nothing, Keeps::Knowledge)
+            }
+        };
+        PlannedPort { definition, sockets, before, keeps }
     }
 }
 
@@ -110,6 +121,7 @@ fn closing<S: Clone + PartialEq>(old: &[PortInForce<S>], new: &[(String, Vec<S>)
 
 #[cfg(test)]
 mod tests {
+    use super::Keeps::{Knowledge, Mailbox, Nothing, Service};
     use super::*;
 
     const BASE: &str = "[[listener]]\nprotocol = 'smtp'\n[[listener]]\nprotocol = 'imaps'\n";
@@ -135,15 +147,15 @@ mod tests {
         Plan::between(&in_force, &new, sockets, connections)
     }
 
-    /// For each port: which port it was, whether its service goes on, and whose mailbox it takes over.
-    fn ports(plan: &Plan<u8>) -> Vec<(Option<usize>, bool, Option<usize>)> {
-        plan.ports.iter().map(|port| (port.before, port.is_same, port.mailbox_of)).collect()
+    /// For each port: the port before, and what is kept.
+    fn ports(plan: &Plan<u8>) -> Vec<(Option<usize>, Keeps)> {
+        plan.ports.iter().map(|port| (port.before, port.keeps)).collect()
     }
 
     #[test]
     fn where_nothing_changes_nothing_is_done() {
         let plan = plan(BASE, &[&[1], &[2]], CONNECTIONS);
-        assert_eq!(ports(&plan), [(Some(0), true, None), (Some(1), true, None)]);
+        assert_eq!(ports(&plan), [(Some(0), Service), (Some(1), Service)]);
         assert_eq!((&plan.paused[..], &plan.closing[..]), (&[][..], &[][..]));
         assert!(!plan.tells_limit && !plan.probes_anew);
     }
@@ -152,7 +164,7 @@ mod tests {
     fn another_order_is_no_change() {
         let text = "[[listener]]\nprotocol = 'imaps'\n[[listener]]\nprotocol = 'smtp'\n";
         let plan = plan(text, &[&[2], &[1]], CONNECTIONS);
-        assert_eq!(ports(&plan), [(Some(1), true, None), (Some(0), true, None)]);
+        assert_eq!(ports(&plan), [(Some(1), Service), (Some(0), Service)]);
         assert!(plan.paused.is_empty() && plan.closing.is_empty());
     }
 
@@ -160,7 +172,7 @@ mod tests {
     fn a_port_at_another_address_keeps_its_service_and_closes_the_socket() {
         let text = BASE.replace("'smtp'\n", "'smtp'\nlisten = ['127.0.0.1:25']\n");
         let plan = plan(&text, &[&[3], &[2]], CONNECTIONS);
-        assert_eq!(ports(&plan), [(Some(0), true, None), (Some(1), true, None)]);
+        assert_eq!(ports(&plan), [(Some(0), Service), (Some(1), Service)]);
         assert_eq!(plan.ports[0].sockets, [3]);
         assert_eq!((&plan.paused[..], &plan.closing[..]), (&[0][..], &[(0, 1)][..]));
     }
@@ -169,40 +181,36 @@ mod tests {
     fn a_port_that_means_something_else_knows_its_mailbox_still() {
         let text = BASE.replace("'smtp'\n", "'smtp'\nidle_timeout = '1m'\n");
         let plan = plan(&text, &[&[1], &[2]], CONNECTIONS);
-        assert_eq!(ports(&plan), [(Some(0), false, None), (Some(1), true, None)]);
-        assert!(plan.ports[0].keeps_mailbox);
+        assert_eq!(ports(&plan), [(Some(0), Mailbox), (Some(1), Service)]);
         assert_eq!((&plan.paused[..], &plan.closing[..]), (&[0][..], &[][..]));
     }
 
     #[test]
     fn what_is_known_of_the_mailbox_outlives_what_it_does_not_depend_on() {
-        let of = |text: &str| {
-            let plan = plan(text, &[&[1], &[2]], CONNECTIONS);
-            (plan.ports[0].keeps_mailbox, plan.ports[0].mailbox_of)
-        };
+        let of = |text: &str| plan(text, &[&[1], &[2]], CONNECTIONS).ports[0].keeps;
         for setting in
             ["[timeouts]\ndrain = '7s'", "[timeouts]\nhalf_close = '7s'", "hostname = 'mx.example.org'"]
         {
-            assert_eq!(of(&format!("{setting}\n{BASE}")), (true, None), "{setting}");
+            assert_eq!(of(&format!("{setting}\n{BASE}")), Mailbox, "{setting}");
         }
-        assert_eq!(of(&BASE.replace("'smtp'\n", "'smtp'\nidle_timeout = '1m'\n")), (true, None));
+        assert_eq!(of(&BASE.replace("'smtp'\n", "'smtp'\nidle_timeout = '1m'\n")), Mailbox);
         // A probe may come to something else with these.
-        assert_eq!(of(&format!("[timeouts]\nconnect = '7s'\n{BASE}")), (false, Some(0)));
-        assert_eq!(of(&BASE.replace("'smtp'\n", "'smtp'\nproxy_protocol = 'off'\n")), (false, Some(0)));
-        assert_eq!(of(BASE), (false, None), "nothing is new");
+        assert_eq!(of(&format!("[timeouts]\nconnect = '7s'\n{BASE}")), Knowledge(0));
+        assert_eq!(of(&BASE.replace("'smtp'\n", "'smtp'\nproxy_protocol = 'off'\n")), Knowledge(0));
+        assert_eq!(of(BASE), Service);
     }
 
     #[test]
     fn a_port_that_leads_elsewhere_knows_nothing_of_the_mailbox() {
         let text = BASE.replace("'smtp'\n", "'smtp'\nupstream = 'other'\n");
-        assert_eq!(ports(&plan(&text, &[&[1], &[2]], CONNECTIONS))[0], (Some(0), false, None));
+        assert_eq!(ports(&plan(&text, &[&[1], &[2]], CONNECTIONS))[0], (Some(0), Nothing));
     }
 
     #[test]
     fn a_renamed_port_knows_the_mailbox_of_the_one_before() {
         let text = BASE.replace("'smtp'\n", "'smtp'\nname = 'mx'\n");
         let plan = plan(&text, &[&[1], &[2]], CONNECTIONS);
-        assert_eq!(ports(&plan), [(None, false, Some(0)), (Some(1), true, None)]);
+        assert_eq!(ports(&plan), [(None, Knowledge(0)), (Some(1), Service)]);
         assert_eq!((&plan.paused[..], &plan.closing[..]), (&[0][..], &[][..]));
     }
 
@@ -210,7 +218,7 @@ mod tests {
     fn a_port_that_goes_and_one_that_comes() {
         let text = BASE.replace("'imaps'", "'pop3s'");
         let plan = plan(&text, &[&[1], &[4]], CONNECTIONS);
-        assert_eq!(ports(&plan), [(Some(0), true, None), (None, false, None)]);
+        assert_eq!(ports(&plan), [(Some(0), Service), (None, Nothing)]);
         assert_eq!((&plan.paused[..], &plan.closing[..]), (&[1][..], &[(1, 2)][..]));
     }
 
@@ -221,7 +229,7 @@ mod tests {
         let changed =
             SAME.replace("listen = ['127.0.0.1:26']\n", "listen = ['127.0.0.1:26']\nproxy_protocol = 'v1'\n");
         let plan = plan_from(SAME, &changed, &[&[1], &[2]], CONNECTIONS);
-        assert_eq!(ports(&plan), [(Some(0), true, None), (Some(1), false, Some(1))]);
+        assert_eq!(ports(&plan), [(Some(0), Service), (Some(1), Knowledge(1))]);
     }
 
     #[test]
@@ -243,6 +251,6 @@ mod tests {
     fn other_settings_of_the_probe_begin_it_anew() {
         let plan = plan(&format!("[probe]\nfall = 7\n{BASE}"), &[&[1], &[2]], CONNECTIONS);
         assert!(plan.probes_anew && plan.paused.is_empty(), "{plan:?}");
-        assert_eq!(ports(&plan), [(Some(0), true, None), (Some(1), true, None)]);
+        assert_eq!(ports(&plan), [(Some(0), Service), (Some(1), Service)]);
     }
 }

@@ -22,7 +22,7 @@ use tracing::{info, warn};
 
 use super::QUIET;
 use super::admin_listener::Admin;
-use super::plan::{InForce, Plan, PlannedPort, PortInForce};
+use super::plan::{InForce, Keeps, Plan, PlannedPort, PortInForce};
 use super::port::{Definition, Port, monitor};
 use crate::admin::board::{Board, Listening, Outlook};
 use crate::admin::overview::Overview;
@@ -260,24 +260,22 @@ impl Serving {
         // All of them to the end: they keep their peers, with what is known of these, for the new services.
         let upstreams: Vec<_> = before.iter().map(|port| Arc::clone(&port.service.upstream)).collect();
         let mut before: Vec<Option<Port>> = before.into_iter().map(Some).collect();
-        for PlannedPort { definition, sockets, before: place, is_same, keeps_mailbox, mailbox_of } in
-            plan.ports
-        {
-            let mut port = match place.and_then(|place| before[place].take()) {
-                Some(old) if is_same => Port { sockets, ..old },
-                Some(old) if keeps_mailbox => {
+        for PlannedPort { definition, sockets, before: place, keeps } in plan.ports {
+            let mut port = match (keeps, place.and_then(|place| before[place].take())) {
+                (Keeps::Service, Some(old)) => Port { sockets, ..old },
+                (Keeps::Mailbox, Some(old)) => {
                     let service = self.new_service(&definition, Arc::clone(&old.service.upstream));
                     Port { definition, service, sockets, ..old }
                 }
-                old => {
+                (_, old) => {
                     let announced = old.map(|old| old.announced).unwrap_or_default();
                     self.new_port(definition, sockets, announced)
                 }
             };
-            if let Some(known) = mailbox_of.map(|place| &upstreams[place]) {
-                port.service.upstream.continues(known);
+            if let Keeps::Knowledge(place) = keeps {
+                port.service.upstream.continues(&upstreams[place]);
             }
-            if !(is_same || keeps_mailbox) || plan.probes_anew {
+            if !matches!(keeps, Keeps::Service | Keeps::Mailbox) || plan.probes_anew {
                 port.probe(&self.parts.node, &self.parts.vitals, self.config.probe);
             }
             self.ports.push(port);

@@ -10,7 +10,7 @@
 //! - A panic is logged like any other line. Rust's own handler writes to standard error itself, and would
 //!   wait for a reader that hangs.
 //!
-//! Deliberately not here: how often a line may repeat itself (see `connection/open.rs`).
+//! Deliberately not here: how often a line may repeat itself (see `connection/ended.rs`).
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::fmt;

@@ -4,7 +4,7 @@
 //! Lines that were held back are counted; the next line of the kind has the count, or a summary after the minute.
 //! Memory is bounded.
 //!
-//! Deliberately not here: what makes two lines one kind (see `connection/open.rs` and `upstream.rs`).
+//! Deliberately not here: what makes two lines one kind (see `connection/ended.rs` and `upstream.rs`).
 
 use std::collections::HashMap;
 use std::hash::Hash;

@@ -241,7 +241,7 @@ fn what_was_given_at_the_start_stays_in_force() {
 #[test]
 fn a_reload_does_not_wait_for_the_tailnet() {
     let mailbox = named("one");
-    let [mail, more] = [free_addr(), free_addr()];
+    let [mail, more, later] = [free_addr(), free_addr(), free_addr()];
     let tailnet = tailnet_with(&[(1, mailbox.addr)]);
     let state = private_dir("state");
     let holding = |name, address| tcp(name, address, 1).set("hold", "\"1m\"");
@@ -250,8 +250,16 @@ fn a_reload_does_not_wait_for_the_tailnet() {
     tailnet.stop_control();
     let mut edge = builder.spawn();
     let mut client = connect(edge.addr("mail"));
+    // A port that closes for a while is told again when it opens.
+    let told = || edge.log().count("listening listener=\"later\"");
+    let with = |listener| builder.clone().listener(listener);
+    tells(&edge.reload(&with(holding("later", later)), LIMIT), &["added=\"later\""]);
+    assert_eq!(told(), 1);
+    tells(&edge.reload(&with(tcp("later", later, 1)), LIMIT), &["changed=\"later\""]);
+    tells(&edge.reload(&with(holding("later", later)), LIMIT), &["changed=\"later\""]);
+    assert_eq!(told(), 2, "{}", edge.log().tail());
     let builder = builder.listener(holding("more", more));
-    tells(&edge.reload(&builder, LIMIT), &["added=\"more\""]);
+    tells(&edge.reload(&builder, LIMIT), &["added=\"more\"", "removed=\"later\""]);
     let mut other = connect(more);
     tailnet.start_control();
     for client in [&mut client, &mut other] {
