@@ -200,8 +200,10 @@ fn is_for_us<B>(request: &Request<B>, node: &str) -> bool {
     if header(&HeaderName::from_static("sec-fetch-site")) == Some("cross-site") {
         return false;
     }
-    // A browser says so of a page at a plain http address only here.
-    if header(&ORIGIN).is_some_and(|origin| origin.strip_prefix("http://") != header(&HOST)) {
+    // At a plain http address a browser sends only this. Behind a proxy that adds TLS the scheme is another.
+    if let Some(origin) = header(&ORIGIN)
+        && origin.split_once("://").map(|(_, host)| host) != header(&HOST)
+    {
         return false;
     }
     let Some(host) = request.uri().host().or(header(&HOST)) else { return true };
@@ -347,7 +349,8 @@ mod tests {
             let request = Request::get("/status").header(HOST, "edge:9464").header(ORIGIN, origin);
             is_for_us(&request.body(()).unwrap(), node)
         };
-        assert!(of("http://edge:9464") && !of("http://evil.example.net") && !of("null"));
+        assert!(of("http://edge:9464") && of("https://edge:9464"));
+        assert!(!of("http://evil.example.net") && !of("null"));
         assert!(is_for_us(&Request::get("/livez").body(()).unwrap(), node), "HTTP/1.0");
         let whole = Request::get("http://rebound.example.net/status").header(HOST, "localhost");
         assert!(!is_for_us(&whole.body(()).unwrap(), node));
